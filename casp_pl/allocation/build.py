@@ -1,0 +1,206 @@
+"""Make a compression plan: ranks and scores in, bits under a budget out.
+
+Budget: the bits of all compressed linears <= budget * their original weights. Low-rank factors have fixed bits; every
+other linear gets the bits of its block (or its own), chosen exactly. The distortion of a block at b bits is modelled as
+`score * 2**(-2 b)`. Source: CASP, arXiv 2503.05936.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from casp_pl.allocation.accounting import BitCosts, ModuleBits, module_bits
+from casp_pl.allocation.bits import BitItem, allocate_bits
+from casp_pl.allocation.plan import CompressionPlan, Counts, ModulePlan
+from casp_pl.errors import ConfigError
+
+__all__ = ["Granularity", "ModuleShape", "build_plan"]
+
+Granularity = Literal["block", "linear"]
+
+
+@dataclass(frozen=True)
+class ModuleShape:
+    """A linear before compression: its full name, the number of its block, and (O, I)."""
+
+    name: str
+    block: int
+    shape: tuple[int, int]
+
+    @property
+    def weights(self) -> int:
+        """O I."""
+        return self.shape[0] * self.shape[1]
+
+
+def build_plan(
+    *,
+    model: str,
+    modules: Sequence[ModuleShape],
+    ranks: Mapping[str, int | None],
+    scores: Sequence[float] | Mapping[str, float],
+    quantizer: BitCosts,
+    factor_bits: int = 3,
+    budget: float = 2.0,
+    counts: Counts = "codes",
+    granularity: Granularity = "block",
+) -> CompressionPlan:
+    """The plan with the smallest modelled distortion within the budget.
+
+    Args:
+        model: name of the model, for the reader.
+        modules: every linear to compress, in quantization order.
+        ranks: full name to rank for the low-rank products; a name that is absent or None stays one matrix.
+        scores: one number a block, in the order of the block numbers that occur, or full name to number. A block's
+            score is the sum of its linears'; where only the block's is given, its linears share it by their weights.
+        quantizer: what is asked for levels and true costs.
+        factor_bits: bits of the low-rank factors.
+        budget: bits per original weight of the compressed linears.
+        counts: what the budget counts, `codes` alone or the `total` with codebooks, scales and zeros.
+        granularity: the linears of a `block` share their bits, or each `linear` has its own.
+
+    Raises:
+        ConfigError: the budget cannot be met (the message has the feasible interval), the quantizer cannot do
+            `factor_bits`, or ranks, scores and modules do not fit together.
+    """
+    low_rank = {name: rank for name, rank in ranks.items() if rank is not None}
+    _check_arguments(modules, ranks, quantizer, factor_bits if low_rank else None)
+    by_linear = _scores_by_linear(modules, scores)
+    factors = [_costs(quantizer, [module], factor_bits, low_rank) for module in modules if module.name in low_rank]
+    groups = _groups([module for module in modules if module.name not in low_rank], granularity)
+    items = [_item(group, by_linear, quantizer, counts) for group in groups]
+    weights = sum(module.weights for module in modules)
+    fixed = sum(cost.counted(counts) for cost in factors)
+    _check_budget(items, fixed, weights, budget, counts, quantizer.levels)
+    chosen = allocate_bits(items, _bits_of(budget, weights) - fixed)
+    decisions = _decisions(groups, items, chosen)
+    for module in modules:
+        if module.name in low_rank:
+            decisions[module.name] = (factor_bits, _low_rank_reason(module, low_rank[module.name], factor_bits))
+    cost = sum(
+        (_costs(quantizer, [module], decisions[module.name][0], low_rank) for module in modules), start=ModuleBits(0, 0)
+    )
+    return CompressionPlan(
+        model=model,
+        modules=tuple(_entry(module, quantizer.name, decisions, low_rank, by_linear) for module in modules),
+        budget=budget,
+        counts=counts,
+        bits_per_weight_codes=cost.codes / weights,
+        bits_per_weight_total=cost.total / weights,
+    )
+
+
+def _check_arguments(
+    modules: Sequence[ModuleShape], ranks: Mapping[str, int | None], quantizer: BitCosts, factor_bits: int | None
+) -> None:
+    if not modules:
+        raise ConfigError("There is no linear to compress.")
+    unknown = sorted(set(ranks) - {module.name for module in modules})
+    if unknown:
+        raise ConfigError(f"ranks: no module is called '{unknown[0]}'.")
+    if factor_bits is not None and factor_bits not in quantizer.levels:
+        levels = _listed(quantizer.levels)
+        raise ConfigError(f"factor_bits: {quantizer.name} cannot do {factor_bits} bits, only {levels}.")
+
+
+def _scores_by_linear(
+    modules: Sequence[ModuleShape], scores: Sequence[float] | Mapping[str, float]
+) -> dict[str, float]:
+    if isinstance(scores, Mapping):
+        missing = [module.name for module in modules if module.name not in scores]
+        if missing:
+            raise ConfigError(f"scores: there is none for {missing[0]}.")
+        return {module.name: float(scores[module.name]) for module in modules}
+    blocks = sorted({module.block for module in modules})
+    if len(scores) != len(blocks):
+        raise ConfigError(f"scores: got {len(scores)} for {len(blocks)} blocks; give one for each.")
+    weights = {block: sum(module.weights for module in modules if module.block == block) for block in blocks}
+    by_block = dict(zip(blocks, scores, strict=True))
+    return {module.name: by_block[module.block] * module.weights / weights[module.block] for module in modules}
+
+
+def _groups(modules: Sequence[ModuleShape], granularity: Granularity) -> list[list[ModuleShape]]:
+    if granularity == "linear":
+        return [[module] for module in modules]
+    blocks = sorted({module.block for module in modules})
+    return [[module for module in modules if module.block == block] for block in blocks]
+
+
+def _costs(
+    quantizer: BitCosts, modules: Iterable[ModuleShape], bits: int, ranks: Mapping[str, int] | None = None
+) -> ModuleBits:
+    parts = [module_bits(quantizer, module.shape, bits=bits, rank=(ranks or {}).get(module.name)) for module in modules]
+    return sum(parts, start=ModuleBits(0, 0))
+
+
+def _item(group: Sequence[ModuleShape], scores: Mapping[str, float], quantizer: BitCosts, counts: Counts) -> BitItem:
+    choices = {bits: (_costs(quantizer, group, bits).counted(counts), 2.0 ** (-2 * bits)) for bits in quantizer.levels}
+    return BitItem(score=sum(scores[module.name] for module in group), choices=choices)
+
+
+def _bits_of(budget: float, weights: int) -> int:
+    """Whole bits in the budget; the rounding of `budget * weights` does not cost one."""
+    return math.floor(budget * weights + 1e-6)
+
+
+def _check_budget(
+    items: Sequence[BitItem], fixed: int, weights: int, budget: float, counts: Counts, levels: Sequence[int]
+) -> None:
+    if not (math.isfinite(budget) and budget > 0):
+        raise ConfigError(f"budget: {budget} is not a positive number of bits per weight.")
+    least = fixed + sum(min(cost for cost, _ in item.choices.values()) for item in items)
+    most = fixed + sum(max(cost for cost, _ in item.choices.values()) for item in items)
+    if _bits_of(budget, weights) < least or budget > max(most / weights, *levels):
+        low, high = (math.ceil(bits / weights * 1e4) / 1e4 for bits in (least, most))
+        raise ConfigError(
+            f"budget: {budget} bits per weight ({counts}) cannot be met with levels {_listed(levels)}.\n"
+            f"Feasible are {low} to {high} bits per weight."
+        )
+
+
+def _decisions(
+    groups: Sequence[Sequence[ModuleShape]], items: Sequence[BitItem], chosen: Sequence[int]
+) -> dict[str, tuple[int, str]]:
+    """Name to bits and the reason for them."""
+    order = sorted(range(len(items)), key=lambda number: -items[number].score)
+    places = {number: place for place, number in enumerate(order, start=1)}
+    decisions = {}
+    for number, (group, item, bits) in enumerate(zip(groups, items, chosen, strict=True)):
+        subject = f"block {group[0].block}" if len(group) > 1 else "it"
+        why = (
+            f"{bits} bits because {subject} has place {places[number]} of {len(items)} by score ({item.score:.3g}) "
+            f"and the budget allows {bits} bits for {chosen.count(bits)} of them."
+        )
+        decisions.update({module.name: (bits, why) for module in group})
+    return decisions
+
+
+def _low_rank_reason(module: ModuleShape, rank: int, factor_bits: int) -> str:
+    kept = 100 * rank * sum(module.shape) / module.weights
+    return f"rank {rank} of {min(module.shape)} keeps {kept:.1f} % of its weights, its factors have {factor_bits} bits."
+
+
+def _entry(
+    module: ModuleShape,
+    quantizer: str,
+    decisions: Mapping[str, tuple[int, str]],
+    ranks: Mapping[str, int],
+    scores: Mapping[str, float],
+) -> ModulePlan:
+    bits, why = decisions[module.name]
+    return ModulePlan(
+        name=module.name,
+        block=module.block,
+        shape=module.shape,
+        quantizer=quantizer,
+        bits=bits,
+        rank=ranks.get(module.name),
+        factor_bits=bits if module.name in ranks else None,
+        score=scores[module.name],
+        why=why,
+    )
+
+
+def _listed(levels: Sequence[int]) -> str:
+    return ", ".join(str(level) for level in levels)

@@ -1,0 +1,136 @@
+"""`quant_method` casp for transformers: `from_pretrained` builds the compressed skeleton and reads the weights into it.
+
+Importing this module registers both classes. It imports transformers (about 1.4 CPU seconds beyond torch), and
+`casp_pl/__init__` imports it: `AutoModelForImageTextToText.from_pretrained(directory)` must work after
+`import casp_pl`, whichever package came first, and transformers learns of a method in no other way.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from casp_pl.checkpoint.model_directory import FORMAT_VERSION, QUANT_METHOD, check_weight_files, checked_modules
+from casp_pl.errors import IntegrityError
+from casp_pl.layers.build import build_layer
+
+__all__ = ["CaspConfig", "CaspHfQuantizer", "compact_state_dict", "install_layers"]
+
+
+@register_quantization_config(QUANT_METHOD)
+class CaspConfig(QuantizationConfigMixin):
+    """The `quantization_config` in config.json.
+
+    Args:
+        modules: full in-memory module name to the spec of the layer that replaces the linear there.
+        version: of this format.
+        quant_method: always `casp`.
+
+    Raises:
+        IntegrityError: unknown keys, another version, or a spec that describes no layer.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, Mapping[str, Any]] | None = None,
+        version: int = FORMAT_VERSION,
+        quant_method: str = QUANT_METHOD,
+        **unknown: Any,
+    ) -> None:
+        if unknown or quant_method != QUANT_METHOD:
+            raise IntegrityError(f"quantization_config: unknown keys {sorted(unknown)} for method {quant_method}.")
+        self.quant_method = quant_method  # type: ignore[assignment]  # their enum lists only their own
+        self.modules = checked_modules(modules or {}, version)
+        self.version = version
+
+
+@register_quantizer(QUANT_METHOD)
+class CaspHfQuantizer(HfQuantizer):
+    """Loads what `save_compressed` wrote. It does not quantize: a plain model is refused (`requires_calibration`)."""
+
+    requires_calibration = True
+    quantization_config: CaspConfig
+
+    def _process_model_before_weight_loading(
+        self,
+        model: nn.Module,
+        checkpoint_files: Sequence[str] | None = None,
+        **_: Any,
+    ) -> None:
+        directory = Path(str(getattr(model.config, "name_or_path", "")))
+        if checkpoint_files and directory.is_dir():
+            check_weight_files(directory, checkpoint_files)
+        install_layers(model, self.quantization_config.modules)
+
+    def is_serializable(self) -> bool:
+        """The model can be saved again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codebooks, scales and everything uncompressed take gradients."""
+        return True
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What `save_pretrained` writes."""
+        return compact_state_dict(model), {}
+
+
+def install_layers(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -> None:
+    """Replace the linears of a model by empty layers, in place; device and dtype are those of the linears.
+
+    Names are those of the whole model in memory; a model loaded without its head (or with one more around it) is found
+    by leaving out (or adding) its base prefix.
+
+    Args:
+        model: with an `nn.Linear` at every name.
+        modules: full module name to spec.
+
+    Raises:
+        IntegrityError: there is no such linear, or it has another shape.
+    """
+    for name, spec in modules.items():
+        path = _locate(model, name)
+        linear = model.get_submodule(path)
+        given = (spec.get("out_features"), spec.get("in_features"), spec.get("bias"))
+        if not isinstance(linear, nn.Linear):
+            raise IntegrityError(
+                f"quantization_config: {name} is a {type(linear).__name__} in this model, not a linear."
+            )
+        wanted = (linear.out_features, linear.in_features, linear.bias is not None)
+        if given != wanted:
+            raise IntegrityError(f"quantization_config: {name} is {given} (out, in, bias), in this model {wanted}.")
+        layer = build_layer(dict(spec), device=linear.weight.device, dtype=linear.weight.dtype)
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.train(linear.training))
+
+
+def compact_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict, with every float32 tensor that float16 holds exactly in float16; tied tensors stay tied."""
+    stored: dict[tuple[Any, ...], Tensor] = {}
+    compact = {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        compact[name] = stored.setdefault(key, _halved(tensor)) if tensor.numel() else tensor
+    return compact
+
+
+def _halved(tensor: Tensor) -> Tensor:
+    if tensor.dtype is not torch.float32:
+        return tensor
+    half = tensor.to(torch.float16)
+    return half if torch.equal(half.to(torch.float32), tensor) else tensor
+
+
+def _locate(model: nn.Module, name: str) -> str:
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    present = {path for path, _ in model.named_modules()}
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        if candidate in present:
+            return candidate
+    raise IntegrityError(f"quantization_config: this {type(model).__name__} has no module {name}.")

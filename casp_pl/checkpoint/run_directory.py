@@ -1,0 +1,237 @@
+"""The directory of one run: artifacts that are complete and unchanged, or absent.
+
+Every write is atomic and then entered in manifest.json. A file without an entry does not count: it is made again. So a
+run that was killed anywhere goes on from its last entry.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from torch import Tensor
+
+from casp_pl.checkpoint.atomic import remove_leftovers, write_json, write_safetensors
+from casp_pl.checkpoint.lock import hold_lock
+from casp_pl.checkpoint.manifest import MANIFEST_NAME, Manifest, describe
+from casp_pl.checkpoint.reading import read_json, read_safetensors
+from casp_pl.errors import ConfigError, IntegrityError, ResourceError
+
+__all__ = ["RunDirectory"]
+
+_LOG = logging.getLogger(__name__)
+_LOCK_NAME = ".lock"
+_BEFORE_MANIFEST = {_LOCK_NAME, "config.yaml", "tensorboard"}  # what may lie there before the first open
+
+
+class RunDirectory:
+    """Artifacts of a run by name, a relative POSIX path such as `blocks/003.safetensors`.
+
+    Made by `RunDirectory.open` (one process, may write) or `RunDirectory.read_only` (any number).
+
+    Attributes:
+        root: the directory.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest, *, writable: bool) -> None:
+        self.root = root
+        self._manifest = manifest
+        self._writable = writable
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: Path | str, fingerprint: Mapping[str, Any]) -> Iterator["RunDirectory"]:
+        """Lock the directory, create what is missing, and check that it belongs to the same settings.
+
+        Args:
+            path: the run's directory; parents are created.
+            fingerprint: JSON object of everything that the artifacts depend on: settings, model, data.
+
+        Raises:
+            ResourceError: another process holds the directory, or it cannot be written.
+            ConfigError: its artifacts were made with another fingerprint; the message names the key that differs.
+            IntegrityError: its manifest is missing or broken.
+        """
+        root = Path(path)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResourceError(f"Cannot create {root}: {error.strerror}.\nGive another --run_dir.") from error
+        with hold_lock(root / _LOCK_NAME):
+            manifest = _load_or_create(root, json.loads(json.dumps(fingerprint, sort_keys=True)))
+            _clean(root)
+            yield cls(root, manifest, writable=True)
+
+    @classmethod
+    def read_only(cls, path: Path | str) -> "RunDirectory":
+        """A run directory to read from, without a lock: for evaluation, and for the other ranks of a run.
+
+        Raises:
+            IntegrityError: it has no sound manifest.
+        """
+        return cls(Path(path), Manifest.load(Path(path)), writable=False)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the artifacts were made with."""
+        return self._manifest.fingerprint
+
+    def path(self, name: str) -> Path:
+        """Where an artifact lies; for files that others write, its directory is created."""
+        inside = PurePosixPath(name)
+        if inside.is_absolute() or ".." in inside.parts or not inside.parts:
+            raise ValueError(f"'{name}' is not a path inside the run directory")
+        full = self.root / name
+        if self._writable:
+            full.parent.mkdir(parents=True, exist_ok=True)
+        return full
+
+    def has(self, name: str) -> bool:
+        """Whether the artifact (a file, or a directory with all its files) is complete and unchanged.
+
+        One that changed since it was recorded is logged, taken out of the manifest, and counts as absent.
+        """
+        self._refresh()
+        entries = self._entries(name)
+        for entry in entries:
+            problem = self._manifest.artifacts[entry].problem(self.root / entry)
+            if problem is not None:
+                _LOG.warning("%s %s: it counts as absent", self.root / entry, problem)
+                if self._writable:
+                    self.forget(name)
+                return False
+        return bool(entries)
+
+    def forget(self, name: str) -> None:
+        """Take an artifact out of the manifest; what lies on disk no longer counts and may be overwritten."""
+        self._check_writable()
+        for entry in self._entries(name):
+            del self._manifest.artifacts[entry]
+        self._manifest.save(self.root)
+
+    def record(self, name: str) -> None:
+        """Enter a file, or every file of a directory, that is complete now.
+
+        Raises:
+            IntegrityError: there is no such file.
+        """
+        self._check_writable()
+        full = self.path(name)
+        files = sorted(path for path in full.rglob("*") if path.is_file()) if full.is_dir() else [full]
+        if not files or not files[0].exists():
+            raise IntegrityError(f"{full} is missing and cannot be recorded.")
+        for entry in self._entries(name):
+            del self._manifest.artifacts[entry]
+        for path in files:
+            self._manifest.artifacts[path.relative_to(self.root).as_posix()] = describe(path)
+        self._manifest.save(self.root)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write and record a JSON artifact.
+
+        Raises:
+            ResourceError: the disk is full or cannot be written.
+        """
+        self._check_writable()
+        write_json(self.path(name), value)
+        self.record(name)
+
+    def read_json(self, name: str) -> Any:
+        """The value of a JSON artifact.
+
+        Raises:
+            IntegrityError: it is missing, or is not what was written.
+        """
+        return read_json(self._checked(name))
+
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: Any = None) -> None:
+        """Write and record a safetensors artifact with a JSON value beside the tensors.
+
+        Raises:
+            ResourceError: the disk is full or cannot be written.
+        """
+        self._check_writable()
+        write_safetensors(self.path(name), tensors, metadata)
+        self.record(name)
+
+    def read_tensors(self, name: str) -> tuple[dict[str, Tensor], Any]:
+        """Tensors and metadata of a safetensors artifact.
+
+        Raises:
+            IntegrityError: it is missing, or is not what was written.
+        """
+        return read_safetensors(self._checked(name))
+
+    def _entries(self, name: str) -> list[str]:
+        return [entry for entry in self._manifest.artifacts if entry == name or entry.startswith(f"{name}/")]
+
+    def _checked(self, name: str) -> Path:
+        self._refresh()
+        artifact = self._manifest.artifacts.get(name)
+        problem = "is not in the manifest" if artifact is None else artifact.problem(self.root / name)
+        if problem is not None:
+            raise IntegrityError(f"{self.root / name} {problem}.\nRepeat the command that made it: it is made again.")
+        return self.root / name
+
+    def _refresh(self) -> None:
+        """A reader sees what the writer recorded meanwhile."""
+        if not self._writable:
+            self._manifest = Manifest.load(self.root)
+
+    def _check_writable(self) -> None:
+        if not self._writable:
+            raise RuntimeError(f"{self.root} was opened for reading only")
+
+
+def _load_or_create(root: Path, fingerprint: dict[str, Any]) -> Manifest:
+    if not (root / MANIFEST_NAME).exists():
+        strangers = sorted(path.name for path in root.iterdir() if path.name not in _BEFORE_MANIFEST)
+        strangers = [name for name in strangers if not name.startswith(".tmp")]
+        if strangers:
+            raise IntegrityError(
+                f"{root} has no {MANIFEST_NAME} but holds {', '.join(strangers[:3])}.\n"
+                "Give an empty directory, or delete this one to start again."
+            )
+        manifest = Manifest(fingerprint=fingerprint)
+        manifest.save(root)
+        return manifest
+    manifest = Manifest.load(root)
+    _compare(root, manifest.fingerprint, fingerprint)
+    return manifest
+
+
+def _compare(root: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
+    before, after = _flat(there), _flat(now)
+    keys = sorted(key for key in before.keys() | after.keys() if before.get(key, "absent") != after.get(key, "absent"))
+    if keys:
+        first = keys[0]
+        more = f" (and {len(keys) - 1} more: {', '.join(keys[1:4])})" if len(keys) > 1 else ""
+        raise ConfigError(
+            f"{root} was made with other settings. {first}: {_short(before.get(first, 'absent'))} there, "
+            f"{_short(after.get(first, 'absent'))} now{more}.\nGive another --run_dir, or the settings of this one."
+        )
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            flat.update(_flat(item, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = item
+    return flat
+
+
+def _short(value: Any, limit: int = 60) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def _clean(root: Path) -> None:
+    removed = remove_leftovers(root)
+    for directory in [path for path in root.rglob("*") if path.is_dir()]:
+        removed += remove_leftovers(directory)
+    if removed:
+        _LOG.info("%s: removed %s, left by a killed process", root, ", ".join(removed))

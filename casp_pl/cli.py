@@ -1,0 +1,222 @@
+"""The command line: `python -m casp_pl {fit,plan,validate,test,predict,verify}`.
+
+Built on Lightning's argument parser: the arguments are the constructor arguments of the classes that do the work, so their
+docstrings are the help and a recipe is checked against the real signatures. One fit is several LightningModules on several
+Trainers, which is why it is not a `LightningCLI` (which runs one).
+"""
+
+import argparse
+import difflib
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentError, Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from casp_pl.callbacks import BitAllocation, CodebookUpdate, LowRankAllocation
+from casp_pl.console import setup_logging
+from casp_pl.data import CalibrationData
+from casp_pl.data.evaluation import EvaluationData
+from casp_pl.errors import CaspError, ConfigError, InputError
+from casp_pl.models.compress import BlockQuantization
+from casp_pl.models.load import load_model
+from casp_pl.modules import BlockwiseModule, CalibrationModule, EndToEndModule
+from casp_pl.pipeline import commands
+from casp_pl.pipeline.settings import RunSettings
+from casp_pl.quantizers import Quantizer
+
+__all__ = ["build_parser", "main", "settings_from"]
+
+COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
+    "fit": (commands.fit, "compress, fine-tune, evaluate and save a model; goes on where an earlier run stopped"),
+    "plan": (commands.plan, "dry run: bits, sizes, memory and time before anything heavy happens"),
+    "validate": (commands.validate, "original and compressed side by side on the recipe's test questions"),
+    "test": (commands.test, "the same on the whole test set"),
+    "predict": (commands.predict, "answer one question about one image with both models"),
+}
+_ALLOWED_CLASSES = ("casp_pl.", "lightning.", "torch.")
+
+
+class _StopRun(BaseException):
+    """SIGINT or SIGTERM: end at once, files stay whole, the run can go on later."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
+
+
+def build_parser() -> LightningArgumentParser:
+    """The parser with all subcommands."""
+    parser = LightningArgumentParser(prog="casp_pl", description="2-bit large multimodal models.", exit_on_error=False)
+    subcommands = parser.add_subcommands(required=True)
+    for name, (_, text) in COMMANDS.items():
+        subcommands.add_subcommand(name, _recipe_parser(name, text), help=text)
+    verify = LightningArgumentParser(description="Check a run or model directory.", exit_on_error=False)
+    verify.add_argument("directory", type=Path, help="runs/NAME or runs/NAME/model")
+    verify.add_argument("--verbose", action="store_true", help="show tracebacks")
+    subcommands.add_subcommand("verify", verify, help="check hashes and structure of a run or model directory")
+    return parser
+
+
+def _recipe_parser(name: str, text: str) -> LightningArgumentParser:
+    parser = LightningArgumentParser(description=text, exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="a recipe or overlay; later ones win")
+    parser.add_argument("--name", type=str, default="casp", help="name of the recipe")
+    parser.add_argument("--run_dir", type=Path | None, default=None, help="where to write; default runs/NAME")
+    parser.add_argument("--seed_everything", type=int, default=0, help="seed of every random choice")
+    parser.add_argument("--verbose", action="store_true", help="show all messages, and tracebacks of errors")
+    parser.add_argument("--override_memory", action="store_true", help="start even where the plan says memory is short")
+    parser.add_function_arguments(load_model, "model")
+    parser.add_class_arguments(CalibrationData, "data")
+    parser.add_class_arguments(EvaluationData, "evaluation")
+    parser.add_subclass_arguments(Quantizer, "quantizer", default={"class_path": "casp_pl.quantizers.AQLMQuantizer"})
+    parser.add_subclass_arguments(
+        Quantizer, "baseline", required=False, default={"class_path": "casp_pl.quantizers.RTNQuantizer"}
+    )
+    parser.add_argument("--baseline_bits", type=int, default=2, help="bits of the baseline")
+    parser.add_class_arguments(LowRankAllocation, "low_rank")
+    parser.add_class_arguments(BitAllocation, "bits")
+    parser.add_class_arguments(BlockQuantization, "quantization", skip={"seed"})
+    kwargs_only: dict[str, Any] = {"instantiate": False}
+    parser.add_class_arguments(CalibrationModule, "calibration", skip={"adapter", "measure_rounding"}, **kwargs_only)
+    parser.add_class_arguments(
+        BlockwiseModule, "block_tuning", skip={"block", "train", "held_back", "number"}, **kwargs_only
+    )
+    parser.add_class_arguments(EndToEndModule, "end_to_end", skip={"adapter", "teacher"}, **kwargs_only)
+    parser.add_class_arguments(CodebookUpdate, "codebook_update", **kwargs_only)
+    parser.add_class_arguments(pl.Trainer, "trainer", fail_untyped=False, **kwargs_only)
+    parser.set_defaults({"trainer.accelerator": "auto", "trainer.devices": 1})
+    if name == "predict":
+        parser.add_argument("--image", type=Path, required=True, help="an image file")
+        parser.add_argument("--question", type=str, required=True, help="what to ask about it")
+    return parser
+
+
+def settings_from(parser: LightningArgumentParser, config: Namespace, command: str) -> RunSettings:
+    """Objects from a parsed recipe."""
+    chosen = config[command]
+    recipe_parser = parser._subcommands_action._name_parser_map[command]
+    flat = {key: str(value) for key, value in chosen.items() if key not in _NOT_IN_FINGERPRINT}
+    recipe = recipe_parser.dump(chosen, skip_none=False)
+    built = recipe_parser.instantiate_classes(chosen)
+    fields = {key: built[key] for key in ("name", "data", "evaluation", "quantizer", "baseline", "baseline_bits")}
+    fields |= {key: built[key] for key in ("low_rank", "bits", "quantization")}
+    fields |= {key: built[key].as_dict() for key in ("model", "calibration", "block_tuning", "end_to_end")}
+    fields |= {key: built[key].as_dict() for key in ("codebook_update", "trainer")}
+    built["quantization"].seed = built["seed_everything"]
+    return RunSettings(
+        run_dir=built["run_dir"] or Path("runs") / built["name"],
+        seed=built["seed_everything"],
+        flat=flat,
+        recipe=recipe,
+        **fields,
+    )
+
+
+_NOT_IN_FINGERPRINT = frozenset({"config", "run_dir", "verbose", "override_memory", "name", "image", "question"})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        The exit code: 0 done, 2 configuration, 3 input, 4 numerics, 5 resources, 6 integrity, 130/143 signals, 1 a bug.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verbose = "--verbose" in arguments
+    previous = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return _run(arguments, verbose)
+    except CaspError as error:
+        return _fail(str(error), error.exit_code, verbose)
+    except _StopRun as stop:
+        return _fail(f"{stop}: what is finished is saved; the same command goes on from here.", stop.exit_code, verbose)
+    except MemoryError as error:
+        return _fail(f"Out of memory {error}: lower data.samples or data.batch_size.", 5, verbose)
+    except Exception as error:  # anything else is a bug of ours: say so in one line, the traceback on demand
+        reason = str(error).splitlines()[0] if str(error) else ""
+        return _fail(f"Unexpected {type(error).__name__}: {reason}\nRun again with --verbose for the traceback.", 1, verbose)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _run(arguments: list[str], verbose: bool) -> int:
+    setup_logging(verbose=verbose)
+    parser = build_parser()
+    _check_files(arguments)
+    try:
+        config = parser.parse_args(arguments)
+        command = config.subcommand
+        if command == "verify":
+            return commands.verify(config.verify.directory)
+        settings = settings_from(parser, config, command)
+    except (ArgumentError, argparse.ArgumentError, TypeError, ValueError) as error:
+        raise ConfigError(_short_reason(str(error), parser, arguments)) from error
+    extra = {key: config[command][key] for key in ("image", "question") if command == "predict"}
+    extra |= {"override_memory": config[command].override_memory} if command == "fit" else {}
+    return COMMANDS[command][0](settings, **extra)
+
+
+def _check_files(arguments: Sequence[str]) -> None:
+    """Configs must exist, be plain YAML, and name only classes of the libraries that belong here."""
+    values = [b for a, b in zip(arguments, arguments[1:], strict=False) if a == "--config"]
+    values += [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
+    for path in map(Path, values):
+        if not path.is_file():
+            raise InputError(f"--config {path}: no such file.")
+        try:
+            content = yaml.safe_load(path.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not plain YAML: {str(error).splitlines()[0]}") from error
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path} must hold keys and values, not {type(content).__name__}.")
+        for value in _class_paths(content):
+            if "." in value and not value.startswith(_ALLOWED_CLASSES):
+                raise ConfigError(f"{path}: class_path {value} is refused; allowed are {', '.join(_ALLOWED_CLASSES)}")
+
+
+def _class_paths(content: Any) -> list[str]:
+    if isinstance(content, dict):
+        own = [str(content["class_path"])] if "class_path" in content else []
+        return own + [path for value in content.values() for path in _class_paths(value)]
+    return [path for value in content for path in _class_paths(value)] if isinstance(content, list) else []
+
+
+def _short_reason(message: str, parser: LightningArgumentParser, arguments: Sequence[str]) -> str:
+    """At most three lines, with the key that was probably meant."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    reason = " ".join(lines[:2])[:300]
+    unknown = re.search(r"'([\w.]+)' is not expected|[Uu]nrecognized arguments: --([\w.]+)|Option '([\w.]+)'", message)
+    if unknown:
+        key = next(group for group in unknown.groups() if group)
+        known = _known_keys(parser, arguments)
+        close = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(
+            key.rsplit(".", 1)[-1], [name.rsplit(".", 1)[-1] for name in known], n=1
+        )
+        reason += f"\nDid you mean '{close[0]}'?" if close else "\nSee --help for the keys."
+    return reason
+
+
+def _known_keys(parser: LightningArgumentParser, arguments: Sequence[str]) -> list[str]:
+    command = next((argument for argument in arguments if argument in COMMANDS), "fit")
+    return list(parser._subcommands_action._name_parser_map[command].get_defaults().keys())
+
+
+def _fail(message: str, code: int, verbose: bool) -> int:
+    if verbose:
+        traceback.print_exc()
+    print("\n".join(message.splitlines()[:3]), file=sys.stderr)
+    return code
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    raise _StopRun(number)

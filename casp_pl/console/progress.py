@@ -1,0 +1,192 @@
+"""Progress of a whole run and of its current stage: two bars on a terminal, a line now and then elsewhere."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from casp_pl.console.tables import make_console
+
+__all__ = ["RunProgress"]
+
+_STEP = 0.02  # of the run: at most one plain line for each, unless `interval` has passed
+_NAME_WIDTH = 16
+
+
+class RunProgress:
+    """Shows how far a run of several stages has come and how long it will take.
+
+    The stages' weights are expected seconds, or anything proportional: the time that the finished share of them really
+    took gives the time that is left. Use it as a context manager.
+
+    Args:
+        stages: weight of every stage, in the order in which they run.
+        console: where to show it, standard output by default.
+        enabled: False shows nothing, as on all ranks but the first.
+        interval: seconds after which a plain line is due although the run moved by less than 2 %.
+        clock: seconds that only ever grow.
+    """
+
+    def __init__(
+        self,
+        stages: Mapping[str, float],
+        *,
+        console: Console | None = None,
+        enabled: bool = True,
+        interval: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.weights = dict(stages)
+        self.console = make_console() if console is None else console
+        self.enabled = enabled
+        self.interval = interval
+        self._clock = clock
+        self._finished: dict[str, float] = {}  # stage -> weight that was worked off here; 0 where it was skipped
+        self._stage, self._steps, self._done, self._note = "", 1.0, 0.0, ""
+        self._started = self._stage_started = clock()
+        self._line_share, self._line_time = 0.0, clock()
+        self._bars = _Bars(self.console) if enabled and _is_live(self.console) else None
+
+    def __enter__(self) -> Self:
+        self._started = self._line_time = self._clock()
+        if self._bars is not None:
+            self._bars.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars is not None:
+            self._show(force=True)
+            self._bars.progress.stop()
+
+    @contextmanager
+    def stage(self, name: str, steps: float) -> Iterator[None]:
+        """Around the work of one stage of so many steps; it counts as finished if nothing was raised."""
+        self.start(name, steps)
+        yield
+        self.finish()
+
+    def start(self, name: str, steps: float) -> None:
+        """The stage `name` of so many steps begins.
+
+        Raises:
+            ValueError: the run has no such stage.
+        """
+        if name not in self.weights:
+            raise ValueError(f"No stage '{name}' among {', '.join(self.weights)}.")
+        self._stage, self._steps, self._done, self._note = name, max(float(steps), 1e-9), 0.0, ""
+        self._stage_started = self._clock()
+        self._show(force=True)
+
+    def advance(self, steps: float = 1.0, note: str = "") -> None:
+        """So many steps more are done; `note` is shown behind the stage's name, such as a loss."""
+        self._done = min(self._done + steps, self._steps)
+        self._note = note
+        self._show()
+
+    def finish(self) -> None:
+        """The current stage is done."""
+        self._done = self._steps
+        self._show(force=True)
+        self._finished[self._stage] = self.weights[self._stage]
+        self._stage, self._note = "", ""
+
+    def skip(self, name: str) -> None:
+        """A stage that an earlier run completed: done, without a say in how fast this run is."""
+        self._finished[name] = 0.0
+        self.say(f"{name}: complete, from an earlier run")
+
+    def say(self, text: str) -> None:
+        """A line of text above the bars."""
+        if self.enabled:
+            self.console.print(text, markup=False, soft_wrap=True)
+
+    @property
+    def share(self) -> float:
+        """Share of the run that is done, 0 .. 1."""
+        done = sum(self.weights[name] for name in self._finished) + self._current_weight()
+        return min(done / max(sum(self.weights.values()), 1e-9), 1.0)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Expected seconds to the end of the run; None while nothing is known."""
+        earned = sum(self._finished.values()) + self._current_weight()
+        if earned <= 0:
+            return None
+        left = (
+            sum(weight for name, weight in self.weights.items() if name not in self._finished) - self._current_weight()
+        )
+        return (self._clock() - self._started) / earned * max(left, 0.0)
+
+    def _current_weight(self) -> float:
+        return self.weights[self._stage] * self._done / self._steps if self._stage else 0.0
+
+    def _show(self, *, force: bool = False) -> None:
+        if self._bars is not None:
+            stage_share = self._done / self._steps
+            spent = self._clock() - self._stage_started
+            stage_left = spent / stage_share * (1 - stage_share) if stage_share > 0 else None
+            self._bars.show(self.share, self.seconds_left, self._stage or "done", stage_share, stage_left, self._note)
+        elif self.enabled:
+            self._show_line(force)
+
+    def _show_line(self, force: bool) -> None:
+        now = self._clock()
+        if not force and self.share - self._line_share < _STEP and now - self._line_time < self.interval:
+            return
+        self._line_share, self._line_time = self.share, now
+        head, tail = f"{100 * self.share:3.0f}% ", f" {self._done:g}/{self._steps:g}"
+        left = self.seconds_left
+        tail += f", {_clock_text(left)} left" if left is not None else ""
+        room = self.console.width - len(head) - len(tail)
+        line = head + self._stage[: max(room, 4)] + tail
+        if self._note and len(line) + len(self._note) + 2 <= self.console.width:
+            line += f"  {self._note}"
+        self.console.print(line, markup=False, soft_wrap=True)
+
+
+class _Bars:
+    """The two bars of a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:>3.0f}%", markup=False),
+            TextColumn("{task.fields[left]:>7}", markup=False),
+            console=console,
+            expand=True,
+            refresh_per_second=4,
+        )
+        self.wide = console.width >= 70
+        self.run: TaskID = self.progress.add_task(self._name("whole run"), total=1.0, left="")
+        self.stage: TaskID = self.progress.add_task(self._name(""), total=1.0, left="")
+
+    def show(
+        self, share: float, left: float | None, stage: str, stage_share: float, stage_left: float | None, note: str
+    ) -> None:
+        """Moves both bars; the note is shown where there is room."""
+        self.progress.update(self.run, completed=share, left=_clock_text(left))
+        name = self._name(f"{stage}  {note}" if note and self.wide else stage)
+        self.progress.update(self.stage, description=name, completed=stage_share, left=_clock_text(stage_left))
+
+    def _name(self, text: str) -> str:
+        width = _NAME_WIDTH * 2 if self.wide else _NAME_WIDTH
+        return text[:width].ljust(width)
+
+
+def _is_live(console: Console) -> bool:
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+def _clock_text(seconds: float | None) -> str:
+    """H:MM:SS, or dashes while nothing is known."""
+    if seconds is None:
+        return "-:--:--"
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

@@ -1,0 +1,176 @@
+"""Calibration and fine-tuning samples: conversations with text windows mixed in, a share of them held back."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from casp_pl.data.collate import Collator
+from casp_pl.data.loaders import FixedLoader, StatefulLoader, rank_batches
+from casp_pl.data.selection import choose_windows, encode_conversations, hold_back, spread_over_images
+from casp_pl.data.skipped import Skipped, refuse_too_many_skipped
+from casp_pl.data.sources import DataSource, EasyVQA, PydocProse
+from casp_pl.data.tokenize import Encoded, Processor
+from casp_pl.errors import ConfigError, InputError
+
+__all__ = ["CalibrationData"]
+
+
+class CalibrationData(pl.LightningDataModule):
+    """Samples that the compression learns from; the same settings and seed choose the same samples.
+
+    Images are checked and everything is tokenized in `setup`; pixels are loaded batch by batch.
+
+    Args:
+        source: image-text (or text-only) conversations; easy-VQA if not given.
+        text_source: plain texts; the prose of Python's language reference if not given.
+        samples: number of samples in all, conversations and text windows.
+        text_ratio: share of the samples that are text windows: 0 for conversations alone, 1 for text alone.
+        text_length: tokens of a text window.
+        holdout: share of the samples, by whole images, that is held back for validation.
+        batch_size: samples per batch and process.
+        max_length: longer conversations are cut to that many tokens.
+        seed: decides which samples are taken and in which order training sees them.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: DataSource | None = None,
+        text_source: DataSource | None = None,
+        samples: int = 256,
+        text_ratio: float = 0.25,
+        text_length: int = 256,
+        holdout: float = 0.125,
+        batch_size: int = 8,
+        max_length: int = 2048,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        least = {"samples": (samples, 1), "text_length": (text_length, 2), "batch_size": (batch_size, 1)}
+        for name, (value, low) in least.items():
+            if value < low:
+                raise ConfigError(f"data.{name} is {value}, it must be at least {low}")
+        if not (0 <= text_ratio <= 1 and 0 <= holdout < 1):
+            raise ConfigError(f"data.text_ratio ({text_ratio}) and data.holdout ({holdout}) are shares between 0 and 1")
+        self.source = source
+        self.text_source = text_source
+        self.text_samples = round(samples * text_ratio)
+        self.conversations = samples - self.text_samples
+        self.text_length = text_length
+        self.holdout = holdout
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.seed = seed
+        self._processor: Processor = None
+        self._kept: list[Encoded] = []
+        self._held_back: list[Encoded] = []
+        self._skipped: list[Skipped] = []
+
+    def attach(self, processor: Processor) -> None:
+        """Use this processor (or tokenizer); what was set up with another one is forgotten."""
+        self._processor = processor
+        self._kept, self._held_back, self._skipped = [], [], []
+
+    def setup(self, stage: str | None = None) -> None:
+        """Choose, check and tokenize the samples; does nothing when that is done already.
+
+        Raises:
+            InputError: too few samples, or more than 5 % of them cannot be used.
+        """
+        if self._kept:
+            return
+        if self._processor is None:
+            raise RuntimeError("CalibrationData.attach(processor) comes before its loaders")
+        generator = torch.Generator().manual_seed(self.seed)
+        kept, held_back = self._encode_conversations(generator)
+        kept_text, held_back_text = self._encode_text(generator)
+        kept, held_back = kept + kept_text, held_back + held_back_text
+        if not kept:
+            raise InputError("No calibration sample is left: raise data.samples or lower data.holdout")
+        self._kept, self._held_back = kept, held_back
+
+    def calibration_dataloader(self) -> FixedLoader[Encoded]:
+        """All samples that are not held back, once, in a fixed order: by length, so that padding is small."""
+        return self._fixed(self._set_up()._kept)
+
+    def train_dataloader(self) -> StatefulLoader[Encoded]:
+        """All samples that are not held back, shuffled in every epoch; its position survives a resume."""
+        kept = self._set_up()._kept
+        rank, world_size = self._ranks()
+        return StatefulLoader(
+            kept,
+            Collator(self._processor),
+            batch_size=self.batch_size,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def val_dataloader(self) -> FixedLoader[Encoded]:
+        """The samples held back, in a fixed order; empty with holdout 0."""
+        return self._fixed(self._set_up()._held_back)
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What really enters: samples, image and text tokens; how many are held back; what is skipped, and why."""
+        kept = self._set_up()._kept
+        image_samples = sum(sample.image is not None for sample in kept)
+        image_tokens = sum(sample.image_tokens for sample in kept)
+        return {
+            "samples": len(kept),
+            "image_samples": image_samples,
+            "text_samples": len(kept) - image_samples,
+            "image_tokens": image_tokens,
+            "text_tokens": sum(map(len, kept)) - image_tokens,
+            "held_back_samples": len(self._held_back),
+            "skipped": [{"id": skipped.id, "reason": skipped.reason} for skipped in self._skipped],
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the ids and tokens of all samples, kept and held back."""
+        digest = hashlib.sha256()
+        for sample in [*self._set_up()._kept, *self._held_back]:
+            digest.update(f"{sample.id}:{sample.input_ids}\n".encode())
+        return digest.hexdigest()
+
+    def _set_up(self) -> "CalibrationData":
+        self.setup()
+        return self
+
+    def _encode_conversations(self, generator: torch.Generator) -> tuple[list[Encoded], list[Encoded]]:
+        if self.conversations == 0:
+            return [], []
+        source = self.source if self.source is not None else EasyVQA()
+        groups, self._skipped = [], []
+        for group in spread_over_images(source.load("train"), self.conversations, generator):
+            encoded, skipped = encode_conversations(group, self._processor, self.max_length)
+            groups += [encoded] if encoded else []
+            self._skipped += skipped
+        refuse_too_many_skipped(self._skipped, self.conversations)
+        return hold_back(groups, self.holdout)
+
+    def _encode_text(self, generator: torch.Generator) -> tuple[list[Encoded], list[Encoded]]:
+        if self.text_samples == 0:
+            return [], []
+        source = self.text_source if self.text_source is not None else PydocProse()
+        windows = choose_windows(
+            source.load("train"),
+            self._processor,
+            length=self.text_length,
+            count=self.text_samples,
+            generator=generator,
+        )
+        return hold_back([[window] for window in windows], self.holdout)
+
+    def _fixed(self, samples: Sequence[Encoded]) -> FixedLoader[Encoded]:
+        order = sorted(range(len(samples)), key=lambda number: (len(samples[number]), number))
+        rank, world_size = self._ranks()
+        batches = rank_batches(order, self.batch_size, rank=rank, world_size=world_size)
+        return FixedLoader([[samples[number] for number in batch] for batch in batches], Collator(self._processor))
+
+    def _ranks(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)

@@ -1,0 +1,156 @@
+"""What every stage is judged on: the same test questions about images and the same windows of held-out text."""
+
+from itertools import islice
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from casp_pl.data.collate import pad_right
+from casp_pl.data.loaders import FixedLoader
+from casp_pl.data.questions import QuestionCollator, QuestionGroup, batch_groups, choose_questions, encode_questions
+from casp_pl.data.sample import Sample
+from casp_pl.data.skipped import Skipped, refuse_too_many_skipped
+from casp_pl.data.sources import DataSource, EasyVQA, PydocProse
+from casp_pl.data.tokenize import Encoded, Processor, encode_windows, takes_images
+from casp_pl.errors import ConfigError, InputError
+
+__all__ = ["EvaluationData", "question_loader", "window_loader"]
+
+
+class EvaluationData(pl.LightningDataModule):
+    """Test questions grouped by image and windows of held-out text, always the same for the same settings and seed.
+
+    Every process evaluates everything, so the figures are the same on all of them. A text model gets the text alone.
+
+    Args:
+        source: where the questions come from (its test split; of a conversation the first turn); easy-VQA if not given.
+        text_source: where the text comes from (its test split); the prose of Python's language reference if not given.
+        questions: number of questions, by whole images in random order; null takes all, 0 none.
+        text_tokens: number of text tokens, rounded down to whole windows; 0 takes none.
+        window: tokens of a text window.
+        images_per_batch: images whose questions are answered together.
+        windows_per_batch: text windows per batch.
+        seed: decides which questions are taken.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: DataSource | None = None,
+        text_source: DataSource | None = None,
+        questions: int | None = 1000,
+        text_tokens: int = 6144,
+        window: int = 256,
+        images_per_batch: int = 8,
+        windows_per_batch: int = 8,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if min(images_per_batch, windows_per_batch) < 1 or window < 2:
+            raise ConfigError("evaluation: images_per_batch and windows_per_batch are at least 1, window at least 2")
+        if (questions is not None and questions < 0) or text_tokens < 0:
+            raise ConfigError(f"evaluation: questions ({questions}) and text_tokens ({text_tokens}) cannot be negative")
+        if 0 < text_tokens < window:
+            raise ConfigError(f"evaluation.text_tokens ({text_tokens}) is less than one window of {window} tokens")
+        self.source = source
+        self.text_source = text_source
+        self.questions = questions
+        self.text_tokens = text_tokens
+        self.window = window
+        self.images_per_batch = images_per_batch
+        self.windows_per_batch = windows_per_batch
+        self.seed = seed
+        self._processor: Processor = None
+        self._groups: list[QuestionGroup] | None = None
+        self._windows: list[Encoded] = []
+        self._skipped: list[Skipped] = []
+
+    def attach(self, processor: Processor) -> None:
+        """Use this processor (or tokenizer); what was set up with another one is forgotten."""
+        self._processor = processor
+        self._groups = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Choose, check and tokenize; does nothing when that is done already.
+
+        Raises:
+            InputError: there is no question or not enough text, or more than 5 % of the questions cannot be used.
+        """
+        if self._groups is not None:
+            return
+        if self._processor is None:
+            raise RuntimeError("EvaluationData.attach(processor) comes before its loaders")
+        self._windows = self._encode_text()
+        self._groups = self._encode_questions()
+
+    def test_dataloader(self) -> list[FixedLoader[Any]]:
+        """The questions, then the text windows; a part that is not wanted is left out."""
+        self.setup()
+        loaders: list[FixedLoader[Any]] = []
+        if self._groups:
+            loaders.append(question_loader(self._groups, self._processor, self.images_per_batch))
+        if self._windows:
+            loaders.append(window_loader(self._windows, self.windows_per_batch))
+        return loaders
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """Questions, images and text tokens that are evaluated, and the questions skipped, with the reasons."""
+        self.setup()
+        groups = self._groups or []
+        return {
+            "questions": sum(len(group.samples) for group in groups),
+            "images": len({group.image_number for group in groups}),
+            "text_tokens": sum(map(len, self._windows)),
+            "skipped": [{"id": skipped.id, "reason": skipped.reason} for skipped in self._skipped],
+        }
+
+    @property
+    def samples(self) -> list[Sample]:
+        """The questions, in the order of their numbers."""
+        self.setup()
+        return [sample for group in self._groups or [] for sample in group.samples]
+
+    def _encode_questions(self) -> list[QuestionGroup]:
+        if self.questions == 0 or not takes_images(self._processor):
+            return []
+        source = self.source if self.source is not None else EasyVQA()
+        samples = choose_questions(source.load("test"), self.questions, self.seed)
+        if not samples:
+            raise InputError("The evaluation source has no questions: give another, or set evaluation.questions to 0")
+        groups, self._skipped = encode_questions(samples, self._processor)
+        refuse_too_many_skipped(self._skipped, len(samples))
+        return groups
+
+    def _encode_text(self) -> list[Encoded]:
+        wanted = self.text_tokens // self.window
+        if wanted == 0:
+            return []
+        source = self.text_source if self.text_source is not None else PydocProse()
+        windows = list(islice(encode_windows(source.load("test"), self._processor, length=self.window), wanted))
+        if len(windows) < wanted:
+            raise InputError(
+                f"evaluation.text_tokens is {self.text_tokens}, but the held-out text has only "
+                f"{len(windows) * self.window} tokens in windows of {self.window}: lower it"
+            )
+        return windows
+
+
+def question_loader(
+    groups: list[QuestionGroup], processor: Processor, images_per_batch: int
+) -> FixedLoader[QuestionGroup]:
+    """Batches as `QuestionCollator` makes them."""
+    return FixedLoader(batch_groups(groups, images_per_batch), QuestionCollator(processor))
+
+
+def window_loader(windows: list[Encoded], windows_per_batch: int) -> FixedLoader[Encoded]:
+    """Batches of input_ids (B, T) and the windows' numbers (B,); all windows have one length."""
+    numbered = {window.id: number for number, window in enumerate(windows)}
+    batches = [windows[start : start + windows_per_batch] for start in range(0, len(windows), windows_per_batch)]
+
+    def collate(batch: Any) -> dict[str, Any]:
+        ids = pad_right([window.input_ids for window in batch], 0)
+        return {"input_ids": ids, "numbers": torch.tensor([numbered[window.id] for window in batch])}
+
+    return FixedLoader(batches, collate)

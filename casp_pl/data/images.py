@@ -1,0 +1,89 @@
+"""Images decoded safely: limits are read from the header, and what cannot be decoded right is refused with a reason."""
+
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from casp_pl.errors import InputError
+
+__all__ = ["MAX_ASPECT", "MAX_PIXELS", "ImageRefusedError", "load_image"]
+
+MAX_PIXELS = 50_000_000
+"""Larger images are refused before they are decoded: 50 million pixels take 200 MB in memory."""
+
+MAX_ASPECT = 100
+"""Longest side over shortest: CLIP resizes the shortest side to its input, so a 1x20000 line would become gigabytes."""
+
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_BROKEN = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, OverflowError)
+_BROKEN_IMAGE = (*_BROKEN, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+class ImageRefusedError(InputError):
+    """An image that is missing, broken, too large or of a kind that we do not decode.
+
+    Attributes:
+        path: the file.
+        reason: why, in a few words.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"Image {path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+
+def load_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image as 8-bit RGB, turned upright by its EXIF orientation, transparency laid on white.
+
+    CMYK, palette and grey images are converted, 16-bit grey is scaled to 8 bits. Refused: animations, 32-bit grey and
+    floating-point images, more than `max_pixels`, sides of more than 100 to 1, and every file that does not decode.
+
+    Raises:
+        ImageRefusedError: with the path and the reason.
+    """
+    if not path.is_file():
+        raise ImageRefusedError(path, "no such file")
+    if path.stat().st_size == 0:
+        raise ImageRefusedError(path, "empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd metadata does not matter here
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=_FORMATS) as image:
+                _check_header(image, path, max_pixels)
+                image.load()
+                return _to_rgb(ImageOps.exif_transpose(image), path)
+    except _BROKEN_IMAGE as error:
+        raise ImageRefusedError(path, f"cannot be decoded ({_first_line(error)})") from error
+
+
+def _check_header(image: Image.Image, path: Path, max_pixels: int) -> None:
+    """What the header alone tells: size, shape, number of frames."""
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageRefusedError(path, f"{width}x{height} pixels, more than the limit of {max_pixels:,}")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ImageRefusedError(path, f"{width}x{height}: one side is more than {MAX_ASPECT} times the other")
+    if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a photo with a preview behind it
+        raise ImageRefusedError(path, f"an animation of {getattr(image, 'n_frames', 2)} frames")
+
+
+def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
+    if image.mode in ("I", "F"):
+        raise ImageRefusedError(path, f"32-bit grey (mode {image.mode}) has no defined range")
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

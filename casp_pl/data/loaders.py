@@ -1,0 +1,124 @@
+"""Loaders of batches: a fixed order for calibration and evaluation, a shuffled one whose position survives a resume.
+
+Every rank makes the same number of steps: the order is cut into pieces of batch_size x world_size samples, and each
+rank takes its share of each piece. Samples are repeated only where the last piece holds fewer samples than there are
+ranks.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from casp_pl.errors import ConfigError
+
+__all__ = ["FixedLoader", "StatefulLoader", "rank_batches"]
+
+T = TypeVar("T")
+Batch = dict[str, Any]
+
+
+def rank_batches(order: Sequence[int], batch_size: int, *, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+    """The batches of one rank: at most `batch_size` numbers each, equally many batches on every rank."""
+    step = batch_size * world_size
+    batches = []
+    for start in range(0, len(order), step):
+        piece = list(order[start : start + step])
+        piece += [piece[number % len(piece)] for number in range(world_size - len(piece))]
+        batches.append(piece[rank::world_size])
+    return batches
+
+
+class FixedLoader(Generic[T]):
+    """Batches in a fixed order.
+
+    Args:
+        batches: the samples of each batch.
+        collate: makes one batch of a list of samples.
+    """
+
+    def __init__(self, batches: Sequence[Sequence[T]], collate: Callable[[Sequence[T]], Batch]) -> None:
+        self.batches = batches
+        self.collate = collate
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.batches:
+            yield self.collate(batch)
+
+
+class StatefulLoader(Generic[T]):
+    """Shuffled batches, another order in each epoch; after `load_state_dict` it goes on with the next batch.
+
+    Lightning saves and restores the state with its checkpoints.
+
+    Args:
+        samples: the samples.
+        collate: makes one batch of a list of samples.
+        batch_size: samples per batch and rank.
+        seed: decides the order, together with the epoch.
+        rank: number of this process.
+        world_size: number of processes.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[T],
+        collate: Callable[[Sequence[T]], Batch],
+        *,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.samples = samples
+        self.collate = collate
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self._epoch = 0
+        self._position = 0  # batches of the epoch that were handed out
+        self._restored = False
+
+    def __len__(self) -> int:
+        return -(-len(self.samples) // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._position > 0 and not self._restored:
+            self._epoch, self._position = self._epoch + 1, 0
+        self._restored = False
+        batches = self._batches(self._epoch)
+        while self._position < len(batches):
+            batch = self.collate([self.samples[number] for number in batches[self._position]])
+            self._position += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch, batches handed out in it, and what the order depends on."""
+        return {"epoch": self._epoch, "position": self._position, **self._order()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after the batch that `state` was saved behind.
+
+        Raises:
+            ConfigError: the state belongs to other data, another batch size, seed or number of processes.
+        """
+        for key, value in self._order().items():
+            if state[key] != value:
+                raise ConfigError(f"The data cannot be resumed: {key} was {state[key]} and is {value} now")
+        self._epoch, self._position = state["epoch"], state["position"]
+        if self._position >= len(self):
+            self._epoch, self._position = self._epoch + 1, 0
+        self._restored = True
+
+    def _order(self) -> dict[str, int]:
+        size = {"samples": len(self.samples), "batch_size": self.batch_size}
+        return size | {"seed": self.seed, "world_size": self.world_size}
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.samples), generator=generator).tolist()
+        return rank_batches(order, self.batch_size, rank=self.rank, world_size=self.world_size)

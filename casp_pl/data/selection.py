@@ -1,0 +1,91 @@
+"""Which samples are taken: spread over the images, seeded, and never one image on both sides of a split."""
+
+from collections.abc import Sequence
+from itertools import chain, islice, zip_longest
+from typing import TypeVar
+
+import torch
+
+from casp_pl.data.images import ImageRefusedError, load_image
+from casp_pl.data.sample import Sample
+from casp_pl.data.skipped import Skipped
+from casp_pl.data.tokenize import Encoded, Processor, count_image_tokens, encode_sample, encode_windows, truncate
+from casp_pl.errors import InputError
+
+__all__ = ["choose_windows", "encode_conversations", "group_by_image", "hold_back", "shuffled", "spread_over_images"]
+
+T = TypeVar("T")
+
+
+def shuffled(items: Sequence[T], generator: torch.Generator) -> list[T]:
+    """The items in random order."""
+    return [items[number] for number in torch.randperm(len(items), generator=generator).tolist()]
+
+
+def group_by_image(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Samples of one image together, in the order of their first samples; a sample without image is alone."""
+    groups: dict[object, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.image or sample.id, []).append(sample)
+    return list(groups.values())
+
+
+def spread_over_images(samples: Sequence[Sample], count: int, generator: torch.Generator) -> list[list[Sample]]:
+    """`count` samples, grouped by image: one of every image before a second one of any.
+
+    Raises:
+        InputError: there are fewer than `count` samples.
+    """
+    if len(samples) < count:
+        raise InputError(f"{count} image-text samples are wanted, the source has {len(samples)}: lower `samples`")
+    groups = shuffled([shuffled(group, generator) for group in group_by_image(samples)], generator)
+    rounds = chain.from_iterable(zip_longest(*groups))
+    return group_by_image(list(islice((sample for sample in rounds if sample is not None), count)))
+
+
+def hold_back(groups: Sequence[Sequence[T]], share: float) -> tuple[list[T], list[T]]:
+    """(kept, held back): whole groups from the end are held back until they hold the share of all items.
+
+    With a share above 0 at least one group is held back, and at least one is kept.
+    """
+    wanted = share * sum(len(group) for group in groups)
+    border = len(groups)
+    while border > 1 and sum(len(group) for group in groups[border:]) < wanted:
+        border -= 1
+    return list(chain.from_iterable(groups[:border])), list(chain.from_iterable(groups[border:]))
+
+
+def encode_conversations(
+    group: Sequence[Sample], processor: Processor, max_length: int
+) -> tuple[list[Encoded], list[Skipped]]:
+    """Tokenize the samples of one image; it is decoded once, to see that it can be and how many tokens it takes."""
+    try:
+        path = group[0].image
+        image_tokens = 0 if path is None else count_image_tokens(processor, load_image(path))
+    except ImageRefusedError as error:
+        return [], [Skipped(sample.id, str(error)) for sample in group]
+    encoded, skipped = [], []
+    for sample in group:
+        cut = truncate(encode_sample(sample, processor, image_tokens=image_tokens), max_length)
+        if cut is None:
+            skipped.append(Skipped(sample.id, f"no answer within max_length = {max_length} tokens"))
+        else:
+            encoded.append(cut)
+    return encoded, skipped
+
+
+def choose_windows(
+    texts: Sequence[Sample], processor: Processor, *, length: int, count: int, generator: torch.Generator
+) -> list[Encoded]:
+    """`count` random windows of `length` tokens out of the first 8 x `count` windows of the texts.
+
+    Raises:
+        InputError: the texts are too short.
+    """
+    windows = list(islice(encode_windows(texts, processor, length=length), 8 * count))
+    if len(windows) < count:
+        raise InputError(
+            f"{count} text windows of {length} tokens are wanted, the text source has {len(windows)}\n"
+            "Lower samples, text_ratio or text_length, or give a larger text source"
+        )
+    return shuffled(windows, generator)[:count]

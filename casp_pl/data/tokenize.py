@@ -1,0 +1,201 @@
+"""Samples to tokens: the processor's chat template, image tokens, and labels on the answers only.
+
+A processor here is a `LlavaProcessor` (or one like it: `.tokenizer`, `.image_token_id`, callable on images and text)
+or, for models without images, a plain tokenizer. It must be a fast one: labels are found by character offsets.
+Labels follow the convention of transformers: `labels[t]` equals `input_ids[t]` where the loss is taken, -100 elsewhere;
+the model shifts them by one itself.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from PIL import Image
+
+from casp_pl.data.sample import Sample
+from casp_pl.errors import ConfigError, InputError
+
+__all__ = [
+    "IGNORE",
+    "Encoded",
+    "Processor",
+    "count_image_tokens",
+    "encode_prompt",
+    "encode_sample",
+    "encode_windows",
+    "pad_token_id",
+    "takes_images",
+    "tokenizer_of",
+    "truncate",
+]
+
+IGNORE = -100
+
+Processor: TypeAlias = Any
+"""A LlavaProcessor or a tokenizer; transformers has no common type with the calls made here."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A tokenized sample; its image is decoded only when a batch is made of it.
+
+    Attributes:
+        id: id of the sample.
+        input_ids: T token ids, image tokens expanded.
+        labels: T labels, `IGNORE` where no loss is taken.
+        image: path of the image or None.
+        image_tokens: how many of the T tokens stand for the image.
+    """
+
+    id: str
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    image: Path | None = None
+    image_tokens: int = 0
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def tokenizer_of(processor: Processor) -> Any:
+    """The tokenizer of a processor; a tokenizer is returned as it is."""
+    return getattr(processor, "tokenizer", processor)
+
+
+def takes_images(processor: Processor) -> bool:
+    """Whether samples may have images: True for processors, False for plain tokenizers."""
+    return hasattr(processor, "image_token_id")
+
+
+def pad_token_id(processor: Processor) -> int:
+    """The padding token, or the end token, or 0. Padding is masked, so any token would do."""
+    tokenizer = tokenizer_of(processor)
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+def count_image_tokens(processor: Processor, image: Image.Image) -> int:
+    """Number of tokens that the processor puts in the place of `<image>` for this image; 0 for plain tokenizers."""
+    if not takes_images(processor):
+        return 0
+    tokens = processor(images=[image], text=[processor.image_token], add_special_tokens=False)["input_ids"][0]
+    return sum(int(token) == processor.image_token_id for token in tokens)
+
+
+def encode_sample(sample: Sample, processor: Processor, *, image_tokens: int = 0) -> Encoded:
+    """The whole sample, untruncated: labels on the answers with their end tokens, or on a plain text but its start.
+
+    Args:
+        sample: a conversation or plain text.
+        processor: processor or tokenizer with a chat template.
+        image_tokens: number of tokens of the sample's image (`count_image_tokens`), 0 without an image.
+
+    Raises:
+        InputError: the text holds `<image>` marks of its own, or the processor takes no images.
+        ConfigError: there is no chat template, or it does not build a conversation turn by turn.
+    """
+    if sample.text is not None:
+        ids, _ = _tokenize(sample, sample.text, processor, 0)
+        return Encoded(sample.id, tuple(ids), (IGNORE, *ids[1:]))
+    messages = _messages(sample, processor)
+    text = _render(processor, messages)
+    spans = [_answer_span(text, messages, turn, processor) for turn in range(len(sample.turns))]
+    ids, offsets = _tokenize(sample, text, processor, image_tokens)
+    labels = [
+        token if any(start < span_end and end > span_start for span_start, span_end in spans) else IGNORE
+        for token, (start, end) in zip(ids, offsets, strict=True)
+    ]
+    return Encoded(sample.id, tuple(ids), tuple(labels), sample.image, image_tokens)
+
+
+def encode_prompt(sample: Sample, processor: Processor, *, image_tokens: int = 0) -> Encoded:
+    """The first question up to where the assistant's answer starts; no labels. Arguments as `encode_sample`."""
+    text = _render(processor, _messages(sample, processor)[:1], add_generation_prompt=True)
+    ids, _ = _tokenize(sample, text, processor, image_tokens)
+    return Encoded(sample.id, tuple(ids), (IGNORE,) * len(ids), sample.image, image_tokens)
+
+
+def encode_windows(samples: Sequence[Sample], processor: Processor, *, length: int) -> Iterator[Encoded]:
+    """Plain texts, one after another, cut into windows of exactly `length` tokens; the rest at the end is dropped.
+
+    Tokenizers that start every text with a token (LLaMA's `<s>`) get it at the start of each window.
+    """
+    tokenizer = tokenizer_of(processor)
+    probe = tokenizer("a")["input_ids"]
+    start = [probe[0]] if len(probe) > 1 and probe[0] == tokenizer.bos_token_id else []
+    fresh = length - len(start)
+    buffer: list[int] = []
+    number = 0
+    for sample in samples:
+        ids, _ = _tokenize(sample, f"{sample.text}\n\n", processor, 0)
+        buffer += ids[len(start) :]
+        while len(buffer) >= fresh:
+            window = (*start, *buffer[:fresh])
+            buffer = buffer[fresh:]
+            yield Encoded(f"text/{number:05d}", window, (IGNORE, *window[1:]))
+            number += 1
+
+
+def truncate(encoded: Encoded, max_length: int) -> Encoded | None:
+    """The first `max_length` tokens, or None if no label is left among them."""
+    if len(encoded) <= max_length:
+        return encoded
+    labels = encoded.labels[:max_length]
+    if all(label == IGNORE for label in labels):
+        return None
+    return replace(encoded, input_ids=encoded.input_ids[:max_length], labels=labels)
+
+
+def _messages(sample: Sample, processor: Processor) -> list[dict[str, Any]]:
+    """The conversation as the chat template wants it: parts for processors, strings for plain tokenizers."""
+    if sample.image is not None and not takes_images(processor):
+        raise InputError(f"Sample {sample.id} has an image, but the model takes none: set text_ratio to 1")
+    messages = []
+    for number, turn in enumerate(sample.turns):
+        for role, text in (("user", turn.question), ("assistant", turn.answer)):
+            content: Any = text
+            if hasattr(processor, "tokenizer"):
+                content = [{"type": "text", "text": text}]
+                if number == 0 and role == "user" and sample.image is not None:
+                    content.insert(0, {"type": "image"})
+            messages.append({"role": role, "content": content})
+    return messages
+
+
+def _render(processor: Processor, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
+    if not getattr(processor, "chat_template", None):
+        raise ConfigError("The processor has no chat template: use one with a template, or a text source alone")
+    return str(processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+
+
+def _answer_span(text: str, messages: list[dict[str, Any]], turn: int, processor: Processor) -> tuple[int, int]:
+    """First and last (exclusive) character of an answer and its end token in the rendered conversation."""
+    question = _render(processor, messages[: 2 * turn + 1], add_generation_prompt=True)
+    answered = _render(processor, messages[: 2 * turn + 2])
+    if not (text.startswith(answered) and answered.startswith(question)):
+        raise ConfigError("The chat template does not build a conversation turn by turn: answers cannot be located")
+    return len(question), len(answered.rstrip())
+
+
+def _tokenize(
+    sample: Sample, text: str, processor: Processor, image_tokens: int
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids and their character offsets, the image token repeated `image_tokens` times."""
+    tokenizer = tokenizer_of(processor)
+    if not tokenizer.is_fast:
+        raise ConfigError(f"{type(tokenizer).__name__} gives no character offsets: use a fast tokenizer")
+    templated = bool(sample.turns) and tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    output = tokenizer(text, add_special_tokens=not templated, return_offsets_mapping=True, verbose=False)
+    ids, offsets = list(output["input_ids"]), list(output["offset_mapping"])
+    image_token = getattr(processor, "image_token_id", None)
+    marks, images = ids.count(image_token), int(sample.image is not None)
+    if marks != images:
+        raise InputError(f"Sample {sample.id}: {marks} image marks in the text, but {images} images")
+    if marks:
+        at = ids.index(image_token)
+        ids[at : at + 1] = [image_token] * image_tokens
+        offsets[at : at + 1] = [offsets[at]] * image_tokens
+    return ids, offsets

@@ -1,0 +1,37 @@
+"""Errors that end a run: each has the exit code that scripts read and a message of at most three lines."""
+
+
+class CaspError(Exception):
+    """Base of all expected failures. The message names the thing and the way out."""
+
+    exit_code = 1
+
+
+class ConfigError(CaspError):
+    """A setting that cannot work: unknown key, wrong type, impossible budget."""
+
+    exit_code = 2
+
+
+class InputError(CaspError):
+    """Missing, empty or broken input data or model files."""
+
+    exit_code = 3
+
+
+class NumericsError(CaspError):
+    """NaN or infinity where a finite number is needed."""
+
+    exit_code = 4
+
+
+class ResourceError(CaspError):
+    """Not enough memory or disk, or an output that cannot be written."""
+
+    exit_code = 5
+
+
+class IntegrityError(CaspError):
+    """A file that is not what its manifest or its format says."""
+
+    exit_code = 6

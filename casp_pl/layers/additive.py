@@ -1,0 +1,156 @@
+"""Linear layer with additive codes, as AQLM makes them (arXiv 2401.06118, section 3.1).
+
+Letters: O out, I in, G = ceil(I / D) groups a row, K codebooks, C entries a codebook, D group length.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from casp_pl.errors import ConfigError
+from casp_pl.kernels.additive import AdditiveIndex, dequantize_additive
+from casp_pl.kernels.packing import pack, packed_size, unpack
+from casp_pl.layers.base import STORED_FLOAT_BITS, QuantizedLinear
+from casp_pl.layers.cache import CodesCache
+
+__all__ = ["AdditiveLinear"]
+
+
+class AdditiveLinear(QuantizedLinear):
+    """W[o, gD : (g+1)D] = scales[o] * sum_k codebooks[k, codes[o, g, k]].
+
+    Where D does not divide I the last group is padded: its codes are stored in full, its surplus columns are cut off.
+
+    Args:
+        in_features: I.
+        out_features: O.
+        num_codebooks: K.
+        entries: C, a power of two from 2 to 256.
+        group_length: D.
+        bias: whether there is a bias (O,).
+        device: where the tensors are made; None for torch's default.
+        dtype: of codebooks, scales and bias.
+
+    Attributes:
+        codes: buffer, the codes (O, G, K) packed at log2(C) bits, flat uint8.
+        codebooks: Parameter (K, C, D).
+        scales: Parameter (O, 1).
+    """
+
+    kind = "additive"
+    codes: Tensor
+
+    def __init__(
+        self,
+        *,
+        in_features: int,
+        out_features: int,
+        num_codebooks: int,
+        entries: int = 256,
+        group_length: int = 8,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(in_features=in_features, out_features=out_features, bias=bias, device=device, dtype=dtype)
+        if entries not in (2, 4, 8, 16, 32, 64, 128, 256):
+            raise ConfigError(f"a codebook has 2, 4, 8 ... 256 entries, not {entries}")
+        self.num_codebooks = num_codebooks
+        self.entries = entries
+        self.group_length = group_length
+        self.groups = -(-in_features // group_length)
+        size = packed_size(self._code_count, self._code_width)
+        self.register_buffer("codes", torch.zeros(size, dtype=torch.uint8, device=device))
+        self.codebooks = nn.Parameter(torch.zeros(num_codebooks, entries, group_length, device=device, dtype=dtype))
+        self.scales = nn.Parameter(torch.zeros(out_features, 1, device=device, dtype=dtype))
+        self._index: CodesCache[AdditiveIndex] = CodesCache()
+
+    @classmethod
+    def from_codes(
+        cls, codes: Tensor, codebooks: Tensor, scales: Tensor, *, in_features: int, bias: Tensor | None = None
+    ) -> "AdditiveLinear":
+        """The layer of given codes and tables, on the device and in the dtype of the codebooks.
+
+        Args:
+            codes: integers below C (O, G, K).
+            codebooks: (K, C, D).
+            scales: (O, 1).
+            in_features: I, at most G * D.
+            bias: (O,).
+        """
+        num_codebooks, entries, group_length = codebooks.shape
+        layer = cls(
+            in_features=in_features,
+            out_features=codes.shape[0],
+            num_codebooks=num_codebooks,
+            entries=entries,
+            group_length=group_length,
+            bias=bias is not None,
+            device=codebooks.device,
+            dtype=codebooks.dtype,
+        )
+        layer.set_codes(codes)
+        with torch.no_grad():
+            layer.codebooks.copy_(codebooks)
+            layer.scales.copy_(scales)
+            if layer.bias is not None and bias is not None:
+                layer.bias.copy_(bias)
+        return layer
+
+    def codes_unpacked(self) -> Tensor:
+        """The codes (O, G, K) as uint8, a copy."""
+        flat = unpack(self.codes, self._code_count, self._code_width)
+        return flat.view(self._code_shape).clone()
+
+    def set_codes(self, codes: Tensor) -> None:
+        """Replaces all codes (O, G, K), in place.
+
+        Raises:
+            ValueError: another shape, or a code of C or more.
+        """
+        if codes.shape != self._code_shape:
+            raise ValueError(f"this layer has codes {tuple(self._code_shape)}, not {tuple(codes.shape)}")
+        self.codes.copy_(pack(codes, self._code_width))
+        self.free_cache()
+        self.release()
+
+    def dequantize(self) -> Tensor:
+        """The weight (O, I), differentiable with respect to codebooks and scales."""
+        index = self._index.get(lambda: AdditiveIndex(self.codes_unpacked(), self.entries), self.codes)
+        weight = dequantize_additive(index, self.codebooks, self.scales)
+        return weight if weight.shape[1] == self.in_features else weight[:, : self.in_features].contiguous()
+
+    @property
+    def code_bits(self) -> int:
+        """O G K log2(C)."""
+        return self._code_count * self._code_width
+
+    @property
+    def storage_bits(self) -> int:
+        """O G K log2(C) + 16 K C D + 16 O."""
+        return self.code_bits + STORED_FLOAT_BITS * (self.codebooks.numel() + self.scales.numel())
+
+    def tables(self) -> dict[str, nn.Parameter]:
+        """Codebooks and scales."""
+        return {"codebooks": self.codebooks, "scales": self.scales}
+
+    def structure(self) -> dict[str, Any]:
+        """K, C and D."""
+        return {"num_codebooks": self.num_codebooks, "entries": self.entries, "group_length": self.group_length}
+
+    def free_cache(self) -> None:
+        """Drops the unpacked codes."""
+        self._index.clear()
+
+    @property
+    def _code_shape(self) -> torch.Size:
+        return torch.Size((self.out_features, self.groups, self.num_codebooks))
+
+    @property
+    def _code_count(self) -> int:
+        return self._code_shape.numel()
+
+    @property
+    def _code_width(self) -> int:
+        return self.entries.bit_length() - 1

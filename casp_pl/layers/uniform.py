@@ -1,0 +1,153 @@
+"""Linear layer with uniform codes, as RTN and GPTQ make them (arXiv 2210.17323, section 4).
+
+Letters: O out, I in, G = ceil(I / D) groups a row, D group size.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from casp_pl.errors import ConfigError
+from casp_pl.kernels.packing import pack, packed_size, unpack
+from casp_pl.kernels.uniform import dequantize_uniform, uniform_steps
+from casp_pl.layers.base import STORED_FLOAT_BITS, QuantizedLinear
+from casp_pl.layers.cache import CodesCache
+
+__all__ = ["UniformLinear"]
+
+
+class UniformLinear(QuantizedLinear):
+    """W[o, i] = (codes[o, i] - zeros[o, g]) * scales[o, g] with g = i // D.
+
+    Where D does not divide I the last group of a row is short; nothing is stored for the missing columns.
+
+    Args:
+        in_features: I.
+        out_features: O.
+        bits: of a code and of a zero point, 1 to 8.
+        group_size: D.
+        bias: whether there is a bias (O,).
+        device: where the tensors are made; None for torch's default.
+        dtype: of scales and bias.
+
+    Attributes:
+        codes: buffer, the codes (O, I) packed at `bits` bits, flat uint8.
+        zeros: buffer, the zero points (O, G) packed likewise.
+        scales: Parameter (O, G).
+    """
+
+    kind = "uniform"
+    codes: Tensor
+    zeros: Tensor
+
+    def __init__(
+        self,
+        *,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        group_size: int = 64,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(in_features=in_features, out_features=out_features, bias=bias, device=device, dtype=dtype)
+        if not 1 <= bits <= 8 or group_size < 1:
+            raise ConfigError(f"uniform codes have 1 to 8 bits and groups of at least 1, not {bits} and {group_size}")
+        self.bits = bits
+        self.group_size = group_size
+        self.groups = -(-in_features // group_size)
+        for name, count in (("codes", self.weight_count), ("zeros", out_features * self.groups)):
+            self.register_buffer(name, torch.zeros(packed_size(count, bits), dtype=torch.uint8, device=device))
+        self.scales = nn.Parameter(torch.zeros(out_features, self.groups, device=device, dtype=dtype))
+        self._steps: CodesCache[Tensor] = CodesCache()
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor,
+        zeros: Tensor,
+        scales: Tensor,
+        *,
+        bits: int,
+        group_size: int,
+        bias: Tensor | None = None,
+    ) -> "UniformLinear":
+        """The layer of given codes and tables, on the device and in the dtype of the scales.
+
+        Args:
+            codes: integers of `bits` bits (O, I).
+            zeros: likewise (O, G).
+            scales: (O, G).
+            bits: of codes and zeros.
+            group_size: D.
+            bias: (O,).
+        """
+        layer = cls(
+            in_features=codes.shape[1],
+            out_features=codes.shape[0],
+            bits=bits,
+            group_size=group_size,
+            bias=bias is not None,
+            device=scales.device,
+            dtype=scales.dtype,
+        )
+        layer.set_codes(codes)
+        with torch.no_grad():
+            layer.zeros.copy_(pack(zeros, bits))
+            layer.scales.copy_(scales)
+            if layer.bias is not None and bias is not None:
+                layer.bias.copy_(bias)
+        return layer
+
+    def codes_unpacked(self) -> Tensor:
+        """The codes (O, I) as uint8, a copy."""
+        return unpack(self.codes, self.weight_count, self.bits).view(self.out_features, self.in_features).clone()
+
+    def zeros_unpacked(self) -> Tensor:
+        """The zero points (O, G) as uint8, a copy."""
+        return unpack(self.zeros, self.scales.numel(), self.bits).view(self.scales.shape).clone()
+
+    def set_codes(self, codes: Tensor) -> None:
+        """Replaces all codes (O, I), in place.
+
+        Raises:
+            ValueError: another shape, or a code that does not fit into the bits.
+        """
+        if codes.shape != (self.out_features, self.in_features):
+            raise ValueError(f"this layer has codes {(self.out_features, self.in_features)}, not {tuple(codes.shape)}")
+        self.codes.copy_(pack(codes, self.bits))
+        self.free_cache()
+        self.release()
+
+    def dequantize(self) -> Tensor:
+        """The weight (O, I), differentiable with respect to the scales."""
+        steps = self._steps.get(self._count_steps, self.codes, self.zeros)
+        return dequantize_uniform(steps, self.scales, self.in_features)
+
+    @property
+    def code_bits(self) -> int:
+        """O I bits."""
+        return self.weight_count * self.bits
+
+    @property
+    def storage_bits(self) -> int:
+        """Codes, zero points and 16-bit scales; codes and zero points each fill whole bytes."""
+        packed = 8 * (self.codes.numel() + self.zeros.numel())
+        return packed + STORED_FLOAT_BITS * self.scales.numel()
+
+    def tables(self) -> dict[str, nn.Parameter]:
+        """Scales."""
+        return {"scales": self.scales}
+
+    def structure(self) -> dict[str, Any]:
+        """Bits and group size."""
+        return {"bits": self.bits, "group_size": self.group_size}
+
+    def free_cache(self) -> None:
+        """Drops the unpacked codes."""
+        self._steps.clear()
+
+    def _count_steps(self) -> Tensor:
+        return uniform_steps(self.codes_unpacked(), self.zeros_unpacked(), self.group_size)

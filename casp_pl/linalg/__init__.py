@@ -1,0 +1,18 @@
+"""Tensor maths on weights and second moments, factorisations in float64."""
+
+from casp_pl.linalg.cholesky import safe_cholesky
+from casp_pl.linalg.finite import require_finite
+from casp_pl.linalg.losses import proxy_loss, relative_proxy_loss
+from casp_pl.linalg.propagation import propagation_target
+from casp_pl.linalg.whitening import WhitenedSVD, low_rank_factors, whitened_svd
+
+__all__ = [
+    "WhitenedSVD",
+    "low_rank_factors",
+    "propagation_target",
+    "proxy_loss",
+    "relative_proxy_loss",
+    "require_finite",
+    "safe_cholesky",
+    "whitened_svd",
+]

@@ -1,0 +1,49 @@
+"""One safe Cholesky for everything that factorises a second moment. Letter: I in (any square size)."""
+
+import logging
+
+import torch
+from torch import Tensor
+
+from casp_pl.errors import NumericsError
+from casp_pl.linalg.finite import require_finite
+
+__all__ = ["safe_cholesky"]
+
+_logger = logging.getLogger(__name__)
+
+_FIRST_JITTER = 1e-8
+_LAST_JITTER = 1e6
+
+
+def safe_cholesky(matrix: Tensor, damping: float = 0.0) -> tuple[Tensor, float]:
+    """Lower Cholesky factor in float64 of matrix + jitter * identity.
+
+    The jitter starts at `damping` and grows tenfold until the factorisation succeeds; what exceeds `damping` is
+    logged. Both are relative to the mean of the absolute diagonal; a zero matrix counts as having a diagonal of ones.
+    After the idea of linear_operator's psd_safe_cholesky.
+
+    Args:
+        matrix: symmetric (I, I), any float dtype; only the lower triangle is read.
+        damping: relative, at least 0.
+
+    Returns:
+        The factor (I, I), and the absolute value that was added to the diagonal.
+
+    Raises:
+        NumericsError: NaN or infinity in the matrix, or no jitter helps.
+    """
+    require_finite(matrix, "second moment")
+    wide = matrix.detach().to(torch.float64)
+    unit = float(wide.diagonal().abs().mean()) or 1.0
+    identity = torch.eye(wide.shape[0], dtype=torch.float64, device=wide.device)
+    relative = damping
+    while relative <= max(_LAST_JITTER, damping):
+        factor, failed = torch.linalg.cholesky_ex(wide + (relative * unit) * identity)
+        if not failed.item():
+            if relative > damping:
+                shape = tuple(matrix.shape)
+                _logger.warning("a second moment %s needed damping %.0e instead of %.0e", shape, relative, damping)
+            return factor, relative * unit
+        relative = max(10 * relative, _FIRST_JITTER)
+    raise NumericsError(f"a second moment {tuple(matrix.shape)} is far from positive definite: it is not one")

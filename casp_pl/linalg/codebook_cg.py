@@ -1,0 +1,86 @@
+"""Least squares for codebooks: codes and scales fixed, the output error is quadratic in the codebooks, so conjugate gradients solve it.
+
+Letters: O out, I in, G groups a row, K codebooks, C entries, D group length. Source: AQLM (arXiv 2401.06118, section 3.2) trains the codebooks
+with Adam; the normal equations A c = b of the same loss are solved here without ever forming A, which has (K C D)^2 elements.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from casp_pl.kernels.additive import AdditiveIndex
+
+__all__ = ["CodebookFit", "conjugate_gradients", "decoded_fit", "fit_codebooks"]
+
+
+def conjugate_gradients(
+    apply: Callable[[Tensor], Tensor], residual: Tensor, preconditioner: Tensor, *, iterations: int
+) -> Tensor:
+    """A few steps of preconditioned conjugate gradients on A x = b for tensors of any shape, from x = 0.
+
+    Args:
+        apply: x -> A x, linear, symmetric, positive semidefinite.
+        residual: b, or b - A x_0 to find the correction of a start x_0.
+        preconditioner: the diagonal of A or an estimate of it, of residual's shape; zeros leave those unknowns at 0.
+        iterations: at most so many applications of A; fewer when the residual is gone.
+
+    Returns:
+        The approximate solution, of residual's shape. Every step lowers x^T A x / 2 - b^T x.
+    """
+    inverse = torch.where(preconditioner > 0, 1 / preconditioner.clamp_min(torch.finfo(residual.dtype).tiny), 0)
+    x = torch.zeros_like(residual)
+    z = residual * inverse
+    direction, rz = z, (residual * z).sum()
+    for _ in range(iterations):
+        image = apply(direction)
+        curvature = (direction * image).sum()
+        if not (rz > 0 and curvature > 0):
+            break
+        step = rz / curvature
+        x = x + step * direction
+        residual = residual - step * image
+        z = residual * inverse
+        rz, before = (residual * z).sum(), rz
+        direction = z + rz / before * direction
+    return x
+
+
+class CodebookFit(NamedTuple):
+    """Codebooks (K, C, D) with the unscaled weight they decode to (O, I) and its product with the second moment (O, I)."""
+
+    codebooks: Tensor
+    decoded: Tensor
+    decoded_moment: Tensor
+
+
+def fit_codebooks(
+    weight_moment: Tensor, moment: Tensor, codes: AdditiveIndex, scales: Tensor, start: CodebookFit, *, iterations: int
+) -> CodebookFit:
+    """Lower tr(E H E^T), E = W - diag(s) V with V decoded from codes and codebooks, over the codebooks.
+
+    Preconditioned by the diagonal of the normal equations as if an entry never met itself in another group of a row.
+
+    Args:
+        weight_moment: W H (O, I).
+        moment: H (I, I), symmetric and positive definite.
+        codes: of all groups (O, G, K), indexed.
+        scales: s (O, 1).
+        start: the codebooks to improve, with what they decode to.
+        iterations: steps of conjugate gradients, each of them one product (O, I) x (I, I).
+    """
+
+    def normal_equations(codebooks: Tensor) -> Tensor:
+        return codes.scatter((codes.gather(codebooks) * scales) @ moment * scales)
+
+    residual = codes.scatter((weight_moment - start.decoded_moment * scales) * scales)
+    diagonal = codes.scatter(scales.square() * moment.diagonal())
+    step = conjugate_gradients(normal_equations, residual, diagonal, iterations=iterations)
+    return decoded_fit(start.codebooks + step, codes, moment)
+
+
+def decoded_fit(codebooks: Tensor, codes: AdditiveIndex, moment: Tensor) -> CodebookFit:
+    """Codebooks with what they decode to and its product with the second moment (I, I)."""
+    decoded = codes.gather(codebooks)
+    return CodebookFit(codebooks, decoded, decoded @ moment)

@@ -1,0 +1,31 @@
+"""What an approximate weight costs on the layer's inputs. Letters: O out, I in."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["proxy_loss", "relative_proxy_loss"]
+
+
+def proxy_loss(weight: Tensor, approx: Tensor, second_moment: Tensor) -> float:
+    """tr((W - Q) H (W - Q)^T), the squared error of the outputs summed over the tokens that make up H.
+
+    Args:
+        weight: W (O, I).
+        approx: Q (O, I).
+        second_moment: H (I, I).
+    """
+    return _energy((weight.detach() - approx.detach()).to(second_moment.dtype), second_moment)
+
+
+def relative_proxy_loss(weight: Tensor, approx: Tensor, second_moment: Tensor) -> float:
+    """`proxy_loss` over tr(W H W^T): 0 is exact, 1 as bad as no layer at all, infinity an error where W gives zero."""
+    loss = proxy_loss(weight, approx, second_moment)
+    if loss == 0.0:
+        return 0.0
+    energy = _energy(weight.detach().to(second_moment.dtype), second_moment)
+    return loss / energy if energy > 0.0 else float("inf")
+
+
+def _energy(rows: Tensor, second_moment: Tensor) -> float:
+    """tr(E H E^T), the products in the dtype given, their sum in float64."""
+    return float((rows @ second_moment).mul_(rows).sum(dtype=torch.float64))

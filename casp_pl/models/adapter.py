@@ -1,0 +1,110 @@
+"""Where the parts of a model lie: its decoder blocks, their linears in quantization order, and the output head.
+
+Names are Hugging Face module names. One adapter serves every model whose language model is built of LLaMA-type blocks.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from casp_pl.errors import ConfigError
+
+__all__ = ["ModelAdapter", "adapt"]
+
+_ATTENTION_INPUT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_LINEAR_GROUPS = (_ATTENTION_INPUT, ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
+
+
+@dataclass(frozen=True)
+class ModelAdapter:
+    """A model and the places that compression needs to know.
+
+    Attributes:
+        model: the whole Hugging Face model.
+        decoder: its language model (embeddings, blocks, final norm), without the head.
+        decoder_name: name of `decoder` inside `model`, for example `model.language_model`.
+        linear_groups: the linears of a block by name relative to the block; linears of a group read the same input, groups
+            stand in the order in which a block computes them.
+        low_rank_names: the linears that become low-rank products (CASP: W_q and W_k).
+    """
+
+    model: nn.Module
+    decoder: nn.Module
+    decoder_name: str
+    linear_groups: tuple[tuple[str, ...], ...] = _LINEAR_GROUPS
+    low_rank_names: tuple[str, ...] = _ATTENTION_INPUT[:2]
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks as they stand in the model now."""
+        return self.decoder.layers
+
+    @property
+    def head(self) -> nn.Linear:
+        """The output head: (V, I), never compressed."""
+        return self.model.get_output_embeddings()
+
+    @property
+    def image_token_id(self) -> int | None:
+        """Token that stands for one image patch; None for a text model."""
+        return getattr(self.model.config, "image_token_id", None)
+
+    @property
+    def linear_names(self) -> tuple[str, ...]:
+        """All linears of a block, relative names, in quantization order."""
+        return tuple(name for group in self.linear_groups for name in group)
+
+    def full_name(self, block: int, name: str) -> str:
+        """Name of a block's linear inside the whole model."""
+        return f"{self.decoder_name}.layers.{block}.{name}"
+
+    def shapes(self, block: int) -> dict[str, tuple[int, int]]:
+        """(O, I) of every linear of a block by relative name, compressed or not."""
+        linears = {name: self.blocks[block].get_submodule(name) for name in self.linear_names}
+        return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+
+    def image_mask(self, input_ids: Tensor) -> Tensor:
+        """True where a token is an image patch: (B, T) bool."""
+        if self.image_token_id is None:
+            return input_ids != input_ids
+        return input_ids == self.image_token_id
+
+    @contextmanager
+    def with_blocks(self, blocks: Sequence[nn.Module]) -> Iterator[nn.Module]:
+        """Inside, the model runs with these blocks in place of its own; everything else is shared."""
+        original = self.decoder.layers
+        self.decoder.layers = nn.ModuleList(blocks)
+        try:
+            yield self.model
+        finally:
+            self.decoder.layers = original
+
+
+def adapt(model: nn.Module) -> ModelAdapter:
+    """Find the parts of a model.
+
+    Raises:
+        ConfigError: its blocks are not LLaMA-type; the message names the missing linear.
+    """
+    names = ("model.language_model", "language_model", "model")
+    found = dict(model.named_modules())
+    for name in names:
+        decoder = found.get(name)
+        if isinstance(getattr(decoder, "layers", None), nn.ModuleList) and hasattr(decoder, "embed_tokens"):
+            adapter = ModelAdapter(model=model, decoder=decoder, decoder_name=name)
+            _check_linears(adapter)
+            return adapter
+    raise ConfigError(
+        f"{type(model).__name__} has no decoder blocks that casp_pl knows (looked for {', '.join(names)}).\n"
+        "Supported are LLaVA and LLaMA-type models of transformers."
+    )
+
+
+def _check_linears(adapter: ModelAdapter) -> None:
+    for number, block in enumerate(adapter.blocks):
+        present = dict(block.named_modules())
+        missing = [name for name in adapter.linear_names if name not in present]
+        if missing:
+            raise ConfigError(f"Block {number} of {type(adapter.model).__name__} has no linear {', '.join(missing)}.")

@@ -1,0 +1,5 @@
+"""The embedded demo model."""
+
+from casp_pl.models.demo.llava import build_llava, load_demo, load_processor
+
+__all__ = ["build_llava", "load_demo", "load_processor"]

@@ -1,0 +1,107 @@
+"""Activations block by block: the inputs of block 0, the inputs of the linears, the outputs of a block.
+
+Shapes: B batch, T sequence, I in_features.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from casp_pl.models.adapter import ModelAdapter
+
+__all__ = ["BlockBatch", "first_block_batches", "linear_inputs", "run_block", "run_blocks"]
+
+
+@dataclass(frozen=True)
+class BlockBatch:
+    """What a block reads for one batch.
+
+    Attributes:
+        hidden: (B, T, I) block inputs.
+        real: (B, T) bool, False at padding.
+        image: (B, T) bool, True at image patches.
+        arguments: the block's other keyword arguments (attention mask, rotary embeddings, positions); the same for all blocks.
+    """
+
+    hidden: Tensor
+    real: Tensor
+    image: Tensor
+    arguments: Mapping[str, Any]
+
+    def with_hidden(self, hidden: Tensor) -> "BlockBatch":
+        """The same batch further along."""
+        return replace(self, hidden=hidden)
+
+
+class _StopForwardError(Exception):
+    """Ends a forward pass once everything wanted has been seen."""
+
+
+@torch.no_grad()
+def first_block_batches(adapter: ModelAdapter, batches: Iterable[Mapping[str, Any]]) -> list[BlockBatch]:
+    """Run embeddings, vision tower and projector, and catch what block 0 is given."""
+    caught: list[tuple[Tensor, dict[str, Any]]] = []
+
+    def catch(_: nn.Module, positional: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
+        keywords = dict(keywords)
+        hidden = positional[0] if positional else keywords.pop("hidden_states")
+        caught.append((hidden, keywords | {"past_key_values": None, "use_cache": False}))
+        raise _StopForwardError
+
+    result = []
+    handle = adapter.blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        for batch in batches:
+            try:
+                adapter.model(**model_inputs(batch), use_cache=False)
+            except _StopForwardError:
+                hidden, arguments = caught.pop()
+            real = batch["attention_mask"].bool()
+            result.append(BlockBatch(hidden, real, adapter.image_mask(batch["input_ids"]) & real, arguments))
+    finally:
+        handle.remove()
+    return result
+
+
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The part of a collated batch that a model's forward takes."""
+    return {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values") if batch.get(key) is not None}
+
+
+def run_block(block: nn.Module, batch: BlockBatch) -> Tensor:
+    """The block's output (B, T, I)."""
+    output = block(batch.hidden, **batch.arguments)
+    return output[0] if isinstance(output, tuple) else output
+
+
+@torch.no_grad()
+def run_blocks(block: nn.Module, batches: Sequence[BlockBatch]) -> list[BlockBatch]:
+    """Every batch one block further along."""
+    return [batch.with_hidden(run_block(block, batch)) for batch in batches]
+
+
+@torch.no_grad()
+def linear_inputs(block: nn.Module, batch: BlockBatch, names: Sequence[str]) -> dict[str, Tensor]:
+    """Inputs of the named linears at real tokens, each (real tokens, I); the pass ends as soon as all are seen."""
+    seen: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Any:
+        def hook(_: nn.Module, positional: tuple[Tensor, ...]) -> None:
+            seen[name] = positional[0][batch.real]
+            if len(seen) == len(names):
+                raise _StopForwardError
+
+        return hook
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+    try:
+        run_block(block, batch)
+    except _StopForwardError:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen

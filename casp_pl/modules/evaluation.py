@@ -1,0 +1,139 @@
+"""One evaluation of a model as a test run of a Trainer: questions about images, then windows of text."""
+
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor, nn
+
+from casp_pl.data.tokenize import Processor
+from casp_pl.errors import InputError
+from casp_pl.evaluation.figures import StageFigures
+from casp_pl.evaluation.metrics import FlipRate, KLDivergence, Perplexity, VQAAccuracy
+from casp_pl.evaluation.reference import ReferenceOutputs
+from casp_pl.evaluation.text import chunked_logits, predicting_hidden
+from casp_pl.evaluation.vqa import answer_questions, decode_answers, end_token_ids
+from casp_pl.layers import materialized
+
+__all__ = ["EvaluationModule"]
+
+
+class EvaluationModule(pl.LightningModule):
+    """Measures a model with `Trainer.test` on `EvaluationData`; afterwards `figures` and `outputs` hold the results.
+
+        module = EvaluationModule(model, processor, reference=original.outputs)
+        trainer.test(module, datamodule=evaluation_data, verbose=False)
+        module.figures
+
+    Args:
+        model: a LLaVA-type model, or a text model, which gets the text alone.
+        processor: its processor or tokenizer.
+        reference: `outputs` of the original model on the same data; None leaves KL and flips out.
+        max_new_tokens: longest answer.
+        chunk: text positions whose logits are computed at once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Processor,
+        *,
+        reference: ReferenceOutputs | None = None,
+        max_new_tokens: int = 6,
+        chunk: int = 512,
+    ) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.processor = processor
+        self.reference = reference
+        self.max_new_tokens = max_new_tokens
+        self.chunk = chunk
+        self.accuracy = VQAAccuracy(sync_on_compute=False)
+        self.flips = FlipRate(sync_on_compute=False)
+        self.perplexity = Perplexity(sync_on_compute=False)
+        self.text_kl = KLDivergence(sync_on_compute=False)
+        self.answer_kl = KLDivergence(sync_on_compute=False)
+        self.figures: StageFigures | None = None
+        self.outputs: ReferenceOutputs | None = None
+        self._dense = ExitStack()
+        self._answers: dict[int, tuple[str, str, Tensor]] = {}
+        self._windows: dict[int, Tensor] = {}
+        self._start = 0.0
+
+    def on_test_start(self) -> None:
+        """Forget earlier results and dequantize the compressed weights once."""
+        self._start = time.perf_counter()
+        self.figures, self.outputs = None, None
+        self._answers, self._windows = {}, {}
+        for metric in (self.accuracy, self.flips, self.perplexity, self.text_kl, self.answer_kl):
+            metric.reset()
+        self._dense.enter_context(materialized(self.model))
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """A batch of questions or of text windows, told apart by what it holds."""
+        if "prefix_ids" in batch:
+            self._answer(batch)
+        else:
+            self._read(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Figures out of the metrics; those that apply are logged under `test/`."""
+        self._dense.close()
+        self.outputs = ReferenceOutputs.collect(self._answers, self._windows)
+        self.figures = self._compute_figures()
+        logged = {name: value for name, value in self.figures.to_dict().items() if isinstance(value, float)}
+        self.log_dict({f"test/{name}": value for name, value in logged.items()})
+
+    def _answer(self, batch: dict[str, Any]) -> None:
+        answered = answer_questions(self.model, batch, max_new_tokens=self.max_new_tokens)
+        predictions = decode_answers(answered.tokens, self.processor, end_token_ids(self.model))
+        self.accuracy.update(predictions, batch["answers"], batch["image_numbers"])
+        hidden = answered.hidden.float().cpu()
+        numbers = batch["numbers"].tolist()
+        for row, number in enumerate(numbers):
+            self._answers[number] = (batch["sample_ids"][row], predictions[row], hidden[row])
+        if self.reference is not None:
+            self.reference.check_fits(batch["numbers"], batch["sample_ids"])
+            self.flips.update(predictions, [self.reference.answers[number] for number in numbers])
+            theirs = self.reference.answer_hidden[numbers].to(answered.hidden)
+            head = self.model.get_output_embeddings()
+            self.answer_kl.update(head(theirs), head(answered.hidden))
+
+    def _read(self, batch: dict[str, Any]) -> None:
+        hidden = predicting_hidden(self.model, batch["input_ids"])
+        targets = batch["input_ids"][:, 1:].flatten()
+        numbers = batch["numbers"].tolist()
+        stacks = [hidden]
+        if self.reference is not None:
+            stacks.append(self._reference_windows(numbers, hidden))
+        for rows, logits in chunked_logits(self.model.get_output_embeddings(), *stacks, chunk=self.chunk):
+            self.perplexity.update(logits[0], targets[rows])
+            if self.reference is not None:
+                self.text_kl.update(logits[1], logits[0])
+        self._windows.update(zip(numbers, hidden.float().cpu(), strict=True))
+
+    def _reference_windows(self, numbers: list[int], hidden: Tensor) -> Tensor:
+        stored = self.reference.text_hidden if self.reference is not None else hidden
+        if max(numbers) >= len(stored) or stored.shape[1:] != hidden.shape[1:]:
+            raise InputError(
+                f"The original model's outputs hold {tuple(stored.shape)} text positions, these windows are "
+                f"{tuple(hidden.shape)}: evaluate the original again with the same evaluation settings"
+            )
+        return stored[numbers].to(hidden)
+
+    def _compute_figures(self) -> StageFigures:
+        vqa: dict[str, Any] = self.accuracy.compute() if self._answers else {}
+        compared = self.reference is not None
+        return StageFigures(
+            vqa_accuracy=vqa.get("accuracy"),
+            vqa_interval=vqa.get("interval"),
+            vqa_accuracy_not_yes_no=vqa.get("accuracy_not_yes_no"),
+            perplexity=self.perplexity.compute() if self._windows else None,
+            kl=self.text_kl.compute() if compared and self._windows else None,
+            kl_answers=self.answer_kl.compute() if compared and self._answers else None,
+            flip_rate=self.flips.compute() if compared and self._answers else None,
+            questions=len(self._answers),
+            text_tokens=int(self.perplexity.total),
+            seconds=time.perf_counter() - self._start,
+        )

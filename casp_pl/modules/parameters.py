@@ -1,0 +1,32 @@
+"""Which tensors of a compressed model are trained, and how fast each may move."""
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from casp_pl.layers import LowRankLinear, QuantizedLinear
+
+__all__ = ["relative_groups", "trainable_parameters"]
+
+
+def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Codebooks, scales, dense low-rank factors and norm weights; switches their requires_grad on and everything else off."""
+    module.requires_grad_(False)
+    chosen: list[nn.Parameter] = []
+    for layer in module.modules():
+        is_norm = "norm" in type(layer).__name__.lower()
+        if isinstance(layer, QuantizedLinear | LowRankLinear) or is_norm:
+            chosen += [p for p in layer.parameters(recurse=isinstance(layer, LowRankLinear)) if p.is_floating_point()]
+    unique = list({id(parameter): parameter for parameter in chosen}.values())
+    for parameter in unique:
+        parameter.requires_grad_(True)
+    return unique
+
+
+def relative_groups(parameters: Iterable[nn.Parameter], lr: float) -> list[dict[str, float | list[Tensor]]]:
+    """One optimizer group per tensor whose learning rate is `lr` times its root mean square.
+
+    Row scales (about 0.03) and codebook entries (about 1) live on different scales; an Adam step of the same absolute size
+    would be too small for one or too large for the other.
+    """
+    return [{"params": [p], "lr": lr * float(p.detach().float().square().mean().sqrt().clamp_min(1e-6))} for p in parameters]

@@ -1,0 +1,55 @@
+"""What one pass of the original model tells about each block (method A): the numbers that ranks and bits are chosen by."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["CalibrationStatistics"]
+
+
+@dataclass(frozen=True)
+class CalibrationStatistics:
+    """Statistics of L blocks.
+
+    Attributes:
+        block_influence: (L,) 1 - mean cosine between a block's input and output tokens (ShortGPT).
+        spectra: full name of a low-rank candidate -> its whitened singular values, descending.
+        attention_sparsity: (L, 2, 2) share of attention probabilities below the threshold; query text/image x key text/image;
+            NaN where no such pair was seen.
+        rounding: full name of a linear -> relative proxy loss of a quick rounding; empty unless asked for.
+        tokens: real tokens seen.
+        image_tokens: of these, image patches.
+    """
+
+    block_influence: Tensor
+    spectra: dict[str, Tensor]
+    attention_sparsity: Tensor
+    rounding: dict[str, float]
+    tokens: int
+    image_tokens: int
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything as tensors, for one safetensors file."""
+        result = {"block_influence": self.block_influence, "attention_sparsity": self.attention_sparsity}
+        result["tokens"] = torch.tensor([self.tokens, self.image_tokens])
+        result |= {f"spectrum.{name}": value for name, value in self.spectra.items()}
+        result |= {f"rounding.{name}": torch.tensor(value) for name, value in self.rounding.items()}
+        return result
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> "CalibrationStatistics":
+        """The inverse of `tensors`."""
+        tokens, image_tokens = tensors["tokens"].tolist()
+        return cls(
+            block_influence=tensors["block_influence"],
+            spectra=_with_prefix(tensors, "spectrum."),
+            attention_sparsity=tensors["attention_sparsity"],
+            rounding={name: value.item() for name, value in _with_prefix(tensors, "rounding.").items()},
+            tokens=tokens,
+            image_tokens=image_tokens,
+        )
+
+
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,1 @@
+"""The order of the stages, resume, and what each command does."""

@@ -1,0 +1,138 @@
+"""The two passes over the blocks: quantize one after the other, then fine-tune one after the other.
+
+Each finished block is a file, so a run that was stopped goes on at the block where it stopped; the activations in front of it
+are computed again from the files, bit by bit the same.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import EarlyStopping
+from torch import nn
+
+from casp_pl.allocation import CompressionPlan
+from casp_pl.callbacks import BestState, CodebookUpdate
+from casp_pl.checkpoint import RunDirectory
+from casp_pl.layers import materialized
+from casp_pl.models.adapter import ModelAdapter
+from casp_pl.models.compress import BlockQuantization, LinearReport
+from casp_pl.models.streams import BlockBatch, first_block_batches, run_blocks
+from casp_pl.models.surgery import block_from_tensors, layer_specs, round_to_storage
+from casp_pl.modules import BlockwiseModule
+from casp_pl.pipeline.trainers import TrainerFactory
+from casp_pl.quantizers import Quantizer
+
+__all__ = ["load_blocks", "quantize_blocks", "save_block", "tune_blocks"]
+
+Batches = Sequence[dict[str, Any]]
+BlockDone = Callable[[int, list[LinearReport]], None]
+
+
+def save_block(run: RunDirectory, name: str, block: nn.Module, **notes: Any) -> None:
+    """One block as safetensors: its tensors, and in the metadata what layers it is made of."""
+    metadata = {"layers": json.dumps(layer_specs(block)), "notes": json.dumps(notes)}
+    run.write_tensors(name, dict(block.state_dict()), metadata)
+
+
+def load_block(run: RunDirectory, name: str, original: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    """The block of a file and its notes."""
+    tensors, metadata = run.read_tensors(name)
+    block = block_from_tensors(original, json.loads(metadata["layers"]), tensors)
+    return block, json.loads(metadata["notes"])
+
+
+def load_blocks(run: RunDirectory, folder: str, adapter: ModelAdapter) -> list[nn.Module] | None:
+    """All blocks of a folder, or None while one is missing."""
+    names = [f"{folder}/{number:03d}.safetensors" for number in range(len(adapter.blocks))]
+    if not all(run.has(name) for name in names):
+        return None
+    return [load_block(run, name, original)[0] for name, original in zip(names, adapter.blocks, strict=True)]
+
+
+def quantize_blocks(
+    run: RunDirectory,
+    adapter: ModelAdapter,
+    plan: CompressionPlan,
+    quantization: BlockQuantization,
+    quantizer: Quantizer,
+    batches: Batches,
+    block_done: BlockDone,
+) -> list[nn.Module]:
+    """Quantize block after block, each on the outputs of the compressed ones before it; files blocks/NNN.safetensors."""
+    blocks: list[nn.Module] = []
+    teacher = student = first_block_batches(adapter, batches)
+    for number, original in enumerate(adapter.blocks):
+        name = f"blocks/{number:03d}.safetensors"
+        if run.has(name):
+            block, notes = load_block(run, name, original)
+            reports = [LinearReport(**report) for report in notes["linears"]]
+        else:
+            block, reports = quantization.compress_block(
+                adapter, original, plan.of_block(number), quantizer, teacher, student
+            )
+            round_to_storage(block)
+            block.requires_grad_(False)
+            save_block(run, name, block, linears=[asdict(report) for report in reports])
+        block_done(number, reports)
+        blocks.append(block)
+        if number + 1 < len(adapter.blocks):
+            teacher, student = run_blocks(original, teacher), run_through(block, student)
+    return blocks
+
+
+def run_through(block: nn.Module, batches: Sequence[BlockBatch]) -> list[BlockBatch]:
+    """`run_blocks` of a compressed block, its weights dequantized once for all batches."""
+    with materialized(block):
+        return run_blocks(block, batches)
+
+
+def tune_blocks(
+    run: RunDirectory,
+    adapter: ModelAdapter,
+    quantized: Sequence[nn.Module],
+    trainers: TrainerFactory,
+    train: Batches,
+    held_back: Batches,
+    *,
+    tuning: dict[str, Any],
+    update: dict[str, Any],
+    seed: int,
+    block_done: Callable[[int, dict[str, float]], None],
+) -> list[nn.Module]:
+    """Fine-tune block after block towards the original's outputs; files tuned/NNN.safetensors."""
+    blocks: list[nn.Module] = []
+    teacher = student = first_block_batches(adapter, [*train, *held_back])
+    for number, original in enumerate(adapter.blocks):
+        name = f"tuned/{number:03d}.safetensors"
+        teacher = run_blocks(original, teacher)
+        if run.has(name):
+            block, losses = load_block(run, name, original)
+        else:
+            block = copy.deepcopy(quantized[number])
+            pairs = [(batch, target.hidden) for batch, target in zip(student, teacher, strict=True)]
+            pl.seed_everything(seed * 1000 + number, verbose=False)
+            module = BlockwiseModule(block, pairs[: len(train)], pairs[len(train) :], number=number, **tuning)
+            losses = _fit_block(module, trainers, update)
+            round_to_storage(block)
+            block.eval().requires_grad_(False)
+            save_block(run, name, block, **losses)
+        block_done(number, losses)
+        blocks.append(block)
+        if number + 1 < len(adapter.blocks):
+            student = run_through(block, student)
+    return blocks
+
+
+def _fit_block(module: BlockwiseModule, trainers: TrainerFactory, update: dict[str, Any]) -> dict[str, float]:
+    best = BestState()
+    callbacks = [best, CodebookUpdate(**update), EarlyStopping("val_loss", patience=module.patience, min_delta=0.0)]
+    trainer = trainers.make(
+        callbacks=callbacks, max_epochs=module.epochs, num_sanity_val_steps=0, log_every_n_steps=1, gradient_clip_val=1.0
+    )
+    trainer.validate(module, verbose=False)  # the state before training competes for the best
+    trainer.fit(module)
+    return {"held_back_before": best.first, "held_back_after": best.best}

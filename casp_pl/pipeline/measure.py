@@ -1,0 +1,88 @@
+"""Figures of one stage: what the model answers, how far it is from the original, what it costs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from casp_pl.checkpoint import RunDirectory
+from casp_pl.checkpoint.registration import compact_state_dict
+from casp_pl.data.evaluation import EvaluationData
+from casp_pl.data.tokenize import Processor
+from casp_pl.evaluation import ReferenceOutputs
+from casp_pl.models.adapter import ModelAdapter
+from casp_pl.models.surgery import compressed_layers
+from casp_pl.modules.evaluation import EvaluationModule
+from casp_pl.pipeline.trainers import TrainerFactory
+
+__all__ = ["Measurement", "bits_per_weight"]
+
+
+class Measurement:
+    """Evaluates stages on the same data and keeps the outputs of each, the original's as the reference of the others.
+
+    Args:
+        run: the outputs are kept there as outputs/STAGE.safetensors.
+        data: questions and text.
+        processor: the model's processor.
+        trainers: makes the Trainer of each test run.
+    """
+
+    def __init__(self, run: RunDirectory, data: EvaluationData, processor: Processor, trainers: TrainerFactory) -> None:
+        self.run = run
+        self.data = data
+        self.processor = processor
+        self.trainers = trainers
+
+    def knows(self, stage: str) -> bool:
+        """Whether the outputs of a stage are kept."""
+        return self.run.has(_file(stage))
+
+    def outputs(self, stage: str) -> ReferenceOutputs:
+        """What the model of a stage answered."""
+        return ReferenceOutputs.from_tensors(*self.run.read_tensors(_file(stage)))
+
+    def measure(self, stage: str, adapter: ModelAdapter, blocks: Sequence[nn.Module]) -> dict[str, Any]:
+        """Evaluate the model with these blocks in place.
+
+        Returns:
+            The fields of a `StageRow`, `seconds` of the evaluation alone.
+        """
+        reference = None if stage == "original" else self.outputs("original")
+        with adapter.with_blocks(blocks) as model:
+            module = EvaluationModule(model, self.processor, reference=reference)
+            self.trainers.make(logger=False).test(module, datamodule=self.data, verbose=False)
+            if module.figures is None or module.outputs is None:
+                raise RuntimeError("the test run ended without figures")
+            stored = {id(tensor): tensor.nbytes for tensor in compact_state_dict(model).values()}  # a tied one counts once
+            codes, total = bits_per_weight(adapter, blocks)
+        self.run.write_tensors(_file(stage), *module.outputs.to_tensors())
+        figures = module.figures.to_dict()
+        return {
+            "name": stage,
+            "bits_per_weight_codes": codes,
+            "bits_per_weight_total": total,
+            "model_bytes": sum(stored.values()),
+            **figures,
+        }
+
+
+def bits_per_weight(adapter: ModelAdapter, blocks: Sequence[nn.Module]) -> tuple[float, float]:
+    """Bits per original weight of the compressed linears, codes alone and everything counted; 16 for the original.
+
+    A linear that was left dense counts the 16 bits that it is stored in.
+    """
+    codes = total = weights = 0
+    for number, block in enumerate(blocks):
+        layers = compressed_layers(block)
+        for name, (out_features, in_features) in adapter.shapes(number).items():
+            layer = layers.get(name)
+            count = out_features * in_features
+            weights += count
+            codes += 16 * count if layer is None else layer.code_bits
+            total += 16 * count if layer is None else layer.storage_bits
+    return codes / weights, total / weights
+
+
+def _file(stage: str) -> str:
+    return f"outputs/{stage}.safetensors"

@@ -1,0 +1,83 @@
+"""What every command needs before it can start: model, processor, data on the right device."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from casp_pl.checkpoint.registration import compact_state_dict
+from casp_pl.errors import ConfigError, InputError
+from casp_pl.models.adapter import ModelAdapter, adapt
+from casp_pl.models.load import load_model
+from casp_pl.pipeline.blocks import Batches
+from casp_pl.pipeline.settings import RunSettings
+
+__all__ = ["Prepared", "fingerprint", "load_batches", "prepare"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The original model, ready to be measured and compressed."""
+
+    adapter: ModelAdapter
+    processor: Any
+    device: torch.device
+
+
+def prepare(settings: RunSettings) -> Prepared:
+    """Load the model, tell the data its processor, check the settings that need the model.
+
+    Raises:
+        ConfigError: several devices, or a budget that cannot be met.
+        InputError: the model or the data cannot be read.
+    """
+    if settings.trainer.get("devices") not in (1, "1", None, "auto") or settings.trainer.get("num_nodes", 1) != 1:
+        raise ConfigError("trainer.devices: this version compresses in one process on one device; set it to 1.")
+    pl.seed_everything(settings.seed, verbose=False)
+    settings.bits.attach(settings.quantizer, settings.low_rank)
+    model, processor = load_model(**settings.model)
+    adapter = adapt(model)
+    settings.data.attach(processor)
+    settings.evaluation.attach(processor)
+    # an impossible budget or rank is found now, not after an hour
+    settings.bits.make_plan(adapter, settings.low_rank.choose(adapter, None), None)
+    device = torch.device("cuda" if settings.trainer.get("accelerator") in ("gpu", "cuda") else "cpu")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("trainer.accelerator: there is no GPU here; set it to cpu.")
+    model.to(device)
+    return Prepared(adapter, processor, device)
+
+
+def load_batches(settings: RunSettings, device: torch.device) -> tuple[Batches, Batches]:
+    """Calibration batches and batches held back, in memory.
+
+    Raises:
+        InputError: there is none.
+    """
+    calibration = _on_device(settings.data.calibration_dataloader(), device)
+    held_back = _on_device(settings.data.val_dataloader(), device)
+    if not calibration:
+        raise InputError("data: no sample is left to calibrate on; raise data.samples.")
+    needs_held_back = settings.block_tuning.get("epochs", 0) > 0 or settings.end_to_end.get("steps", 0) > 0
+    if needs_held_back and not held_back:
+        raise InputError("data: fine-tuning needs samples held back; raise data.holdout or data.samples.")
+    return calibration, held_back
+
+
+def fingerprint(settings: RunSettings, prepared: Prepared) -> dict[str, Any]:
+    """What the artifacts of a run depend on: the recipe key by key, the model's weights, the samples."""
+    total = torch.zeros((), dtype=torch.float64)
+    for tensor in compact_state_dict(prepared.adapter.model).values():
+        if tensor.is_floating_point():
+            total += tensor.double().abs().sum().cpu()
+    return {"recipe": settings.flat, "model": total.item().hex(), "data": settings.data.fingerprint}
+
+
+def _on_device(batches: Iterable[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
+    return [
+        {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        for batch in batches
+    ]

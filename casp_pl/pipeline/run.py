@@ -1,0 +1,232 @@
+"""One fit: the stages in order, each skipped when its artifacts are complete.
+
+    original -> rtn -> calibration (plan) -> blocks quantized -> blocks tuned -> end to end -> model/ and report
+
+Every stage leaves its figures in stages/NAME.json and its tensors beside; that is what resuming reads.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import nn
+
+from casp_pl.allocation import CompressionPlan
+from casp_pl.callbacks import BestState, CodebookUpdate
+from casp_pl.callbacks.report import StageRow
+from casp_pl.checkpoint import RunDirectory
+from casp_pl.console import RunProgress
+from casp_pl.errors import InputError
+from casp_pl.models.adapter import ModelAdapter
+from casp_pl.models.compress import LinearReport, round_to_nearest
+from casp_pl.models.surgery import round_to_storage
+from casp_pl.modules import CalibrationModule, CalibrationStatistics, EndToEndModule
+from casp_pl.modules.end_to_end import teacher_states
+from casp_pl.pipeline.blocks import Batches, load_blocks, quantize_blocks, save_block, tune_blocks
+from casp_pl.pipeline.measure import Measurement
+from casp_pl.pipeline.settings import RunSettings
+from casp_pl.pipeline.trainers import TrainerFactory, as_loader
+
+__all__ = ["CompressionRun"]
+
+
+class CompressionRun:
+    """The stages of one run on one model.
+
+    Args:
+        settings: the recipe.
+        run: where artifacts are kept.
+        adapter: the original model.
+        measurement: evaluates a model and remembers the original's answers.
+        trainers: makes each stage's Trainer.
+        progress: shows how far the run is.
+    """
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        run: RunDirectory,
+        adapter: ModelAdapter,
+        measurement: Measurement,
+        trainers: TrainerFactory,
+        progress: RunProgress,
+    ) -> None:
+        self.settings = settings
+        self.run = run
+        self.adapter = adapter
+        self.measurement = measurement
+        self.trainers = trainers
+        self.progress = progress
+        self.linears: list[LinearReport] = []
+        self._started = time.monotonic()
+        self._earlier = sum(row.seconds or 0.0 for row in self.rows())
+
+    def stages(self, calibration: Batches, held_back: Batches) -> list[nn.Module]:
+        """Run (or read) all stages; returns the final blocks.
+
+        Args:
+            calibration: batches that everything is fitted on.
+            held_back: batches that fine-tuning is stopped by.
+        """
+        self._measure("original", list(self.adapter.blocks))
+        if self.settings.baseline is not None:
+            self._baseline(self.settings.baseline)
+        plan = self.plan(calibration)
+        blocks = self._quantize(plan, calibration)
+        if self.settings.block_tuning.get("epochs", 0) > 0:
+            blocks = self._tune(blocks, calibration, held_back)
+        if self.settings.end_to_end.get("steps", 0) > 0:
+            blocks = self._end_to_end(blocks, held_back)
+        return blocks
+
+    def plan(self, calibration: Batches) -> CompressionPlan:
+        """The calibration pass of the original model, then ranks and bits; plan.json and calibration.safetensors."""
+        settings = self.settings
+        if self.run.has("plan.json") and self.run.has("calibration.safetensors"):
+            return CompressionPlan.from_json(self.run.read_json("plan.json"))
+        with self.progress.stage("calibration", len(calibration)):
+            module = CalibrationModule(
+                self.adapter, measure_rounding=settings.bits.score == "proxy_loss", **settings.calibration
+            )
+            self.trainers.make(callbacks=[settings.low_rank, settings.bits], logger=False).validate(
+                module, dataloaders=as_loader(calibration), verbose=False
+            )
+        if module.statistics is None or settings.bits.plan is None:
+            raise InputError("The calibration pass saw no sample: give data.samples a larger number.")
+        self.run.write_tensors("calibration.safetensors", module.statistics.tensors(), {})
+        self.run.write_json("plan.json", settings.bits.plan.to_json())
+        return settings.bits.plan
+
+    def statistics(self) -> CalibrationStatistics:
+        """What the calibration pass found."""
+        return CalibrationStatistics.from_tensors(self.run.read_tensors("calibration.safetensors")[0])
+
+    @property
+    def seconds(self) -> float:
+        """Wall time so far: this process and the stages that earlier ones finished."""
+        return self._earlier + time.monotonic() - self._started
+
+    def rows(self) -> list[StageRow]:
+        """Figures of the finished stages, in order."""
+        names = ("original", "rtn", "quantized", "block_tuned", "end_to_end")
+        return [self._row(name) for name in names if self.run.has(f"stages/{name}.json")]
+
+    def _row(self, name: str) -> StageRow:
+        value = self.run.read_json(f"stages/{name}.json")
+        interval = value["vqa_interval"]
+        return StageRow(**(value | {"vqa_interval": tuple(interval) if interval else None}))
+
+    def _baseline(self, quantizer: Any) -> None:
+        if not self.run.has("stages/rtn.json"):
+            start = time.monotonic()
+            self._measure("rtn", round_to_nearest(self.adapter, quantizer, self.settings.baseline_bits), start)
+
+    def _quantize(self, plan: CompressionPlan, calibration: Batches) -> list[nn.Module]:
+        start = time.monotonic()
+
+        def done(number: int, reports: list[LinearReport]) -> None:
+            self.linears.extend(reports)
+            loss = max(report.relative_proxy_loss for report in reports)
+            bits = "/".join(str(bits) for bits in sorted({module.bits for module in plan.of_block(number)}))
+            seconds = sum(report.seconds for report in reports)
+            self.progress.say(f"block {number:3d}  {bits} bits  worst relative loss {loss:.4f}  {seconds:5.1f} s")
+            self.progress.advance()
+
+        with self.progress.stage("quantize", len(self.adapter.blocks)):
+            blocks = quantize_blocks(
+                self.run, self.adapter, plan, self.settings.quantization, self.settings.quantizer, calibration, done
+            )
+        self._measure("quantized", blocks, start)
+        return blocks
+
+    def _tune(self, blocks: Sequence[nn.Module], train: Batches, held_back: Batches) -> list[nn.Module]:
+        start = time.monotonic()
+
+        def done(number: int, losses: dict[str, float]) -> None:
+            before, after = losses["held_back_before"], losses["held_back_after"]
+            self.progress.say(f"block {number:3d}  held-back error {before:.5f} -> {after:.5f}")
+            self.progress.advance()
+
+        with self.progress.stage("block tuning", len(blocks)):
+            tuned = load_blocks(self.run, "tuned", self.adapter) or tune_blocks(
+                self.run,
+                self.adapter,
+                blocks,
+                self.trainers,
+                train,
+                held_back,
+                tuning=self.settings.block_tuning,
+                update=self.settings.codebook_update,
+                seed=self.settings.seed,
+                block_done=done,
+            )
+        self._measure("block_tuned", tuned, start)
+        return tuned
+
+    def _end_to_end(self, blocks: list[nn.Module], held_back: Batches) -> list[nn.Module]:
+        start = time.monotonic()
+        finished = load_blocks(self.run, "end_to_end", self.adapter)
+        if finished is None:
+            steps = self.settings.end_to_end["steps"]
+            with self.progress.stage("end to end", steps):
+                self._fit_end_to_end(blocks, held_back, steps)
+            finished = blocks
+            for number, block in enumerate(finished):
+                save_block(self.run, f"end_to_end/{number:03d}.safetensors", block)
+        self._measure("end_to_end", finished, start)
+        return finished
+
+    def _fit_end_to_end(self, blocks: list[nn.Module], held_back: Batches, steps: int) -> None:
+        data = self.settings.data
+        teacher = teacher_states(self.adapter, [*data.calibration_dataloader(), *held_back])
+        pl.seed_everything(self.settings.seed, verbose=False)
+        with self.adapter.with_blocks(blocks):
+            module = EndToEndModule(self.adapter, teacher, **self.settings.end_to_end)
+            trainer = self.trainers.make(
+                callbacks=[BestState(), CodebookUpdate(**self.settings.codebook_update), _Advance(self.progress.advance)],
+                max_steps=steps,
+                max_epochs=-1,
+                num_sanity_val_steps=0,
+                val_check_interval=max(1, steps // 4),
+                check_val_every_n_epoch=None,
+                log_every_n_steps=1,
+                gradient_clip_val=1.0,
+            )
+            trainer.validate(module, dataloaders=as_loader(held_back), verbose=False)
+            trainer.fit(module, train_dataloaders=data.train_dataloader(), val_dataloaders=as_loader(held_back))
+        for block in blocks:
+            round_to_storage(block)
+            block.eval().requires_grad_(False)
+
+    def _measure(self, name: str, blocks: Sequence[nn.Module], start: float | None = None) -> None:
+        if self.run.has(f"stages/{name}.json") and self.measurement.knows(name):
+            return
+        begun = time.monotonic() if start is None else start
+        with self.progress.stage(f"evaluate {name}", 1):
+            row = self.measurement.measure(name, self.adapter, blocks)
+        row["seconds"] = time.monotonic() - begun
+        self.run.write_json(f"stages/{name}.json", asdict(StageRow(**row)))
+        self.progress.say(_sentence(StageRow(**row)))
+
+
+class _Advance(pl.Callback):
+    """Moves the stage's bar with every optimizer step."""
+
+    def __init__(self, advance: Callable[[], None]) -> None:
+        self.advance = advance
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.advance()
+
+
+def _sentence(row: StageRow) -> str:
+    parts = [f"{row.name:12s}"]
+    if row.vqa_accuracy is not None:
+        parts.append(f"accuracy {100 * row.vqa_accuracy:.1f} %")
+    if row.perplexity is not None:
+        parts.append(f"perplexity {row.perplexity:.2f}")
+    if row.kl is not None:
+        parts.append(f"KL {row.kl:.4f}")
+    return "  ".join(parts) + f"  ({row.seconds:.0f} s)"

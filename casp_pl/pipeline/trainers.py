@@ -1,0 +1,51 @@
+"""The Trainer of every stage: the user's settings plus what the stage itself needs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import Logger
+from torch.utils.data import DataLoader
+
+from casp_pl.errors import ConfigError
+
+__all__ = ["TrainerFactory", "as_loader"]
+
+
+class TrainerFactory:
+    """Makes one Trainer per stage from the same settings.
+
+    Args:
+        settings: keyword arguments of `lightning.pytorch.Trainer` from the config.
+        logger: shared by all stages; None for no logging.
+        callbacks: added to every stage.
+    """
+
+    def __init__(self, settings: dict[str, Any], logger: Logger | None, callbacks: Sequence[pl.Callback] = ()) -> None:
+        self.settings = settings
+        self.logger = logger
+        self.callbacks = tuple(callbacks)
+
+    def make(self, *, callbacks: Sequence[pl.Callback] = (), **overrides: Any) -> pl.Trainer:
+        """A Trainer without Lightning's own progress bar, summary and checkpoints: the run has its own.
+
+        Raises:
+            ConfigError: Lightning refuses the settings (an unknown strategy, a missing accelerator).
+        """
+        own = {
+            "logger": self.logger if self.logger is not None else False,
+            "callbacks": [*self.callbacks, *callbacks, *(self.settings.get("callbacks") or [])],
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+        }
+        try:
+            return pl.Trainer(**{**self.settings, **own, **overrides})
+        except (ValueError, TypeError, RuntimeError, pl.utilities.exceptions.MisconfigurationException) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigError(f"trainer: {reason}") from error
+
+
+def as_loader(batches: Sequence[dict[str, Any]]) -> DataLoader[Any]:
+    """Batches in memory as one loader; Lightning takes a plain list for several loaders."""
+    return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]

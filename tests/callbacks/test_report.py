@@ -1,0 +1,191 @@
+import io
+import json
+import math
+import struct
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+from PIL import Image
+
+from casp_pl.callbacks.environment import package_versions, peak_memory_bytes, source_commit
+from casp_pl.callbacks.pictures import draw_pictures, draw_proxy_loss, png_bytes
+from casp_pl.callbacks.report import (
+    BlockFigures,
+    CompressionReport,
+    Example,
+    ModuleFigures,
+    StageRow,
+    sparsity_by_modality,
+)
+from casp_pl.callbacks.report_files import read_report, write_report
+from casp_pl.callbacks.report_markdown import report_markdown
+from casp_pl.callbacks.tensorboard import log_report
+from casp_pl.errors import IntegrityError
+
+PICTURES = ["stages", "bits", "proxy_loss", "attention_sparsity", "examples"]
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "red.png"
+    Image.new("RGB", (7, 5), (255, 0, 0)).save(path)
+    return str(path)
+
+
+@pytest.fixture
+def report(image):
+    linear = "model.language_model.layers.{}.self_attn.{}"
+    return CompressionReport(
+        name="made_up",
+        model="tiny",
+        quantizer="aqlm",
+        versions={"torch": "2.13.0"},
+        wall_seconds=5999.0,
+        peak_memory_bytes=1_234_567_890,
+        stages=(
+            StageRow(
+                name="original", vqa_accuracy=0.9, vqa_interval=(0.875, 0.925), perplexity=12345.678, model_bytes=999
+            ),
+            StageRow(name="rtn", bits_per_weight_codes=2.0, bits_per_weight_total=2.25, kl=math.inf, questions=3),
+            StageRow(
+                name="end_to_end", bits_per_weight_codes=1.999, bits_per_weight_total=2.6, kl=0.01234, seconds=1.5
+            ),
+        ),
+        modules=(
+            ModuleFigures(name=linear.format(0, "q_proj"), block=0, shape=(24, 16), rank=8, bits=3, bits_total=2.5),
+            ModuleFigures(name=linear.format(0, "v_proj"), block=0, shape=(8, 16), bits=2, relative_proxy_loss=0.0123),
+            ModuleFigures(name=linear.format(3, "v_proj"), block=3, shape=(8, 16), bits=2, relative_proxy_loss=0.5),
+        ),
+        blocks=(
+            BlockFigures(block=0, score=1.5, attention_sparsity=sparsity_by_modality([[0.5, math.nan], [0.25, 1.0]])),
+            BlockFigures(block=3),
+        ),
+        data={"samples": 1234, "skipped": [{"id": "a", "reason": "b | c"}]},
+        examples=(
+            Example(question="what $x$ is it?", original="red", compressed="", reference="red", image=image),
+            Example(question="gone", original="a", compressed="a", image=image + ".missing"),
+            Example(question="words " * 50, original="b" * 200, compressed="c"),
+        ),
+    )
+
+
+def png_size(data):
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", data[16:24])
+
+
+def test_json_has_every_key_of_the_schema(report):
+    value = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    top = {"name", "model", "quantizer", "commit", "versions", "wall_seconds", "peak_memory_bytes", "stages", "modules"}
+    stage = {"name", "bits_per_weight_codes", "bits_per_weight_total", "model_bytes", "vqa_accuracy"}
+    stage |= {"vqa_accuracy_not_yes_no", "perplexity", "kl", "flip_rate", "seconds"}
+    module = {"name", "shape", "rank", "bits", "bits_total", "relative_proxy_loss", "seconds"}
+    assert top | {"data"} <= set(value)
+    assert all(stage <= set(row) for row in value["stages"])
+    assert all(module <= set(row) for row in value["modules"])
+    assert value["commit"] is None
+    assert value["stages"][0]["kl"] is None
+    assert value["modules"][1]["rank"] is None
+    assert value["modules"][0]["shape"] == [24, 16]
+
+
+def test_what_is_not_finite_becomes_null_and_is_said(report, caplog):
+    assert report.to_json()["stages"][1]["kl"] is None
+    assert "stages.1.kl is inf" in caplog.text
+
+
+def test_a_report_survives_its_files(report, tmp_path):
+    names = write_report(report, tmp_path)
+    assert names == [*(f"{name}.png" for name in PICTURES), "report.md", "report.json"]
+    assert all((tmp_path / name).is_file() for name in names)
+    again = read_report(tmp_path)
+    assert again.to_json() == report.to_json()
+    assert again.modules == report.modules
+    assert again.blocks == report.blocks
+    assert again.examples == report.examples
+    assert again.stage("end_to_end") == report.stages[2]
+    assert again.stage("quantized") is None
+
+
+@pytest.mark.parametrize("change", [{"kl_text": 0.1}, {"kl": "drop"}])
+def test_other_keys_are_refused(report, change):
+    value = report.to_json()
+    for key, item in change.items():
+        value["stages"][0].pop(key) if item == "drop" else value["stages"][0].update({key: item})
+    with pytest.raises(IntegrityError, match=f"stages: .*{next(iter(change))}"):
+        CompressionReport.from_json(value)
+
+
+def test_pictures_show_something(report):
+    pictures = draw_pictures(report)
+    assert list(pictures) == PICTURES
+    for figure in pictures.values():
+        data = png_bytes(figure)
+        assert min(png_size(data)) > 300
+        assert len(data) > 5000
+
+
+def test_the_example_picture_holds_the_image(report):
+    figure = draw_pictures(report)["examples"]
+    with Image.open(io.BytesIO(png_bytes(figure))) as picture:
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}
+    assert (255, 0, 0) in colours
+
+
+def test_the_same_report_gives_the_same_pixels(report):
+    first, second = (draw_proxy_loss(report.modules) for _ in range(2))
+    assert png_bytes(first) == png_bytes(second)
+
+
+def test_an_empty_report_has_no_pictures_but_a_text(tmp_path):
+    empty = CompressionReport(name="empty", model="m", quantizer="q")
+    assert write_report(empty, tmp_path) == ["report.md", "report.json"]
+    assert "n/a" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_markdown_table(report):
+    text = report_markdown(CompressionReport.from_json(report.to_json()), PICTURES)
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line[:1] == "|"]
+    assert len({len(row) for row in rows[:5]}) == 1
+    assert rows[2] == ["original", "n/a", "999 B", "90.0", "87.5 - 92.5", "n/a", "12,345.68", "n/a", "n/a", "n/a"]
+    assert rows[3][:2] == ["RTN", "2.000 / 2.250"]
+    assert rows[4][7:] == ["0.0123", "n/a", "1.5 s"]
+    assert "Wall time 100.0 min, peak memory 1.23 GB" in text
+    assert "| samples | 1,234 |" in text
+    assert "b \\| c" in text
+    assert "![Example questions](examples.png)" in text
+    assert text.isascii()
+
+
+def test_sparsity_names_the_modalities():
+    named = sparsity_by_modality([[0.1, 0.2], [math.nan, 0.4]])
+    assert named == {"text to text": 0.1, "text to image": 0.2, "image to text": None, "image to image": 0.4}
+
+
+def test_tensorboard_gets_every_figure(report, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path / "tb")) as writer:
+        log_report(writer, CompressionReport.from_json(report.to_json()))
+    events = EventAccumulator(str(tmp_path / "tb"), size_guidance={"images": 0}).Reload()
+    losses = events.Scalars("relative_proxy_loss/v_proj")
+    assert [(event.step, event.value) for event in losses] == [(0, pytest.approx(0.0123)), (3, 0.5)]
+    assert [event.value for event in events.Scalars("rank/q_proj")] == [8]
+    assert [event.value for event in events.Scalars("attention_sparsity/image_to_text")] == [0.25]
+    assert [event.step for event in events.Scalars("stage/kl")] == [2]
+    assert {tag.split("/")[1] for tag in events.Tags()["images"]} == set(PICTURES)
+
+
+def test_environment():
+    assert package_versions()["torch"] == version("torch")
+    assert source_commit() is None or len(source_commit().removesuffix("-dirty")) == 40
+    code = (
+        "from casp_pl.callbacks.environment import peak_memory_bytes as p\n"
+        "a = p(); b = b'x' * 400_000_000; print(p() - a)"
+    )
+    grown = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert 200_000_000 < grown < 450_000_000
+    assert peak_memory_bytes() > 50_000_000

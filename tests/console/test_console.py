@@ -1,0 +1,163 @@
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from casp_pl.console import RunProgress, make_console, print_table
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def piped(width=120):
+    return Console(file=io.StringIO(), width=width, highlight=False)
+
+
+def lines(console):
+    return console.file.getvalue().splitlines()
+
+
+def test_share_and_time_left_follow_the_weights():
+    clock = Clock()
+    progress = RunProgress({"a": 10.0, "b": 30.0}, console=piped(), clock=clock)
+    with progress:
+        assert progress.seconds_left is None
+        with progress.stage("a", 5):
+            clock.now = 4.0
+            progress.advance()
+            assert progress.share == pytest.approx(2 / 40)
+            assert progress.seconds_left == pytest.approx(4.0 / 2 * 38)
+        clock.now = 20.0
+        assert progress.share == pytest.approx(0.25)
+        assert progress.seconds_left == pytest.approx(60.0)
+        with progress.stage("b", 3):
+            progress.advance(3)
+    assert progress.share == 1.0
+
+
+def test_a_skipped_stage_is_done_but_says_nothing_about_the_speed():
+    clock = Clock()
+    with RunProgress({"a": 100.0, "b": 10.0}, console=piped(), clock=clock) as progress:
+        progress.skip("a")
+        assert progress.share == pytest.approx(100 / 110)
+        assert progress.seconds_left is None
+        progress.start("b", 2)
+        clock.now = 5.0
+        progress.advance()
+        assert progress.seconds_left == pytest.approx(5.0)
+
+
+def test_plain_lines_are_few():
+    console, clock = piped(), Clock()
+    with RunProgress({"a": 1.0}, console=console, clock=clock) as progress, progress.stage("a", 10_000):
+        for _ in range(10_000):
+            clock.now += 0.001
+            progress.advance()
+    assert 45 <= len(lines(console)) <= 55
+    assert lines(console)[-1].startswith("100% a 10000/10000")
+
+
+def test_a_slow_stage_still_speaks_every_interval():
+    console, clock = piped(), Clock()
+    with RunProgress({"a": 1.0}, console=console, clock=clock, interval=10.0) as progress, progress.stage("a", 1e6):
+        for _ in range(100):
+            clock.now += 1.0
+            progress.advance()
+    assert len(lines(console)) == 10 + 2
+
+
+def fail_after_one_step(progress):
+    with progress.stage("a", 2):
+        progress.advance()
+        raise KeyError
+
+
+def test_a_failed_stage_is_not_finished():
+    with RunProgress({"a": 1.0}, console=piped()) as progress:
+        with pytest.raises(KeyError):
+            fail_after_one_step(progress)
+        assert progress.share == pytest.approx(0.5)
+
+
+def test_unknown_stage():
+    with pytest.raises(ValueError, match="No stage 'c' among a, b"):
+        RunProgress({"a": 1.0, "b": 1.0}, console=piped()).start("c", 1)
+
+
+def test_other_ranks_are_silent():
+    console = piped()
+    with RunProgress({"a": 1.0}, console=console, enabled=False) as progress, progress.stage("a", 1):
+        progress.say("no")
+    assert lines(console) == []
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_lines_fit_the_console(width):
+    console, clock = piped(width), Clock()
+    with RunProgress({"block by block " * 9: 1.0}, console=console, clock=clock) as progress:
+        progress.start("block by block " * 9, 30)
+        for _ in range(30):
+            clock.now += 100.0
+            progress.advance(note="loss [0.1]")
+    assert max(map(len, lines(console))) <= width
+    assert ("loss [0.1]" in console.file.getvalue()) == (width == 200)
+
+
+@pytest.mark.parametrize("width", [40, 120])
+def test_two_bars_on_a_terminal(width):
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None, _environ={})
+    with RunProgress({"calibration": 1.0, "blocks": 1.0}, console=console) as progress:
+        with progress.stage("calibration", 2):
+            progress.advance(note="[loss] 0.1")
+        progress.say("between")
+        assert "between" in console.file.getvalue()
+    last = console.file.getvalue().rsplit("whole run", 1)[1]
+    assert "50%" in last
+
+
+def test_wide_and_narrow_tables():
+    header, rows = ("stage", "bits", "a long [name]"), [["one", "2.0", "[x]"], ["two", "n/a", "y"]]
+    wide, narrow = piped(60), piped(20)
+    print_table(header, rows, wide, title="[title]")
+    print_table(header, rows, narrow)
+    assert [line.split() for line in lines(wide) if line.startswith("one")] == [["one", "2.0", "[x]"]]
+    assert lines(wide)[0] == "[title]"
+    assert lines(narrow)[:3] == ["one", "  bits           2.0", "  a long [name]  [x]"]
+
+
+SCRIPT = """
+from casp_pl.console import RunProgress, make_console, print_table, setup_logging
+setup_logging()
+console = make_console()
+with RunProgress({"blocks": 1.0}, console=console) as progress, progress.stage("blocks", 3):
+    progress.advance(note="caf\\u00e9")
+    progress.say("question \\u4f60")
+print_table(("stage", "VQA"), [["original", "90"]], console)
+"""
+
+
+@pytest.mark.parametrize("environment", [{"LANG": "C", "PYTHONIOENCODING": "ascii"}, {"LANG": "C", "LC_ALL": "C"}])
+def test_ascii_pipe_of_40_columns(environment):
+    settings = {**os.environ, "COLUMNS": "40", **environment}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, env=settings, check=True)
+    assert b"\x1b" not in done.stdout
+    assert b"\r" not in done.stdout
+    assert done.stderr == b""
+    text = done.stdout.decode(environment.get("PYTHONIOENCODING", "utf-8"))
+    assert max(len(line) for line in text.splitlines()) <= 40
+    assert "100% blocks 3/3" in text
+
+
+def test_piped_width(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert make_console(io.StringIO()).width == 120
+    monkeypatch.setenv("COLUMNS", "50")
+    assert make_console(io.StringIO()).width == 50

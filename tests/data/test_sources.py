@@ -1,0 +1,157 @@
+from collections import Counter
+
+import pytest
+
+from casp_pl.data import EasyVQA, HuggingFaceText, LlavaJson, PydocProse, Sample, TextFiles, Turn
+from casp_pl.data.sources.pydoc_prose import prose_paragraphs
+from casp_pl.errors import ConfigError, InputError
+
+
+def talk(*texts, image=None, name="a"):
+    roles = ("human", "gpt")
+    conversations = [{"from": roles[number % 2], "value": text} for number, text in enumerate(texts)]
+    return {"id": name, "conversations": conversations} | ({} if image is None else {"image": image})
+
+
+@pytest.mark.parametrize(("split", "questions", "images"), [("train", 38_575, 4_000), ("test", 9_673, 1_000)])
+def test_easy_vqa_has_the_published_size(split, questions, images):
+    samples = EasyVQA().load(split)
+    assert len(samples) == questions
+    assert len({sample.id for sample in samples}) == questions
+    assert len({sample.image for sample in samples}) == images
+    assert len({sample.turns[0].answer for sample in samples}) == 13
+    assert samples[0].image.is_file()
+
+
+def test_easy_vqa_missing_names_the_command(monkeypatch):
+    monkeypatch.setattr("casp_pl.data.sources.easy_vqa.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install easy-vqa"):
+        EasyVQA().load("train")
+
+
+def test_a_sample_is_a_conversation_or_a_text():
+    with pytest.raises(ValueError, match="either turns or text"):
+        Sample(id="empty")
+    with pytest.raises(ValueError, match="either turns or text"):
+        Sample(id="both", turns=(Turn("q", "a"),), text="b")
+
+
+def test_llava_json_reads_turns_and_strips_the_mark(llava_folder):
+    images, write = llava_folder
+    path = write([talk("<image>\nWhat?", "A bus.", "Colour?", "Red.", image="3.png"), talk("Hi", "Hello", name="b")])
+    first, second = LlavaJson(path=path, image_folder=images).load("train")
+    assert first.turns == (Turn("What?", "A bus."), Turn("Colour?", "Red."))
+    assert first.image == images / "3.png"
+    assert second.turns == (Turn("Hi", "Hello"),)
+    assert second.image is None
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (talk("What?", "A bus.", image="0.png", name="x7"), "x7: 0 <image> marks in the text, but 1 images"),
+        (talk("<image> What?", "A bus.", name="x7"), "x7: 1 <image> marks in the text, but 0 images"),
+        (talk("<image><image> What?", "A bus.", image="0.png", name="x7"), "x7: 2 <image> marks"),
+        (talk("<image><image>", "A bus.", image=["0.png", "1.png"], name="x7"), "x7: only one image"),
+        (talk("Hi", "<image>", image="0.png", name="x7"), "x7: only one image, marked in the first question"),
+        (talk("<image>", "A bus.", image="../0.png", name="x7"), "x7: the image ../0.png lies outside"),
+        (talk("<image>", "A bus.", image="/0.png", name="x7"), "x7: the image /0.png lies outside"),
+        (talk("Hi", "Hello", "Bye", name="x7"), "x7: the turns are"),
+        ({"id": "x7"}, "x7: not a LLaVA conversation"),
+        ({"id": "x7", "conversations": [{"from": "human"}, {"from": "gpt"}]}, "x7: not a LLaVA conversation"),
+        (["x7"], "#0: not a LLaVA conversation"),
+    ],
+)
+def test_llava_json_names_the_bad_sample(llava_folder, row, message):
+    images, write = llava_folder
+    with pytest.raises(InputError) as caught:
+        LlavaJson(path=write([row]), image_folder=images).load("train")
+    assert message in str(caught.value)
+    assert str(caught.value).count("\n") < 3
+
+
+def test_llava_json_bad_files(llava_folder, tmp_path):
+    images, write = llava_folder
+    (tmp_path / "broken.json").write_text("[{]")
+    with pytest.raises(InputError, match="broken.json"):
+        LlavaJson(path=tmp_path / "broken.json", image_folder=images).load("train")
+    with pytest.raises(InputError, match="absent.json"):
+        LlavaJson(path=tmp_path / "absent.json", image_folder=images).load("train")
+    with pytest.raises(InputError, match="not a list"):
+        LlavaJson(path=write({}), image_folder=images).load("train")
+    with pytest.raises(InputError, match="nowhere"):
+        LlavaJson(path=write([]), image_folder=tmp_path / "nowhere").load("train")
+    with pytest.raises(ConfigError, match="test_path"):
+        LlavaJson(path=write([]), image_folder=images).load("test")
+
+
+def test_prose_is_running_text_only():
+    text = '''The "with" statement
+********************
+
+   with_stmt ::= "with" with_item ("," with_item)* ":"
+
+* The "with" statement is used to wrap the execution of a block with
+  methods that are defined by a context manager, as it is said here.
+
+   with open(name) as file: read(file); close(file); and_so_on(file, 1, 2, 3, 4)
+
++---------+--------------------------------------------------+
+| x       | The item of the table that is not prose at all.  |
++---------+--------------------------------------------------+
+'''
+    assert prose_paragraphs(text) == [
+        'The "with" statement is used to wrap the execution of a block with methods that are defined by a context '
+        "manager, as it is said here."
+    ]
+
+
+def test_prose_parts_share_no_topic_and_no_paragraph():
+    source = PydocProse()
+    parts = {split: source.load(split) for split in ("train", "test")}
+    paragraphs = {
+        split: Counter(paragraph for sample in samples for paragraph in sample.text.split("\n\n"))
+        for split, samples in parts.items()
+    }
+    assert not {sample.id for sample in parts["train"]} & {sample.id for sample in parts["test"]}
+    assert not paragraphs["train"].keys() & paragraphs["test"].keys()
+    assert max((paragraphs["train"] + paragraphs["test"]).values()) == 1
+    size = {split: sum(map(len, counter)) for split, counter in paragraphs.items()}
+    assert 0.15 < size["test"] / (size["train"] + size["test"]) <= 0.3
+    assert parts == {split: PydocProse().load(split) for split in ("train", "test")}
+
+
+def test_text_files(tmp_path):
+    (tmp_path / "b.txt").write_text("second")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "a.txt").write_text("third", encoding="utf-8")
+    (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "note.md").write_text("not text")
+    assert [sample.text for sample in TextFiles(path=tmp_path).load("train")] == ["second", "third"]
+    held_out = TextFiles(path=tmp_path, test_path=tmp_path / "b.txt").load("test")
+    assert [sample.text for sample in held_out] == ["second"]
+
+
+def test_text_files_errors(tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(InputError, match="latin.txt"):
+        TextFiles(path=tmp_path).load("train")
+    with pytest.raises(InputError, match="absent"):
+        TextFiles(path=tmp_path / "absent").load("train")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InputError, match="no text"):
+        TextFiles(path=tmp_path / "none").load("train")
+    with pytest.raises(ConfigError, match="test_path"):
+        TextFiles(path=tmp_path).load("test")
+
+
+def test_hugging_face_text_from_disk(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"text": ["one", " ", "two", "three"]})
+    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "set")
+    source = HuggingFaceText(name=str(tmp_path / "set"), limit=3)
+    assert [sample.text for sample in source.load("train")] == ["one", "two"]
+    with pytest.raises(InputError, match="split 'test'"):
+        source.load("test")
+    with pytest.raises(InputError, match="no column 'body'"):
+        HuggingFaceText(name=str(tmp_path / "set"), column="body").load("train")

@@ -27,7 +27,7 @@ from casp_pl.data import CalibrationData
 from casp_pl.data.evaluation import EvaluationData
 from casp_pl.errors import CaspError, ConfigError, InputError
 from casp_pl.models.compress import BlockQuantization
-from casp_pl.models.load import load_model
+from casp_pl.models.load import ModelSource
 from casp_pl.modules import BlockwiseModule, CalibrationModule, EndToEndModule
 from casp_pl.pipeline import commands
 from casp_pl.pipeline.settings import RunSettings
@@ -55,11 +55,11 @@ class _StopRun(BaseException):
 
 def build_parser() -> LightningArgumentParser:
     """The parser with all subcommands."""
-    parser = LightningArgumentParser(prog="casp_pl", description="2-bit large multimodal models.", exit_on_error=False)
+    parser = LightningArgumentParser(prog="casp_pl", description="2-bit large multimodal models.", exit_on_error=False, allow_abbrev=False)
     subcommands = parser.add_subcommands(required=True)
     for name, (_, text) in COMMANDS.items():
         subcommands.add_subcommand(name, _recipe_parser(name, text), help=text)
-    verify = LightningArgumentParser(description="Check a run or model directory.", exit_on_error=False)
+    verify = LightningArgumentParser(description="Check a run or model directory.", exit_on_error=False, allow_abbrev=False)
     verify.add_argument("directory", type=Path, help="runs/NAME or runs/NAME/model")
     verify.add_argument("--verbose", action="store_true", help="show tracebacks")
     subcommands.add_subcommand("verify", verify, help="check hashes and structure of a run or model directory")
@@ -67,14 +67,14 @@ def build_parser() -> LightningArgumentParser:
 
 
 def _recipe_parser(name: str, text: str) -> LightningArgumentParser:
-    parser = LightningArgumentParser(description=text, exit_on_error=False)
+    parser = LightningArgumentParser(description=text, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="a recipe or overlay; later ones win")
     parser.add_argument("--name", type=str, default="casp", help="name of the recipe")
     parser.add_argument("--run_dir", type=Path | None, default=None, help="where to write; default runs/NAME")
     parser.add_argument("--seed_everything", type=int, default=0, help="seed of every random choice")
     parser.add_argument("--verbose", action="store_true", help="show all messages, and tracebacks of errors")
     parser.add_argument("--override_memory", action="store_true", help="start even where the plan says memory is short")
-    parser.add_function_arguments(load_model, "model")
+    parser.add_class_arguments(ModelSource, "model")
     parser.add_class_arguments(CalibrationData, "data")
     parser.add_class_arguments(EvaluationData, "evaluation")
     parser.add_subclass_arguments(Quantizer, "quantizer", default={"class_path": "casp_pl.quantizers.AQLMQuantizer"})
@@ -105,12 +105,12 @@ def settings_from(parser: LightningArgumentParser, config: Namespace, command: s
     chosen = config[command]
     recipe_parser = parser._subcommands_action._name_parser_map[command]
     flat = {key: str(value) for key, value in chosen.items() if key not in _NOT_IN_FINGERPRINT}
-    recipe = recipe_parser.dump(chosen, skip_none=False)
-    built = recipe_parser.instantiate_classes(chosen)
+    recipe = recipe_parser.dump(chosen)
+    built = recipe_parser.instantiate(chosen)
     fields = {key: built[key] for key in ("name", "data", "evaluation", "quantizer", "baseline", "baseline_bits")}
-    fields |= {key: built[key] for key in ("low_rank", "bits", "quantization")}
-    fields |= {key: built[key].as_dict() for key in ("model", "calibration", "block_tuning", "end_to_end")}
-    fields |= {key: built[key].as_dict() for key in ("codebook_update", "trainer")}
+    fields |= {key: built[key] for key in ("model", "low_rank", "bits", "quantization")}
+    kwargs_only = ("calibration", "block_tuning", "end_to_end", "codebook_update", "trainer")
+    fields |= {key: built[key].as_dict() for key in kwargs_only}
     built["quantization"].seed = built["seed_everything"]
     return RunSettings(
         run_dir=built["run_dir"] or Path("runs") / built["name"],
@@ -179,9 +179,16 @@ def _check_files(arguments: Sequence[str]) -> None:
             raise ConfigError(f"{path} is not plain YAML: {str(error).splitlines()[0]}") from error
         if not isinstance(content, dict):
             raise ConfigError(f"{path} must hold keys and values, not {type(content).__name__}.")
-        for value in _class_paths(content):
-            if "." in value and not value.startswith(_ALLOWED_CLASSES):
-                raise ConfigError(f"{path}: class_path {value} is refused; allowed are {', '.join(_ALLOWED_CLASSES)}")
+        _check_classes(str(path), _class_paths(content))
+    pairs = zip(arguments, arguments[1:], strict=False)
+    _check_classes("command line", [value for key, value in pairs if key.endswith("class_path")])
+
+
+def _check_classes(where: str, paths: Sequence[str]) -> None:
+    """Importing a class runs its module, so only modules that belong here are imported."""
+    for path in paths:
+        if "." in path and not path.startswith(_ALLOWED_CLASSES):
+            raise ConfigError(f"{where}: class_path {path} is refused; allowed are {', '.join(_ALLOWED_CLASSES)}")
 
 
 def _class_paths(content: Any) -> list[str]:

@@ -1,8 +1,9 @@
 """Callbacks of the stages, and the report."""
 
+from casp_pl.callbacks.advance import Advance
 from casp_pl.callbacks.best_state import BestState
 from casp_pl.callbacks.bit_allocation import BitAllocation
 from casp_pl.callbacks.codebook_update import CodebookUpdate
 from casp_pl.callbacks.low_rank_allocation import LowRankAllocation
 
-__all__ = ["BestState", "BitAllocation", "CodebookUpdate", "LowRankAllocation"]
+__all__ = ["Advance", "BestState", "BitAllocation", "CodebookUpdate", "LowRankAllocation"]

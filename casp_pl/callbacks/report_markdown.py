@@ -1,7 +1,8 @@
 """report.md: the figures of a run for people to read."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from casp_pl.callbacks.report import CompressionReport, ModuleFigures
 from casp_pl.callbacks.stage_table import HEADER, duration, number, size, stage_cells
@@ -42,7 +43,7 @@ def report_markdown(report: CompressionReport, pictures: Sequence[str] = ()) -> 
         _measured_on(report),
         "## How to read it\n\n" + _READING,
         *(f"## {_CAPTIONS.get(name, name)}\n\n![{_CAPTIONS.get(name, name)}]({name}.png)" for name in pictures),
-        "## Data that entered calibration\n\n" + _data(report),
+        "## Data that really entered\n\n" + _data(report),
         "## Every linear\n\n" + _table(_MODULE_HEADER, (_module_cells(module) for module in report.modules)),
         "## Made with\n\n" + _made_with(report),
     ]
@@ -62,8 +63,16 @@ def _measured_on(report: CompressionReport) -> str:
 def _data(report: CompressionReport) -> str:
     if not report.data:
         return "n/a"
-    rows = ([key.replace("_", " "), _value(value)] for key, value in report.data.items())
+    rows = ([key.replace("_", " "), _value(value)] for key, value in _flat(report.data))
     return _table(("what", "count"), rows)
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}: ")
+        else:
+            yield prefix + key, value
 
 
 _MODULE_HEADER = ("linear", "shape", "rank", "bits", "bits total", "relative proxy loss", "seconds")

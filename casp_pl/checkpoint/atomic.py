@@ -7,6 +7,7 @@ A killed process leaves at most a file whose name begins with `.tmp` in the dire
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -115,8 +116,8 @@ def remove_leftovers(directory: Path, name: str = "") -> list[str]:
         directory: a directory that only this program writes to, or any with a `name`.
         name: delete only the leftovers of this file or directory.
     """
-    prefix = f"{_PREFIX}{name}-" if name else ".tmp"  # safetensors' own temporary files are called .tmpXXXXXX
-    found = sorted(path for path in directory.iterdir() if path.name.startswith(prefix))
+    pattern = rf"{re.escape(_PREFIX + name)}-[0-9a-f]{{8}}" if name else r"\.tmp.*"  # safetensors' own are .tmpXXXXXX
+    found = sorted(path for path in directory.iterdir() if re.fullmatch(pattern, path.name))
     for path in found:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -121,7 +121,12 @@ def _put_in_place(temporary: Path, target: Path) -> None:
     old = temporary_path(target)
     if target.exists():
         os.rename(target, old)
-    os.rename(temporary, target)
+    try:
+        os.rename(temporary, target)
+    except BaseException:
+        if old.exists():
+            os.rename(old, target)
+        raise
     sync_directory(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 

@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from functools import partialmethod
+from importlib import import_module
 
 from tqdm.std import tqdm
 
@@ -25,6 +26,10 @@ _NOISE = (
     r".*Found \d+ module\(s\) in eval mode at the start of training.*",  # frozen teachers
 )
 _FOREIGN = ("lightning", "lightning_utilities", "transformers", "datasets", "torch", "matplotlib", "PIL", "fsspec")
+_OWN_HANDLERS = (
+    "lightning.pytorch",
+    "lightning.fabric",
+)  # the logger above them has a handler of its own: no line twice
 
 
 def setup_logging(*, verbose: bool = False) -> None:
@@ -33,11 +38,14 @@ def setup_logging(*, verbose: bool = False) -> None:
     Args:
         verbose: show everything, other packages' notes and warnings included.
     """
-    root = logging.getLogger()
-    for handler in [handler for handler in root.handlers if isinstance(handler, _StderrHandler)]:
-        root.removeHandler(handler)
-    root.addHandler(_StderrHandler(verbose=verbose))
-    root.setLevel(logging.INFO)
+    handler = _StderrHandler(verbose=verbose)
+    for name in ("", *_OWN_HANDLERS):
+        logger = logging.getLogger(name)
+        logger.handlers = [other for other in logger.handlers if not isinstance(other, _StderrHandler)]
+        logger.addHandler(handler)
+    for name in _OWN_HANDLERS:
+        logging.getLogger(name).propagate = False
+    logging.getLogger().setLevel(logging.INFO)
     logging.captureWarnings(True)
     if verbose:
         return
@@ -54,8 +62,7 @@ def setup_logging(*, verbose: bool = False) -> None:
 def _quiet_transformers() -> None:
     """Transformers reads its environment variables when it is imported, and it may be imported already."""
     if "transformers" in sys.modules:
-        from transformers.utils import logging as foreign
-
+        foreign = import_module("transformers.utils.logging")
         foreign.set_verbosity_error()
         foreign.disable_progress_bar()
 
@@ -63,8 +70,9 @@ def _quiet_transformers() -> None:
 def _no_foreign_bars() -> None:
     """The run has its own bars. Tqdm, too, reads its variable TQDM_DISABLE only when it is imported."""
     os.environ.setdefault("TQDM_DISABLE", "1")
-    if not isinstance(vars(tqdm)["__init__"], partialmethod):
-        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+    start = vars(tqdm)["__init__"]
+    if not getattr(start, "keywords", {}).get("disable"):
+        tqdm.__init__ = partialmethod(start, disable=True)
 
 
 class _StderrHandler(logging.Handler):

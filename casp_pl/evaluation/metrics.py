@@ -4,7 +4,6 @@ Each process evaluates all questions and windows (see `EvaluationData`), so noth
 Shapes: N questions or positions, V vocabulary.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,8 +90,8 @@ class FlipRate(Metric):
         self.total += len(predictions)
 
     def compute(self) -> float:
-        """The share, NaN before the first update."""
-        return self.flips.item() / self.total.item() if self.total else math.nan
+        """The share, between 0 and 1."""
+        return float(self.flips / self.total)
 
 
 class Perplexity(Metric):
@@ -114,9 +113,7 @@ class Perplexity(Metric):
         self.total += targets.numel()
 
     def compute(self) -> float:
-        """The perplexity, infinite where it overflows, NaN before the first update."""
-        if not self.total:
-            return math.nan
+        """The perplexity; infinite where it overflows."""
         return float(torch.exp(self.loss / self.total))
 
 
@@ -140,5 +137,5 @@ class KLDivergence(Metric):
         self.total += len(logits)
 
     def compute(self) -> float:
-        """The mean, NaN before the first update."""
-        return self.divergence.item() / self.total.item() if self.total else math.nan
+        """The mean, in nats."""
+        return float(self.divergence / self.total)

@@ -10,27 +10,42 @@ from casp_pl.errors import InputError
 from casp_pl.models.demo import load_demo
 from casp_pl.models.tiny import load_tiny
 
-__all__ = ["load_model"]
+__all__ = ["ModelSource", "load_model"]
 
 
-def load_model(source: str = "embedded", dtype: Literal["float32", "bfloat16", "float16"] = "float32") -> tuple[nn.Module, Any]:
-    """A frozen model in evaluation mode and its processor (a tokenizer for a text model).
+class ModelSource:
+    """Where a model comes from.
 
     Args:
         source: `embedded` (SmolLM2 with a vision tower, comes with the package), `embedded-text` (SmolLM2 alone), `tiny`
             (random, for tests), or a directory or hub name of a LLaVA or LLaMA-type model.
         dtype: the type that everything is computed in; on a CPU float32 is by far the fastest.
-
-    Raises:
-        InputError: the model cannot be found or read.
     """
-    if source == "tiny":
-        model, processor = load_tiny()
-    elif source in ("embedded", "embedded-text"):
-        model, processor = load_demo(text_only=source == "embedded-text")
-    else:
-        model, processor = _load_hugging_face(source)
-    return model.to(getattr(torch, dtype)).eval().requires_grad_(False), processor
+
+    def __init__(
+        self, *, source: str = "embedded", dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    ) -> None:
+        self.source = source
+        self.dtype = dtype
+
+    def load(self) -> tuple[nn.Module, Any]:
+        """A frozen model in evaluation mode and its processor (a tokenizer for a text model).
+
+        Raises:
+            InputError: the model cannot be found or read.
+        """
+        if self.source == "tiny":
+            model, processor = load_tiny()
+        elif self.source in ("embedded", "embedded-text"):
+            model, processor = load_demo(text_only=self.source == "embedded-text")
+        else:
+            model, processor = _load_hugging_face(self.source)
+        return model.to(getattr(torch, self.dtype)).eval().requires_grad_(False), processor
+
+
+def load_model(source: str = "embedded") -> tuple[nn.Module, Any]:
+    """`ModelSource(source=source).load()`: a frozen fp32 model and its processor."""
+    return ModelSource(source=source).load()
 
 
 def _load_hugging_face(source: str) -> tuple[nn.Module, Any]:

@@ -1,10 +1,11 @@
 """Figures of one stage: what the model answers, how far it is from the original, what it costs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
+from casp_pl.callbacks import Advance
 from casp_pl.checkpoint import RunDirectory
 from casp_pl.checkpoint.registration import compact_state_dict
 from casp_pl.data.evaluation import EvaluationData
@@ -42,8 +43,15 @@ class Measurement:
         """What the model of a stage answered."""
         return ReferenceOutputs.from_tensors(*self.run.read_tensors(_file(stage)))
 
-    def measure(self, stage: str, adapter: ModelAdapter, blocks: Sequence[nn.Module]) -> dict[str, Any]:
-        """Evaluate the model with these blocks in place.
+    @property
+    def steps(self) -> int:
+        """Batches of one evaluation."""
+        return sum(len(loader) for loader in self.data.test_dataloader())
+
+    def measure(
+        self, stage: str, adapter: ModelAdapter, blocks: Sequence[nn.Module], advance: Callable[[], None]
+    ) -> dict[str, Any]:
+        """Evaluate the model with these blocks in place; `advance` is called after every batch.
 
         Returns:
             The fields of a `StageRow`, `seconds` of the evaluation alone.
@@ -51,7 +59,8 @@ class Measurement:
         reference = None if stage == "original" else self.outputs("original")
         with adapter.with_blocks(blocks) as model:
             module = EvaluationModule(model, self.processor, reference=reference)
-            self.trainers.make(logger=False).test(module, datamodule=self.data, verbose=False)
+            trainer = self.trainers.make(callbacks=[Advance(advance, loop="test")], logger=False)
+            trainer.test(module, datamodule=self.data, verbose=False)
             if module.figures is None or module.outputs is None:
                 raise RuntimeError("the test run ended without figures")
             stored = {id(tensor): tensor.nbytes for tensor in compact_state_dict(model).values()}  # a tied one counts once

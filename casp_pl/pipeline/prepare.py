@@ -11,7 +11,6 @@ from torch import Tensor
 from casp_pl.checkpoint.registration import compact_state_dict
 from casp_pl.errors import ConfigError, InputError
 from casp_pl.models.adapter import ModelAdapter, adapt
-from casp_pl.models.load import load_model
 from casp_pl.pipeline.blocks import Batches
 from casp_pl.pipeline.settings import RunSettings
 
@@ -38,7 +37,7 @@ def prepare(settings: RunSettings) -> Prepared:
         raise ConfigError("trainer.devices: this version compresses in one process on one device; set it to 1.")
     pl.seed_everything(settings.seed, verbose=False)
     settings.bits.attach(settings.quantizer, settings.low_rank)
-    model, processor = load_model(**settings.model)
+    model, processor = settings.model.load()
     adapter = adapt(model)
     settings.data.attach(processor)
     settings.evaluation.attach(processor)

@@ -65,7 +65,7 @@ def build_report(
     )
     return CompressionReport(
         name=settings.name,
-        model=f"{settings.model['source']} ({plan.model})",
+        model=f"{settings.model.source} ({plan.model})",
         quantizer=settings.quantizer.name,
         commit=source_commit(),
         versions=package_versions(),

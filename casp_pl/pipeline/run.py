@@ -6,7 +6,7 @@ Every stage leaves its figures in stages/NAME.json and its tensors beside; that 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 from torch import nn
 
 from casp_pl.allocation import CompressionPlan
-from casp_pl.callbacks import BestState, CodebookUpdate
+from casp_pl.callbacks import Advance, BestState, CodebookUpdate
 from casp_pl.callbacks.report import StageRow
 from casp_pl.checkpoint import RunDirectory
 from casp_pl.console import RunProgress
@@ -90,9 +90,9 @@ class CompressionRun:
             module = CalibrationModule(
                 self.adapter, measure_rounding=settings.bits.score == "proxy_loss", **settings.calibration
             )
-            self.trainers.make(callbacks=[settings.low_rank, settings.bits], logger=False).validate(
-                module, dataloaders=as_loader(calibration), verbose=False
-            )
+            callbacks = [settings.low_rank, settings.bits, Advance(self.progress.advance, loop="validation")]
+            trainer = self.trainers.make(callbacks=callbacks, logger=False)
+            trainer.validate(module, dataloaders=as_loader(calibration), verbose=False)
         if module.statistics is None or settings.bits.plan is None:
             raise InputError("The calibration pass saw no sample: give data.samples a larger number.")
         self.run.write_tensors("calibration.safetensors", module.statistics.tensors(), {})
@@ -185,7 +185,7 @@ class CompressionRun:
         with self.adapter.with_blocks(blocks):
             module = EndToEndModule(self.adapter, teacher, **self.settings.end_to_end)
             trainer = self.trainers.make(
-                callbacks=[BestState(), CodebookUpdate(**self.settings.codebook_update), _Advance(self.progress.advance)],
+                callbacks=[BestState(), CodebookUpdate(**self.settings.codebook_update), Advance(self.progress.advance, loop="train")],
                 max_steps=steps,
                 max_epochs=-1,
                 num_sanity_val_steps=0,
@@ -204,21 +204,11 @@ class CompressionRun:
         if self.run.has(f"stages/{name}.json") and self.measurement.knows(name):
             return
         begun = time.monotonic() if start is None else start
-        with self.progress.stage(f"evaluate {name}", 1):
-            row = self.measurement.measure(name, self.adapter, blocks)
+        with self.progress.stage(f"evaluate {name}", self.measurement.steps):
+            row = self.measurement.measure(name, self.adapter, blocks, self.progress.advance)
         row["seconds"] = time.monotonic() - begun
         self.run.write_json(f"stages/{name}.json", asdict(StageRow(**row)))
         self.progress.say(_sentence(StageRow(**row)))
-
-
-class _Advance(pl.Callback):
-    """Moves the stage's bar with every optimizer step."""
-
-    def __init__(self, advance: Callable[[], None]) -> None:
-        self.advance = advance
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.advance()
 
 
 def _sentence(row: StageRow) -> str:

@@ -8,6 +8,7 @@ from casp_pl.callbacks import BitAllocation, LowRankAllocation
 from casp_pl.data import CalibrationData
 from casp_pl.data.evaluation import EvaluationData
 from casp_pl.models.compress import BlockQuantization
+from casp_pl.models.load import ModelSource
 from casp_pl.quantizers import Quantizer
 
 __all__ = ["RunSettings"]
@@ -21,7 +22,7 @@ class RunSettings:
         name: name of the recipe.
         run_dir: where everything is written.
         seed: seed of every random choice.
-        model: arguments of `load_model`.
+        model: what is compressed.
         data: calibration samples.
         evaluation: test questions and held-out text.
         quantizer: what compresses.
@@ -42,7 +43,7 @@ class RunSettings:
     name: str
     run_dir: Path
     seed: int
-    model: dict[str, Any]
+    model: ModelSource
     data: CalibrationData
     evaluation: EvaluationData
     quantizer: Quantizer

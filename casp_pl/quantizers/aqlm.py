@@ -34,7 +34,8 @@ class AQLMQuantizer(Quantizer):
         damping: added to the second moment's diagonal before anything is optimised, relative to its mean.
         kmeans_rows: rows of the weight that the codebooks start from.
         kmeans_iterations: rounds of k-means for every codebook.
-        feedback_passes: coordinate passes over the codebooks behind the greedy choice of the first codes.
+        feedback_beam: partial sums kept in the search for the first codes of a group.
+        sweep_beam: the same in every later sweep over the codes.
         cg_iterations: conjugate-gradient steps on the codebooks in every round.
         tolerance: rounds end when one lowers the loss by less than this share.
         max_rounds: or after so many.
@@ -51,7 +52,8 @@ class AQLMQuantizer(Quantizer):
         damping: float = 1e-2,
         kmeans_rows: int = 512,
         kmeans_iterations: int = 12,
-        feedback_passes: int = 1,
+        feedback_beam: int = 16,
+        sweep_beam: int = 8,
         cg_iterations: int = 6,
         tolerance: float = 7e-3,
         max_rounds: int = 20,
@@ -65,7 +67,8 @@ class AQLMQuantizer(Quantizer):
         self.damping = damping
         self.kmeans_rows = kmeans_rows
         self.kmeans_iterations = kmeans_iterations
-        self.feedback_passes = feedback_passes
+        self.feedback_beam = feedback_beam
+        self.sweep_beam = sweep_beam
         self.cg_iterations = cg_iterations
         self.tolerance = tolerance
         self.max_rounds = max_rounds
@@ -101,7 +104,7 @@ class AQLMQuantizer(Quantizer):
         metrics, lower = conditional_metrics(factor, layout.group_length)
         scales = _row_scales(padded, weight.shape[1])
         codebooks = self._start_codebooks(padded / scales, metrics, layout, generator)
-        codes = feedback_codes(padded, metrics, lower, codebooks, scales, passes=self.feedback_passes)
+        codes = feedback_codes(padded, metrics, lower, codebooks, scales, beam=self.feedback_beam)
         codes, codebooks, scales = self._rounds(padded, moment, codes, codebooks, scales, generator)
         codebooks, scales = _balanced(codebooks, scales)
         layer = AdditiveLinear.from_codes(codes, codebooks, scales, in_features=weight.shape[1], bias=bias)
@@ -156,7 +159,7 @@ class AQLMQuantizer(Quantizer):
             scales = _best_scales(weight_moment, fit)
             error = (weight - fit.decoded * scales).T.contiguous()
             order = torch.randperm(len(codes), generator=generator, device=generator.device)
-            sweep_codes(error, moment, codes, fit.codebooks, scales, order.to(error.device))
+            sweep_codes(error, moment, codes, fit.codebooks, scales, order.to(error.device), beam=self.sweep_beam)
             index = _index(codes, codebooks)
             fit = decoded_fit(fit.codebooks, index, moment)
             loss = _loss(weight, weight_moment, fit, scales)

@@ -127,10 +127,10 @@ def test_sigkill_inside_a_write_leaves_the_old_file(tmp_path, killed_in, kind, m
 
 
 def test_leftovers_of_one_file_only(tmp_path):
-    for name in (".tmp-a-12345678", ".tmp-b-12345678", "a", ".tmpABC"):
+    for name in (".tmp-a-12345678", ".tmp-a-b-12345678", "a", ".tmpABC"):
         (tmp_path / name).mkdir()
     assert remove_leftovers(tmp_path, "a") == [".tmp-a-12345678"]
-    assert remove_leftovers(tmp_path) == [".tmp-b-12345678", ".tmpABC"]
+    assert remove_leftovers(tmp_path) == [".tmp-a-b-12345678", ".tmpABC"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
 
 

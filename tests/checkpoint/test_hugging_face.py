@@ -1,8 +1,8 @@
 import json
 import os
-import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -13,49 +13,11 @@ from torch import nn
 import casp_pl
 from casp_pl.checkpoint import load_compressed, module_specs, save_compressed, verify
 from casp_pl.checkpoint.registration import CaspConfig, compact_state_dict, install_layers
-from casp_pl.errors import ConfigError, InputError, IntegrityError, ResourceError
-from casp_pl.layers.low_rank import LowRankLinear
+from casp_pl.errors import ConfigError, IntegrityError, ResourceError
 from casp_pl.layers.uniform import UniformLinear
-from casp_pl.models.tiny import load_tiny
-from casp_pl.quantizers import AQLMQuantizer, RTNQuantizer
+from casp_pl.quantizers import RTNQuantizer
 
 ROOT = Path(casp_pl.__file__).parents[1]
-
-
-def quantized(weight, quantizer, bits, bias=None):
-    layer = quantizer.quantize(weight.detach(), torch.eye(weight.shape[1]), bits=bits, bias=bias)
-    layer.round_to_storage()
-    return layer
-
-
-def product(weight, rank):
-    u, s, vt = torch.linalg.svd(weight.detach(), full_matrices=False)
-    rtn = RTNQuantizer(group_size=16)
-    return LowRankLinear(
-        input_factor=quantized(s[:rank, None] * vt[:rank], rtn, 3), output_factor=quantized(u[:, :rank], rtn, 3)
-    )
-
-
-def compress(blocks):
-    """q and k low-rank, the MLP uniform, one additive layer, one product with a dense factor; v and o stay."""
-    for block in blocks:
-        for name in ("q_proj", "k_proj"):
-            setattr(block.self_attn, name, product(getattr(block.self_attn, name).weight, rank=8))
-        for name, bits in (("gate_proj", 2), ("up_proj", 3), ("down_proj", 4)):
-            layer = quantized(getattr(block.mlp, name).weight, RTNQuantizer(group_size=16), bits)
-            setattr(block.mlp, name, layer)
-    first, last = blocks[0], blocks[-1]
-    first.self_attn.o_proj = quantized(first.self_attn.o_proj.weight, AQLMQuantizer(), 2)
-    last.self_attn.v_proj = LowRankLinear(
-        input_factor=nn.Linear(last.self_attn.v_proj.in_features, 4, bias=False),
-        output_factor=nn.Linear(4, last.self_attn.v_proj.out_features, bias=False),
-    )
-
-
-def make_llava():
-    model, processor = load_tiny()
-    compress(model.model.language_model.layers)
-    return model.eval(), processor
 
 
 def make_llama(tied=False):
@@ -70,7 +32,9 @@ def make_llama(tied=False):
     for block in model.model.layers:
         nn.init.normal_(block.self_attn.v_proj.bias)
         v_proj = block.self_attn.v_proj
-        block.self_attn.v_proj = quantized(v_proj.weight, RTNQuantizer(), 2, bias=v_proj.bias.detach())
+        block.self_attn.v_proj = RTNQuantizer().quantize(
+            v_proj.weight, torch.eye(32), bits=2, bias=v_proj.bias.detach()
+        )
     return model.eval()
 
 
@@ -86,29 +50,6 @@ def inputs_of(model):
 @torch.no_grad()
 def logits(model):
     return model(**inputs_of(model)).logits
-
-
-@pytest.fixture(scope="module")
-def llava():
-    return make_llava()
-
-
-@pytest.fixture(scope="module")
-def saved(llava, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("saved") / "model"
-    save_compressed(*llava, directory, card="# A card\n")
-    return directory
-
-
-@pytest.fixture
-def copy(saved, tmp_path):
-    return Path(shutil.copytree(saved, tmp_path / "model"))
-
-
-def edit(path, change):
-    value = json.loads(path.read_text())
-    change(value)
-    path.write_text(json.dumps(value))
 
 
 def test_directory_is_complete_and_compact(llava, saved):
@@ -152,6 +93,11 @@ def test_reload_is_bit_equal(llava, saved):
     prompts = [side.apply_chat_template(messages, add_generation_prompt=True) for side in (processor, llava[1])]
     assert prompts[0] == prompts[1]
     assert model.generation_config.eos_token_id == llava[0].generation_config.eos_token_id
+
+
+def test_the_same_model_gives_the_same_bytes(llava, saved, tmp_path):
+    save_compressed(deepcopy(llava[0]), llava[1], tmp_path / "again", card="# A card\n")
+    assert (tmp_path / "again" / "manifest.json").read_bytes() == (saved / "manifest.json").read_bytes()
 
 
 def test_saving_leaves_the_model_as_it_was(llava, saved):
@@ -259,8 +205,12 @@ def test_the_target_is_absent_or_complete(llava, tmp_path, killed_in, monkeypatc
     assert (target / "README.md").read_text() == "third"
     assert verify(target) == []
 
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
+    rename = os.rename
+
+    def full(source, destination):
+        if (Path(source) / "README.md").read_text() == "fourth":
+            raise OSError(28, "No space left on device")
+        rename(source, destination)
 
     monkeypatch.setattr(os, "rename", full)
     with pytest.raises(ResourceError, match="No space left"):
@@ -277,107 +227,6 @@ def test_other_directories_are_not_overwritten(llava, tmp_path):
         save_compressed(*llava, tmp_path / "thesis.txt", card="")
     with pytest.raises(ResourceError, match="Cannot write"):
         save_compressed(*llava, tmp_path / "thesis.txt" / "model", card="")
-
-
-def test_missing_or_foreign_models_are_an_input_error(tmp_path):
-    with pytest.raises(InputError):
-        load_compressed(tmp_path / "absent")
-    with pytest.raises(InputError):
-        load_compressed(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(InputError, match="none that casp_pl compressed"):
-        load_compressed(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(IntegrityError):
-        load_compressed(tmp_path)
-
-
-def flip_a_bit(directory):
-    path = directory / "model.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(bytes(data))
-
-
-def cut(directory):
-    os.truncate(directory / "model.safetensors", 5000)
-
-
-def pickle_beside(directory):
-    (directory / "pytest_model.bin").write_bytes(b"\x80\x04.")
-
-
-def index_outside(directory):
-    (directory / "model.safetensors").rename(directory.parent / "outside.safetensors")
-    index = {"metadata": {}, "weight_map": {"lm_head.weight": "../outside.safetensors"}}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def index_absolute(directory):
-    index_outside(directory)
-    path = directory / "model.safetensors.index.json"
-    edit(path, lambda index: index["weight_map"].update({"lm_head.weight": "/etc/x.safetensors"}))
-
-
-def no_weights(directory):
-    (directory / "model.safetensors").unlink()
-
-
-def change_config(change):
-    def damage(directory):
-        edit(directory / "config.json", lambda config: change(config["quantization_config"]))
-        (directory / "manifest.json").unlink()
-
-    return damage
-
-
-UP = "model.language_model.layers.0.mlp.up_proj"
-DAMAGES = {
-    "bit": flip_a_bit,
-    "cut": cut,
-    "pickle": pickle_beside,
-    "outside": index_outside,
-    "absolute": index_absolute,
-    "no weights": no_weights,
-    "version": change_config(lambda config: config.update(version=2)),
-    "key": change_config(lambda config: config.update(extra=1)),
-    "kind": change_config(lambda config: config["modules"][UP].update(kind="magic")),
-    "shape": change_config(lambda config: config["modules"][UP].update(out_features=10**15)),
-    "bits": change_config(lambda config: config["modules"][UP].update(bits=8)),
-    "group": change_config(lambda config: config["modules"][UP].update(group_size=0)),
-    "name": change_config(lambda config: config["modules"].update({"model.nothing": config["modules"].pop(UP)})),
-    "no linear": change_config(lambda config: config["modules"].update({"model": config["modules"].pop(UP)})),
-    "left out": change_config(lambda config: config["modules"].pop(UP)),
-    "list": change_config(lambda config: config.update(modules=[])),
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGES)
-def test_a_broken_model_is_an_integrity_error(copy, kind):
-    DAMAGES[kind](copy)
-    with pytest.raises(IntegrityError) as caught:
-        load_compressed(copy)
-    assert str(caught.value).count("\n") < 3
-    assert verify(copy) != []
-
-
-@pytest.mark.parametrize("damage", [index_outside, index_absolute])
-def test_from_pretrained_refuses_weights_outside_as_well(copy, damage):
-    from transformers import AutoModelForImageTextToText
-
-    damage(copy)
-    (copy.parent / "outside.safetensors").write_bytes(b"never read")
-    with pytest.raises((IntegrityError, OSError)):
-        AutoModelForImageTextToText.from_pretrained(copy)
-
-
-def test_code_that_comes_along_is_ignored(copy, caplog):
-    edit(copy / "config.json", lambda config: config.update(auto_map={"AutoConfig": "evil.Config"}))
-    (copy / "evil.py").write_text("raise SystemExit('executed')")
-    (copy / "manifest.json").unlink()
-    load_compressed(copy)
-    assert "auto_map" in caplog.text
-    assert "manifest.json" in caplog.text
 
 
 def test_plain_models_are_not_quantized_on_the_fly(tmp_path):

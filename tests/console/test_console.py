@@ -144,14 +144,13 @@ print_table(("stage", "VQA"), [["original", "90"]], console)
 """
 
 
-@pytest.mark.parametrize("environment", [{"LANG": "C", "PYTHONIOENCODING": "ascii"}, {"LANG": "C", "LC_ALL": "C"}])
-def test_ascii_pipe_of_40_columns(environment):
-    settings = {**os.environ, "COLUMNS": "40", **environment}
+def test_ascii_pipe_of_40_columns():
+    settings = {**os.environ, "COLUMNS": "40", "LANG": "C", "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, env=settings, check=True)
     assert b"\x1b" not in done.stdout
     assert b"\r" not in done.stdout
     assert done.stderr == b""
-    text = done.stdout.decode(environment.get("PYTHONIOENCODING", "utf-8"))
+    text = done.stdout.decode("ascii")
     assert max(len(line) for line in text.splitlines()) <= 40
     assert "100% blocks 3/3" in text
 

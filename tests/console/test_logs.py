@@ -5,6 +5,7 @@ SCRIPT = """
 import logging, sys, warnings
 from casp_pl.console import setup_logging
 setup_logging(verbose=sys.argv[1] == "verbose")
+logging.getLogger("lightning").addHandler(logging.StreamHandler())  # as lightning does when it is imported
 logging.getLogger("casp_pl.data").info("ours")
 logging.getLogger("casp_pl.data").warning("one sample skipped")
 logging.getLogger("lightning.pytorch").info("a note")
@@ -24,6 +25,7 @@ def run(mode):
 
 def test_only_what_matters():
     text = run("quiet")
+    assert text.count("a foreign warning") == 1
     assert text.splitlines()[:3] == ["ours", "warning: one sample skipped", "warning: a foreign warning"]
     assert "something new" in text
     assert "workers" not in text

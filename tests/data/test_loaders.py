@@ -21,7 +21,9 @@ def ids(batches):
     return [batch["ids"] for batch in batches]
 
 
-@pytest.mark.parametrize(("samples", "batch_size", "world_size"), [(11, 3, 1), (11, 3, 2), (2, 4, 3), (1, 1, 4), (12, 2, 3)])
+@pytest.mark.parametrize(
+    ("samples", "batch_size", "world_size"), [(11, 3, 1), (11, 3, 2), (2, 4, 3), (1, 1, 4), (12, 2, 3)]
+)
 def test_every_rank_makes_the_same_steps_and_nothing_is_lost(samples, batch_size, world_size):
     order = list(range(samples))
     ranks = [rank_batches(order, batch_size, rank=rank, world_size=world_size) for rank in range(world_size)]

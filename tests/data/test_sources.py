@@ -86,7 +86,7 @@ def test_llava_json_bad_files(llava_folder, tmp_path):
 
 
 def test_prose_is_running_text_only():
-    text = '''The "with" statement
+    text = """The "with" statement
 ********************
 
    with_stmt ::= "with" with_item ("," with_item)* ":"
@@ -99,7 +99,7 @@ def test_prose_is_running_text_only():
 +---------+--------------------------------------------------+
 | x       | The item of the table that is not prose at all.  |
 +---------+--------------------------------------------------+
-'''
+"""
     assert prose_paragraphs(text) == [
         'The "with" statement is used to wrap the execution of a block with methods that are defined by a context '
         "manager, as it is said here."

@@ -1,0 +1,125 @@
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from casp_pl.checkpoint import load_compressed, verify
+from casp_pl.errors import InputError, IntegrityError
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return Path(shutil.copytree(saved, tmp_path / "model"))
+
+
+def edit(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def test_missing_or_foreign_models_are_an_input_error(tmp_path):
+    with pytest.raises(InputError):
+        load_compressed(tmp_path / "absent")
+    with pytest.raises(InputError):
+        load_compressed(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(InputError, match="none that casp_pl compressed"):
+        load_compressed(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(IntegrityError):
+        load_compressed(tmp_path)
+
+
+def flip_a_bit(directory):
+    path = directory / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def cut(directory):
+    os.truncate(directory / "model.safetensors", 5000)
+
+
+def pickle_beside(directory):
+    (directory / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+
+
+def index_outside(directory):
+    (directory / "model.safetensors").rename(directory.parent / "outside.safetensors")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "../outside.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def index_absolute(directory):
+    index_outside(directory)
+    path = directory / "model.safetensors.index.json"
+    edit(path, lambda index: index["weight_map"].update({"lm_head.weight": "/etc/x.safetensors"}))
+
+
+def no_weights(directory):
+    (directory / "model.safetensors").unlink()
+
+
+def change_config(change):
+    def damage(directory):
+        edit(directory / "config.json", lambda config: change(config["quantization_config"]))
+        (directory / "manifest.json").unlink()
+
+    return damage
+
+
+UP = "model.language_model.layers.0.mlp.up_proj"
+DAMAGES = {
+    "bit": flip_a_bit,
+    "cut": cut,
+    "pickle": pickle_beside,
+    "outside": index_outside,
+    "absolute": index_absolute,
+    "no weights": no_weights,
+    "version": change_config(lambda config: config.update(version=2)),
+    "key": change_config(lambda config: config.update(extra=1)),
+    "kind": change_config(lambda config: config["modules"][UP].update(kind="magic")),
+    "shape": change_config(lambda config: config["modules"][UP].update(out_features=10**15)),
+    "bits": change_config(lambda config: config["modules"][UP].update(bits=8)),
+    "group": change_config(lambda config: config["modules"][UP].update(group_size=0)),
+    "name": change_config(lambda config: config["modules"].update({"model.nothing": config["modules"].pop(UP)})),
+    "no linear": change_config(lambda config: config["modules"].update({"model": config["modules"].pop(UP)})),
+    "left out": change_config(lambda config: config["modules"].pop(UP)),
+    "list": change_config(lambda config: config.update(modules=[])),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_broken_model_is_an_integrity_error(copy, kind):
+    DAMAGES[kind](copy)
+    with pytest.raises(IntegrityError) as caught:
+        load_compressed(copy)
+    assert str(caught.value).count("\n") < 3
+    assert verify(copy) != []
+
+
+def only_a_pickle(directory):
+    (directory / "model.safetensors").unlink()
+    pickle_beside(directory)
+
+
+@pytest.mark.parametrize("damage", [index_outside, only_a_pickle])
+def test_from_pretrained_refuses_unsafe_weights_as_well(copy, damage):
+    from transformers import AutoModelForImageTextToText
+
+    damage(copy)
+    with pytest.raises(IntegrityError, match="refused"):
+        AutoModelForImageTextToText.from_pretrained(copy)
+
+
+def test_code_that_comes_along_is_ignored(copy, caplog):
+    edit(copy / "config.json", lambda config: config.update(auto_map={"AutoConfig": "evil.Config"}))
+    (copy / "evil.py").write_text("raise SystemExit('executed')")
+    (copy / "manifest.json").unlink()
+    load_compressed(copy)
+    assert "auto_map" in caplog.text
+    assert "manifest.json" in caplog.text

@@ -1,0 +1,90 @@
+"""Statistics of the calibration pass against dense maths on what transformers itself returns."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from casp_pl.models import adapt, load_model
+from casp_pl.modules import CalibrationModule, CalibrationStatistics
+
+
+@pytest.fixture(scope="module")
+def measured() -> tuple[CalibrationStatistics, dict[str, torch.Tensor], nn.Module]:
+    model, _ = load_model("tiny")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 200, (3, 23), generator=generator)
+    ids[:, 2:18] = 258  # one image of 16 patches
+    mask = torch.ones_like(ids)
+    mask[1, 20:] = 0
+    pixels = torch.randn(3, 3, 32, 32, generator=generator)
+    batch = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+    module = CalibrationModule(adapt(model), measure_rounding=True)
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
+    )
+    trainer.validate(module, dataloaders=DataLoader([batch], batch_size=None, num_workers=0), verbose=False)
+    assert module.statistics is not None
+    return module.statistics, batch, model
+
+
+def test_counts(measured: tuple[CalibrationStatistics, dict[str, torch.Tensor], nn.Module]) -> None:
+    statistics, _, _ = measured
+    assert (statistics.tokens, statistics.image_tokens) == (3 * 23 - 3, 48)
+
+
+def test_block_influence_and_sparsity(
+    measured: tuple[CalibrationStatistics, dict[str, torch.Tensor], nn.Module],
+) -> None:
+    statistics, batch, model = measured
+    model.model.language_model.set_attn_implementation("eager")
+    with torch.no_grad():
+        output = model(**batch, output_hidden_states=True, output_attentions=True)
+    real = batch["attention_mask"].bool()
+    states = output.hidden_states
+    influence = 1 - nn.functional.cosine_similarity(states[0][real], states[1][real], dim=-1).mean()
+    torch.testing.assert_close(statistics.block_influence[0], influence, rtol=1e-4, atol=1e-6)
+    image = batch["input_ids"] == 258
+    below = total = 0
+    for row in range(3):
+        for query in range(23):
+            for key in range(query + 1):
+                if image[row, query] and not image[row, key] and real[row, query]:
+                    probabilities = output.attentions[1][row, :, query, key]
+                    below += (probabilities < 1e-3).float().mean().item()
+                    total += 1
+    assert statistics.attention_sparsity[1, 1, 0].item() == pytest.approx(below / total, abs=1e-6)
+
+
+def test_spectra_are_those_of_the_whitened_weights(
+    measured: tuple[CalibrationStatistics, dict[str, torch.Tensor], nn.Module],
+) -> None:
+    statistics, batch, model = measured
+    seen = []
+    layer = model.model.language_model.layers[1].self_attn.k_proj
+    handle = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        model(**batch)
+    handle.remove()
+    x = seen[0][batch["attention_mask"].bool()].double()
+    # singular values of W L equal those of W X^T / sqrt(N), whatever root of the second moment L is
+    expected = torch.linalg.svdvals(layer.weight.double() @ x.T / len(x) ** 0.5)[:10].float()
+    actual = statistics.spectra["model.language_model.layers.1.self_attn.k_proj"][:10]
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_rounding_is_measured_for_every_linear(
+    measured: tuple[CalibrationStatistics, dict[str, torch.Tensor], nn.Module],
+) -> None:
+    statistics, _, _ = measured
+    assert len(statistics.rounding) == 14
+    assert all(0 < loss < 1 for loss in statistics.rounding.values())
+
+
+def test_round_trip(measured: tuple[CalibrationStatistics, dict[str, torch.Tensor], nn.Module]) -> None:
+    statistics, _, _ = measured
+    again = CalibrationStatistics.from_tensors(statistics.tensors())
+    torch.testing.assert_close(again.attention_sparsity, statistics.attention_sparsity, equal_nan=True)
+    assert again.rounding == pytest.approx(statistics.rounding)
+    assert (again.tokens, sorted(again.spectra)) == (statistics.tokens, sorted(statistics.spectra))

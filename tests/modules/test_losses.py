@@ -1,0 +1,62 @@
+"""The two fine-tuning losses against their formulas, written token by token."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from casp_pl.models import adapt, load_model
+from casp_pl.modules.blockwise import relative_error
+from casp_pl.modules.end_to_end import logits_divergence, teacher_states, text_mask
+from casp_pl.modules.parameters import relative_groups, trainable_parameters
+
+
+def test_relative_error_is_the_mean_of_the_tokens_own() -> None:
+    generator = torch.Generator().manual_seed(0)
+    output, target = torch.randn(2, 5, 7, generator=generator), torch.randn(2, 5, 7, generator=generator)
+    target[0, 0] *= 1000  # a massive activation counts like any other token
+    real = torch.ones(2, 5, dtype=torch.bool)
+    real[1, 3:] = False
+    shares = [
+        ((output[b, t] - target[b, t]).norm() / target[b, t].norm()) ** 2 for b in range(2) for t in range(5) if real[b, t]
+    ]
+    torch.testing.assert_close(relative_error(output, target, real), torch.stack(shares).mean())
+
+
+def test_divergence_is_the_kl_of_the_distributions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    head = nn.Linear(6, 11, bias=False)
+    student, teacher = torch.randn(4, 6, generator=generator), torch.randn(4, 6, generator=generator)
+    p, q = F.softmax(head(teacher), -1), F.softmax(head(student), -1)
+    expected = (p * (p / q).log()).sum(-1).mean()
+    torch.testing.assert_close(logits_divergence(student, teacher, head), expected)
+
+
+def test_teacher_states_give_the_original_logits() -> None:
+    model, _ = load_model("tiny")
+    ids = torch.randint(0, 200, (2, 21), generator=torch.Generator().manual_seed(1))
+    ids[:, 3:19] = 258
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2)),
+        "sample_ids": ["a", "b"],
+    }
+    adapter = adapt(model)
+    states = teacher_states(adapter, [batch])
+    with torch.no_grad():
+        logits = model(**{key: value for key, value in batch.items() if key != "sample_ids"}).logits
+        text = text_mask(adapter, batch)
+        torch.testing.assert_close(adapter.head(states["b"]), logits[1][text[1]], rtol=1e-4, atol=1e-5)
+    assert text.sum() == 2 * 5
+
+
+def test_relative_groups_follow_each_tensor() -> None:
+    small, large = nn.Parameter(torch.full((3,), 0.01)), nn.Parameter(torch.full((5,), 2.0))
+    groups = relative_groups([small, large], 0.1)
+    torch.testing.assert_close(torch.tensor([group["lr"] for group in groups]), torch.tensor([0.001, 0.2]))
+
+
+def test_dense_weights_of_the_model_are_never_trained() -> None:
+    model, _ = load_model("tiny")
+    chosen = trainable_parameters(adapt(model).blocks[0])
+    assert {tuple(parameter.shape) for parameter in chosen} == {(48,)}, "in an uncompressed block only the norms"

@@ -1,0 +1,24 @@
+"""One finished fit of the tiny model, shared by the tests of this folder."""
+
+from pathlib import Path
+
+import pytest
+
+from casp_pl.cli import main
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ["--config", str(ROOT / "configs/llava_aqlm.yaml"), "--config", str(ROOT / "configs/models/tiny.yaml")]
+
+
+@pytest.fixture(scope="session")
+def recipe() -> list[str]:
+    """Arguments of the recipe on the tiny model."""
+    return RECIPE
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a complete run."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    assert main(["fit", *RECIPE, "--run_dir", str(folder)]) == 0
+    return folder

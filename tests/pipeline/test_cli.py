@@ -1,0 +1,112 @@
+"""Bad input ends in at most three clear lines and the right exit code; every recipe parses against the real signatures."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from casp_pl.cli import build_parser, main
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(ROOT.glob("configs/*.yaml"))
+OVERLAYS = [[], *([path] for path in sorted(ROOT.glob("configs/*/*.yaml")))]
+
+
+@pytest.mark.parametrize(("recipe", "overlay"), list(itertools.product(RECIPES, OVERLAYS)))
+def test_every_composition_parses(recipe: Path, overlay: list[Path]) -> None:
+    arguments = ["fit", "--config", str(recipe)]
+    for path in overlay:
+        arguments += ["--config", str(path)]
+    config = build_parser().parse_args(arguments)
+    assert config.fit.bits.budget > 0
+
+
+@pytest.mark.parametrize(
+    ("extra", "code", "words"),
+    [
+        (["--bits.budgett", "2"], 2, ["budgett", "Did you mean", "budget"]),
+        (["--trainer.max_epoch", "3"], 2, ["max_epoch"]),
+        (["--bits.budget", "many"], 2, ["bits.budget"]),
+        (["--bits.budget", "-1"], 2, ["budget", "-1"]),
+        (["--bits.budget", "0.5"], 2, ["budget", "Feasible"]),
+        (["--low_rank.keep_ratio", "1.5"], 2, ["keep_ratio", "1.5"]),
+        (["--low_rank.keep_ratio", "0.01"], 2, ["rank 0"]),
+        (["--trainer.strategy", "dpd"], 2, ["dpd"]),
+        (["--trainer.devices", "2"], 2, ["devices"]),
+        (["--model.source", "no/such/model/here"], 3, ["model.source", "no/such/model/here"]),
+        (["--config", "no_such.yaml"], 3, ["no_such.yaml"]),
+        (["--data.samples", "0"], 2, ["data.samples"]),
+        (["--data.source", "LlavaJson", "--data.source.path", "missing.json", "--data.source.image_folder", "."], 3,
+         ["missing.json"]),
+        (["--data.source.class_path", "os.system"], 2, ["os.system"]),
+    ],
+)  # fmt: skip
+def test_bad_settings(
+    extra: list[str], code: int, words: list[str], recipe: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", *recipe, "--run_dir", str(tmp_path / "run"), *extra]) == code
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    assert len(message.splitlines()) <= 3
+    for word in words:
+        assert word in message
+
+
+def test_yaml_with_python_tags_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("name: !!python/object/apply:os.system ['true']\n")
+    assert main(["fit", "--config", str(bad)]) == 2
+    assert "not plain YAML" in capsys.readouterr().err
+
+
+def test_foreign_class_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("quantizer:\n  class_path: subprocess.Popen\n")
+    assert main(["fit", "--config", str(bad)]) == 2
+    assert "subprocess.Popen is refused" in capsys.readouterr().err
+
+
+def test_plan_is_a_dry_run(recipe: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *recipe, "--run_dir", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr().out
+    for word in ("q_proj", "bits per weight: 3.0", "memory: about", "time: about"):
+        assert word in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_predict_answers_with_both_models(
+    recipe: list[str], finished_run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
+    arguments = ["--run_dir", str(finished_run), "--question", "is there a red shape?"]
+    assert main(["predict", *recipe, *arguments, "--image", str(tmp_path / "red.png")]) == 0
+    printed = capsys.readouterr().out
+    assert "original: " in printed
+    assert "compressed: " in printed
+    assert main(["predict", *recipe, *arguments, "--image", str(tmp_path / "none.png")]) == 3
+    assert "none.png: no such file" in capsys.readouterr().err
+
+
+def test_validate_agrees_with_the_report(recipe: list[str], finished_run: Path) -> None:
+    import json
+
+    assert main(["validate", *recipe, "--run_dir", str(finished_run)]) == 0
+    validated = json.loads((finished_run / "validate.json").read_text())
+    report = json.loads((finished_run / "report.json").read_text())
+    for key in ("vqa_accuracy", "perplexity", "kl", "flip_rate"):
+        assert validated[1][key] == pytest.approx(report["stages"][-1][key], rel=1e-4, abs=1e-6)
+
+
+def test_verify_finds_a_flipped_bit(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(finished_run, copy)
+    path = copy / "blocks" / "000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert main(["verify", str(copy)]) == 6
+    assert "blocks/000.safetensors" in capsys.readouterr().out

@@ -1,0 +1,135 @@
+"""The whole job on the tiny model: artifacts, the plan kept, a reload in a fresh process, resume after a kill."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from casp_pl import load_compressed
+from casp_pl.cli import main
+from casp_pl.layers import LowRankLinear, QuantizedLinear
+from casp_pl.models import adapt, load_model
+from casp_pl.models.surgery import compressed_layers
+
+STAGES = ["original", "rtn", "quantized", "block_tuned", "end_to_end"]
+
+
+def test_run_directory_holds_everything(finished_run: Path) -> None:
+    report = json.loads((finished_run / "report.json").read_text())
+    assert [stage["name"] for stage in report["stages"]] == STAGES
+    plan = json.loads((finished_run / "plan.json").read_text())
+    assert len(plan["modules"]) == len(report["modules"]) == 14
+    manifest = json.loads((finished_run / "manifest.json").read_text())
+    names = manifest["artifacts"]
+    for name in ("plan.json", "blocks/001.safetensors", "tuned/001.safetensors", "report.json", "model"):
+        assert any(entry == name or entry.startswith(name + "/") for entry in names), name
+    assert main(["verify", str(finished_run)]) == 0
+    assert list((finished_run / "tensorboard").glob("events.*"))
+
+
+def test_images_and_text_really_enter(finished_run: Path) -> None:
+    counts = json.loads((finished_run / "report.json").read_text())["data"]["calibration"]
+    assert counts["image_tokens"] == 16 * counts["image_samples"] > 0
+    assert counts["text_samples"] > 0
+    calibration = load_file(finished_run / "calibration.safetensors")
+    assert calibration["tokens"].tolist() == [counts["image_tokens"] + counts["text_tokens"], counts["image_tokens"]]
+
+
+def test_layers_are_what_the_plan_says(finished_run: Path) -> None:
+    model, _ = load_compressed(finished_run / "model")
+    layers = compressed_layers(model)
+    plan = json.loads((finished_run / "plan.json").read_text())["modules"]
+    assert sorted(layers) == sorted(module["name"] for module in plan)
+    assert len({module["bits"] for module in plan}) > 1, "the tiny recipe's budget gives blocks different bits"
+    for module in plan:
+        layer = layers[module["name"]]
+        if module["rank"] is None:
+            assert isinstance(layer, QuantizedLinear)
+            groups = -(-layer.in_features // layer.group_length) * layer.group_length
+            assert layer.code_bits == module["bits"] * layer.out_features * groups
+        else:
+            assert isinstance(layer, LowRankLinear)
+            assert layer.rank == module["rank"]
+
+
+def test_query_and_key_get_their_own_factors(finished_run: Path) -> None:
+    model, _ = load_compressed(finished_run / "model")
+    attention = adapt(model).blocks[0].self_attn
+    query, key = attention.q_proj.dequantize(), attention.k_proj.dequantize()
+    original = adapt(load_model("tiny")[0]).blocks[0].self_attn
+    for layer, weight in ((query, original.q_proj.weight), (key, original.k_proj.weight)):
+        cosine = nn.functional.cosine_similarity(layer.flatten(), weight.flatten(), dim=0)
+        assert cosine > 0.5, "each product must stand for its own weight"
+    assert query.shape != key.shape
+
+
+def test_report_counts_the_bytes_on_disk(finished_run: Path) -> None:
+    report = json.loads((finished_run / "report.json").read_text())
+    tensors = load_file(finished_run / "model" / "model.safetensors")
+    assert sum(tensor.nbytes for tensor in tensors.values()) == report["stages"][-1]["model_bytes"]
+
+
+def test_fresh_process_gives_the_same_logits(finished_run: Path, tmp_path: Path) -> None:
+    model, processor = load_compressed(finished_run / "model")
+    tokens = processor.tokenizer("is there a red shape?", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+    torch.save(tokens, tmp_path / "tokens.pt")
+    script = f"""
+import torch, casp_pl
+from transformers import AutoModelForImageTextToText
+model, info = AutoModelForImageTextToText.from_pretrained({str(finished_run / "model")!r}, output_loading_info=True)
+assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
+with torch.no_grad():
+    logits = model(input_ids=torch.load({str(tmp_path / "tokens.pt")!r}, weights_only=True)).logits
+torch.save(logits, {str(tmp_path / "logits.pt")!r})
+model.generate(input_ids=torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=False)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
+    actual = torch.load(tmp_path / "logits.pt", weights_only=True)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+
+
+def test_rerun_skips_what_is_complete(finished_run: Path, recipe: list[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*.safetensors")}
+    assert main(["fit", *recipe, "--run_dir", str(finished_run)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in finished_run.rglob("*.safetensors")} == before
+
+
+def test_other_recipe_in_the_same_directory_is_refused(
+    finished_run: Path, recipe: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", *recipe, "--run_dir", str(finished_run), "--quantization.propagation", "0.25"]) == 2
+    message = capsys.readouterr().err
+    assert "quantization.propagation" in message
+    assert len(message.splitlines()) <= 3
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = sorted((folder / "model").glob("*.safetensors")) + sorted(folder.glob("*/[0-9]*.safetensors"))
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wait_for", ["blocks/000.safetensors", "tuned/000.safetensors", "end_to_end/000.safetensors"])
+def test_killed_run_ends_bit_identical(wait_for: str, recipe: list[str], finished_run: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "casp_pl", "fit", *recipe, "--run_dir", str(tmp_path / "run")]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "run" / wait_for).exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait(60)
+    assert not (tmp_path / "run" / "model").exists(), "the kill came too late to prove anything"
+    subprocess.run(command, env=environment, check=True, timeout=300, stdout=subprocess.DEVNULL)
+    assert _hashes(tmp_path / "run") == _hashes(finished_run)

@@ -118,10 +118,11 @@ def test_lower_floors_stay_light(floor):
 
 
 def test_lower_floors_load_torch_only():
+    """Beyond transformers, which the package itself has to import (checkpoint/registration.py)."""
     modules = [floor for floor in LIGHT if (PACKAGE / floor).exists() or (PACKAGE / f"{floor}.py").exists()]
     code = "import sys\n" + "".join(f"import casp_pl.{floor}\n" for floor in modules) + "print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert set(done.stdout.split()) & HEAVY == set()
+    assert set(done.stdout.split()) & (HEAVY - {"transformers"}) == set()
 
 
 def test_files_and_functions_are_short():

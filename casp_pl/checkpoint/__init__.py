@@ -1,7 +1,7 @@
 """Files that survive kills, full disks and flipped bits: run directories, and models as Hugging Face directories."""
 
 from casp_pl.checkpoint.atomic import write_bytes, write_json, write_safetensors, write_text
-from casp_pl.checkpoint.hugging_face import load_compressed, module_specs, save_compressed
+from casp_pl.checkpoint.hugging_face import load_compressed, save_compressed
 from casp_pl.checkpoint.reading import read_json, read_safetensors, sha256_of
 from casp_pl.checkpoint.run_directory import RunDirectory
 from casp_pl.checkpoint.verify import verify
@@ -9,7 +9,6 @@ from casp_pl.checkpoint.verify import verify
 __all__ = [
     "RunDirectory",
     "load_compressed",
-    "module_specs",
     "read_json",
     "read_safetensors",
     "save_compressed",

@@ -17,21 +17,11 @@ from casp_pl.checkpoint.manifest import MANIFEST_NAME, Manifest, describe
 from casp_pl.checkpoint.model_directory import CONFIG_NAME, check_layout, is_compressed_model
 from casp_pl.checkpoint.reading import read_json
 from casp_pl.errors import InputError, IntegrityError, ResourceError
-from casp_pl.layers.base import QuantizedLinear
-from casp_pl.layers.low_rank import LowRankLinear
+from casp_pl.models.surgery import layer_specs
 
-__all__ = ["load_compressed", "module_specs", "save_compressed"]
+__all__ = ["load_compressed", "save_compressed"]
 
 _LOG = logging.getLogger(__name__)
-
-
-def module_specs(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Full name to spec of every compressed linear of a model; the factors of a product belong to the product."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear | LowRankLinear) and name.rpartition(".")[0] not in found:
-            found[name] = module.spec()
-    return found
 
 
 def save_compressed(model: nn.Module, processor: Any, out_dir: Path | str, *, card: str) -> None:
@@ -138,7 +128,7 @@ def _announced_as_compressed(model: Any) -> Iterator[None]:
 
     config, before = model.config, vars(model.config).get("quantization_config")
     quantizer = vars(model).get("hf_quantizer")
-    config.quantization_config = CaspConfig(modules=module_specs(model))
+    config.quantization_config = CaspConfig(modules=layer_specs(model))
     model.hf_quantizer = CaspHfQuantizer(config.quantization_config)
     try:
         yield

@@ -16,10 +16,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from casp_pl.checkpoint.model_directory import FORMAT_VERSION, QUANT_METHOD, check_weight_files, checked_modules
-from casp_pl.errors import IntegrityError
-from casp_pl.layers.build import build_layer
+from casp_pl.models.surgery import install_layers
 
-__all__ = ["CaspConfig", "CaspHfQuantizer", "compact_state_dict", "install_layers"]
+__all__ = ["CaspConfig", "CaspHfQuantizer", "compact_state_dict"]
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -81,35 +80,6 @@ class CaspHfQuantizer(HfQuantizer):
         return compact_state_dict(model), {}
 
 
-def install_layers(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -> None:
-    """Replace the linears of a model by empty layers, in place; device and dtype are those of the linears.
-
-    Names are those of the whole model in memory; a model loaded without its head (or with one more around it) is found
-    by leaving out (or adding) its base prefix.
-
-    Args:
-        model: with an `nn.Linear` at every name.
-        modules: full module name to spec.
-
-    Raises:
-        IntegrityError: there is no such linear, or it has another shape.
-    """
-    for name, spec in modules.items():
-        path = _locate(model, name)
-        linear = model.get_submodule(path)
-        given = (spec.get("out_features"), spec.get("in_features"), spec.get("bias"))
-        if not isinstance(linear, nn.Linear):
-            raise IntegrityError(
-                f"quantization_config: {name} is a {type(linear).__name__} in this model, not a linear."
-            )
-        wanted = (linear.out_features, linear.in_features, linear.bias is not None)
-        if given != wanted:
-            raise IntegrityError(f"quantization_config: {name} is {given} (out, in, bias), in this model {wanted}.")
-        layer = build_layer(dict(spec), device=linear.weight.device, dtype=linear.weight.dtype)
-        parent, _, child = path.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.train(linear.training))
-
-
 def compact_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict, with every float32 tensor that float16 holds exactly in float16; tied tensors stay tied."""
     stored: dict[tuple[Any, ...], Tensor] = {}
@@ -125,12 +95,3 @@ def _halved(tensor: Tensor) -> Tensor:
         return tensor
     half = tensor.to(torch.float16)
     return half if torch.equal(half.to(torch.float32), tensor) else tensor
-
-
-def _locate(model: nn.Module, name: str) -> str:
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    present = {path for path, _ in model.named_modules()}
-    for candidate in (name, name.removeprefix(prefix), prefix + name):
-        if candidate in present:
-            return candidate
-    raise IntegrityError(f"quantization_config: this {type(model).__name__} has no module {name}.")

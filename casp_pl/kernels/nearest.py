@@ -1,8 +1,8 @@
 """The hottest operation of additive quantization: which codebook entries lie nearest, for many vectors at once.
 
-Distances are taken in a metric M: with linear = M x and norms_c = c^T M c, |x - c|_M^2 is norms_c - 2 <c, linear> plus a constant.
-On a CPU torch's argmin takes ten times as long as the scores themselves and its vectorised amin a tenth of argmin, so indices are
-looked for as late as possible and among as few scores as possible.
+Distances are taken in a metric M: with linear = M x and norms_c = c^T M c, |x - c|_M^2 is norms_c - 2 <c, linear> plus
+a constant. On a CPU torch's argmin takes ten times as long as the scores themselves and its vectorised amin a tenth of
+argmin, so indices are looked for as late as possible and among as few scores as possible.
 
 Letters: C codebook entries, D group length, N vectors, B runs of a codebook.
 """
@@ -43,7 +43,7 @@ def nearest_scores(linear: Tensor, codebook: Tensor, norms: Tensor) -> Tensor:
 
 
 def best_of_runs(linear: Tensor, codebook: Tensor, norms: Tensor, runs: int) -> tuple[Tensor, Tensor]:
-    """Candidates for a beam: the codebook is cut into B runs, and each gives its nearest entry. The overall nearest is among them.
+    """Candidates for a beam: the nearest entry of each of B runs of the codebook. The overall nearest is among them.
 
     Args:
         linear: M x (D, N).
@@ -64,7 +64,7 @@ def _scores(linear: Tensor, codebook: Tensor, norms: Tensor) -> Iterator[Tensor]
     """Scores (C, N) in parts of columns that fit a cache."""
     table = torch.cat([codebook * -2, norms[:, None]], dim=1)
     extended = torch.cat([linear, linear.new_ones(1, linear.shape[1])])
-    return (table @ part for part in extended.split(max(1, _MAX_SCORES // len(codebook)), dim=1))
+    return (table @ part for part in torch.split(extended, max(1, _MAX_SCORES // len(codebook)), dim=1))
 
 
 def _argmin_of_columns(scores: Tensor) -> Tensor:

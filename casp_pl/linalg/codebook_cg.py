@@ -1,7 +1,9 @@
-"""Least squares for codebooks: codes and scales fixed, the output error is quadratic in the codebooks, so conjugate gradients solve it.
+"""Least squares for codebooks: with codes and scales fixed the output error is quadratic in the codebooks.
 
-Letters: O out, I in, G groups a row, K codebooks, C entries, D group length. Source: AQLM (arXiv 2401.06118, section 3.2) trains the codebooks
-with Adam; the normal equations A c = b of the same loss are solved here without ever forming A, which has (K C D)^2 elements.
+AQLM (arXiv 2401.06118, phase 2) lowers it by steps of Adam; conjugate gradients solve its normal equations A c = b
+here, without ever forming A, which has (K C D)^2 elements.
+
+Letters: O out, I in, G groups a row, K codebooks, C entries a codebook, D group length.
 """
 
 from collections.abc import Callable
@@ -48,7 +50,7 @@ def conjugate_gradients(
 
 
 class CodebookFit(NamedTuple):
-    """Codebooks (K, C, D) with the unscaled weight they decode to (O, I) and its product with the second moment (O, I)."""
+    """Codebooks (K, C, D), the unscaled weight they decode to (O, I), and its product with the second moment (O, I)."""
 
     codebooks: Tensor
     decoded: Tensor

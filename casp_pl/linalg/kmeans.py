@@ -1,7 +1,9 @@
 """k-means in which every position has its own metric: an error e at position g costs e^T metrics[g] e.
 
-Letters: C entries, D group length, G positions (groups a row), N vectors a position. Source: the codebook start of AQLM (arXiv 2401.06118,
-section 3.1) with the plain distance replaced by the metric of the output error, so that columns of large input count for more.
+AQLM starts its codebooks by plain k-means (arXiv 2401.06118); in the metric of the output error the
+entries lie where inputs are large.
+
+Letters: C entries (centroids), D length of a vector, G positions (groups of a row), N vectors a position.
 """
 
 import torch
@@ -20,13 +22,24 @@ def metric_norms(centroids: Tensor, metrics: Tensor) -> Tensor:
 
 
 def assign_entries(weighted: Tensor, centroids: Tensor, metrics: Tensor) -> Tensor:
-    """Nearest entry of every vector: weighted (G, D, N) = metrics @ vectors, centroids (C, D), metrics (G, D, D) -> (G, N) int64."""
-    norms = metric_norms(centroids, metrics)
-    return torch.stack([nearest_entries(linear, centroids, norm) for linear, norm in zip(weighted, norms, strict=True)])
+    """Nearest entry of every vector.
+
+    Args:
+        weighted: metrics @ vectors (G, D, N).
+        centroids: (C, D).
+        metrics: (G, D, D).
+
+    Returns:
+        (G, N) int64.
+    """
+    pairs = zip(weighted, metric_norms(centroids, metrics), strict=True)
+    return torch.stack([nearest_entries(linear, centroids, norms) for linear, norms in pairs])
 
 
 def update_centroids(weighted: Tensor, metrics: Tensor, nearest: Tensor, centroids: Tensor) -> Tensor:
-    """The best centroids for fixed assignments: (sum_g n_cg M_g) c = sum over the vectors of c of M_g x. Unused entries stay.
+    """The best centroids for fixed assignments: (sum_g n_cg M_g) c = sum of M_g x over the vectors x that chose c.
+
+    Entries that nobody chose stay.
 
     Args:
         weighted: (G, D, N), metrics @ vectors.
@@ -47,17 +60,19 @@ def update_centroids(weighted: Tensor, metrics: Tensor, nearest: Tensor, centroi
     used = ridge > 0
     eye = torch.eye(length, dtype=left.dtype, device=left.device)
     left = torch.where(used[:, None, None], left + ridge[:, None, None] * eye, eye)
-    solved = torch.linalg.solve(left, right + ridge[:, None] * centroids)  # the ridge pulls to the old centroid, not to zero
+    solved = torch.linalg.solve(left, right + ridge[:, None] * centroids)  # the ridge pulls to the centroid so far
     return torch.where(used[:, None], solved, centroids)
 
 
-def metric_kmeans(vectors: Tensor, metrics: Tensor, entries: int, *, iterations: int, generator: torch.Generator) -> Tensor:
+def metric_kmeans(
+    vectors: Tensor, metrics: Tensor, entries: int, *, iterations: int, generator: torch.Generator
+) -> Tensor:
     """k-means of vectors under the metric of their position, started from vectors drawn at random.
 
     Args:
         vectors: (G, D, N), N vectors at each of G positions.
         metrics: (G, D, D), symmetric and positive semidefinite.
-        entries: C, the number of centroids; at most G * N.
+        entries: C, the number of centroids; where that is more than G * N, some are equal.
         iterations: rounds of assignment and update.
         generator: draws the start.
 
@@ -65,8 +80,8 @@ def metric_kmeans(vectors: Tensor, metrics: Tensor, entries: int, *, iterations:
         (C, D) centroids.
     """
     pool = vectors.transpose(1, 2).reshape(-1, vectors.shape[1])
-    start = torch.randperm(len(pool), generator=generator, device=generator.device)[:entries]
-    centroids = pool[start.to(pool.device)].clone()
+    start = torch.randperm(len(pool), generator=generator, device=generator.device).to(pool.device)
+    centroids = pool[start.repeat(-(-entries // len(pool)))[:entries]]
     weighted = metrics @ vectors
     for _ in range(iterations):
         nearest = assign_entries(weighted, centroids, metrics)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from casp_pl.errors import IntegrityError
 from casp_pl.layers import LowRankLinear, QuantizedLinear, build_layer
 
 __all__ = ["block_from_tensors", "compressed_layers", "install_layers", "layer_specs", "round_to_storage"]
@@ -26,10 +27,33 @@ def layer_specs(module: nn.Module) -> dict[str, dict[str, Any]]:
     return {name: layer.spec() for name, layer in compressed_layers(module).items()}
 
 
-def install_layers(module: nn.Module, specs: Mapping[str, dict[str, Any]]) -> None:
-    """Replace the named linears by empty layers of these specs, in place."""
-    for name, spec in specs.items():
-        module.set_submodule(name, build_layer(spec))
+def install_layers(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -> None:
+    """Replace the linears of a model by empty layers, in place; device and dtype are those of the linears.
+
+    Names are those of the whole model in memory; a model loaded without its head (or with one more around it) is found
+    by leaving out (or adding) its base prefix.
+
+    Args:
+        model: with an `nn.Linear` at every name.
+        modules: full module name to spec.
+
+    Raises:
+        IntegrityError: there is no such linear, or it has another shape.
+    """
+    for name, spec in modules.items():
+        path = _locate(model, name)
+        linear = model.get_submodule(path)
+        given = (spec.get("out_features"), spec.get("in_features"), spec.get("bias"))
+        if not isinstance(linear, nn.Linear):
+            raise IntegrityError(
+                f"quantization_config: {name} is a {type(linear).__name__} in this model, not a linear."
+            )
+        wanted = (linear.out_features, linear.in_features, linear.bias is not None)
+        if given != wanted:
+            raise IntegrityError(f"quantization_config: {name} is {given} (out, in, bias), in this model {wanted}.")
+        layer = build_layer(dict(spec), device=linear.weight.device, dtype=linear.weight.dtype)
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.train(linear.training))
 
 
 def block_from_tensors(original: nn.Module, specs: Mapping[str, dict[str, Any]], tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -44,3 +68,12 @@ def round_to_storage(module: nn.Module) -> None:
     """Round the tables of all compressed layers to what a file holds, in place."""
     for layer in compressed_layers(module).values():
         layer.round_to_storage()
+
+
+def _locate(model: nn.Module, name: str) -> str:
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    present = {path for path, _ in model.named_modules()}
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        if candidate in present:
+            return candidate
+    raise IntegrityError(f"quantization_config: this {type(model).__name__} has no module {name}.")

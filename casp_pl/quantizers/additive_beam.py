@@ -1,9 +1,10 @@
 """Encoding one group of weights as a sum of codebook entries: beam search in the metric of the group.
 
-Letters: O out (rows that are encoded at once), G groups a row, K codebooks, C entries a codebook, D group length, B beam width.
+|x - sum_k c_k|_M^2 is |x|_M^2 + sum_k (c_k^T M c_k - 2 <c_k, rest_k>) with rest_k = M (x - c_1 - ... - c_{k-1}). So x
+is needed only as M x, and with norms c^T M c and images M c in tables a sum is extended by one small product. AQLM
+searches with a beam over all groups of a row (arXiv 2401.06118, phase 1); here the beam lives inside one group.
 
-The error |x - sum_k c_k|_M^2 needs x only through linear = M x: it is sum_k (norm_k - 2 <c_k, rest_k>) + |x|_M^2 with
-rest_k = linear - M (c_1 + ... + c_{k-1}). Norms c^T M c and images M c are tabulated, so extending a sum is one small product.
+Letters: O out (rows, encoded at once), G groups a row, K codebooks, C entries a codebook, D group length, B beam width.
 """
 
 from typing import NamedTuple
@@ -17,7 +18,7 @@ __all__ = ["GroupTables", "beam_codes", "group_tables", "improved_codes", "sum_o
 
 
 class GroupTables(NamedTuple):
-    """Codebooks (K, C, D) with, in the metric of every group, their norms (G, K, C) and transposed images (G, K, D, C)."""
+    """Codebooks (K, C, D), and by group their norms (G, K, C) and transposed images (G, K, D, C) in its metric."""
 
     codebooks: Tensor
     norms: Tensor

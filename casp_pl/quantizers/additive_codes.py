@@ -1,8 +1,9 @@
-"""The codes of an additive quantizer: first by error feedback, then improved group by group on the layer's output error.
+"""The codes of an additive quantizer: first by error feedback, then improved group by group on the output error.
 
-Letters: O out, I in, G groups a row, K codebooks, C entries a codebook, D group length, S groups of a span. I = G D.
-Weights are transposed here, (I, O): the values of a group in all rows are contiguous. Both passes are lazy: corrections inside a
-span of S groups are made one group at a time, those between spans by one product of large matrices.
+Both passes are lazy: corrections inside a span of S groups are made group by group, those between spans by one product
+of large matrices. Weights are transposed inside, (I, O), so that a group of all rows is contiguous.
+
+Letters: O out, I = G D in, G groups a row, K codebooks, C entries a codebook, D group length, S groups of a span.
 """
 
 import torch
@@ -40,7 +41,7 @@ def conditional_metrics(factor: Tensor, length: int) -> tuple[Tensor, Tensor]:
 def feedback_codes(
     weight: Tensor, metrics: Tensor, lower: Tensor, codebooks: Tensor, scales: Tensor, *, beam: int, span: int = _SPAN
 ) -> Tensor:
-    """Codes by error feedback: from right to left, group g aims at W_g + (W - W_hat)_{>g} L_{>g,g} in its conditional metric.
+    """Codes by error feedback: from right to left, group g aims at W_g + (W - W_hat)_{>g} L_{>g,g} in its own metric.
 
     Args:
         weight: W (O, I).
@@ -82,7 +83,7 @@ def sweep_codes(
     beam: int,
     span: int = _SPAN,
 ) -> None:
-    """One pass over all groups, in place: each gets better codes, the others fixed, if the search finds any. The loss never rises.
+    """One pass over all groups, in place: each takes better codes if a search finds them. The loss never rises.
 
     Args:
         error: (W - W_hat)^T (I, O), brought up to date in place.
@@ -98,7 +99,7 @@ def sweep_codes(
     tables, scales = group_tables(codebooks, diagonal_blocks(moment, length)), scales.T
     inverse = torch.where(scales == 0, 0, 1 / scales)
     within = torch.arange(length, device=moment.device)
-    for visited in order.split(span):
+    for visited in torch.split(order, span):
         columns = (visited[:, None] * length + within).flatten()
         gradient, local = moment[columns] @ error, moment[columns][:, columns]
         for position, g in enumerate(visited.tolist()):

@@ -1,11 +1,14 @@
-"""Which codebooks a matrix gets: large ones where their cost is spread over many weights, small ones for small matrices.
+"""Which codebooks a matrix gets: large ones where many weights share their cost, small ones for small matrices.
 
 Letters: O out, I in, K codebooks, C entries a codebook, D group length.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-__all__ = ["AdditiveFormat", "LEVELS", "MAX_GROUP_LENGTH", "choose_format"]
+from casp_pl.errors import ConfigError
+
+__all__ = ["DEFAULT_FORMATS", "AdditiveFormat", "choose_format", "parse_formats"]
 
 
 class AdditiveFormat(NamedTuple):
@@ -15,37 +18,60 @@ class AdditiveFormat(NamedTuple):
     entries: int
     group_length: int
 
+    @property
     def table_bits(self) -> int:
-        """What the codebooks cost, in float16."""
+        """What the codebooks cost in float16."""
         return 16 * self.num_codebooks * self.entries * self.group_length
 
 
-# By bits a weight, best quality first; every step down makes the codebooks at least twice smaller. Figures: docs/small_matrices.md.
-_LADDERS: dict[int, tuple[AdditiveFormat, ...]] = {
-    2: (AdditiveFormat(2, 256, 8), AdditiveFormat(1, 256, 4), AdditiveFormat(2, 16, 4), AdditiveFormat(1, 16, 2)),
-    3: (
-        AdditiveFormat(3, 256, 8),
-        AdditiveFormat(4, 64, 8),
-        AdditiveFormat(2, 64, 4),
-        AdditiveFormat(3, 16, 4),
-        AdditiveFormat(2, 8, 2),
-    ),
-    4: (AdditiveFormat(4, 256, 8), AdditiveFormat(2, 256, 4), AdditiveFormat(4, 16, 4), AdditiveFormat(2, 16, 2)),
+# Bits a weight -> formats from the largest codebooks to the smallest. Chosen by the figures in docs/small_matrices.md.
+DEFAULT_FORMATS: dict[int, tuple[AdditiveFormat, ...]] = {
+    bits: tuple(AdditiveFormat(*sizes) for sizes in ladder)
+    for bits, ladder in {
+        2: ((2, 256, 8), (1, 256, 4), (2, 16, 4), (1, 16, 2), (1, 4, 1)),
+        3: ((3, 256, 8), (4, 64, 8), (2, 64, 4), (3, 16, 4), (2, 8, 2), (1, 8, 1)),
+        4: ((4, 256, 8), (2, 256, 4), (4, 16, 4), (2, 16, 2), (1, 16, 1)),
+    }.items()
 }
 
-LEVELS: tuple[int, ...] = tuple(_LADDERS)
-MAX_GROUP_LENGTH = max(choice.group_length for ladder in _LADDERS.values() for choice in ladder)
 
-
-def choose_format(out_features: int, in_features: int, *, bits: int, max_overhead: float) -> AdditiveFormat:
-    """The first format of the ladder whose codebooks cost at most `max_overhead` bits a weight, or the smallest of all.
+def choose_format(
+    formats: Iterable[AdditiveFormat], out_features: int, in_features: int, *, max_overhead: float
+) -> AdditiveFormat:
+    """The first format whose codebooks cost at most `max_overhead` bits a weight; if none does, the smallest.
 
     Args:
+        formats: not empty, in the order of preference.
         out_features: O.
         in_features: I.
-        bits: bits a weight of the codes, one of LEVELS.
-        max_overhead: bits a weight that the codebooks may add.
+        max_overhead: bits a weight that the codebooks may add to the codes.
     """
-    ladder = _LADDERS[bits]
+    formats = tuple(formats)
     allowed = max_overhead * out_features * in_features
-    return next((choice for choice in ladder if choice.table_bits() <= allowed), ladder[-1])
+    smallest = min(formats, key=lambda layout: layout.table_bits)
+    return next((layout for layout in formats if layout.table_bits <= allowed), smallest)
+
+
+def parse_formats(formats: Mapping[int, Sequence[Sequence[int]]]) -> dict[int, tuple[AdditiveFormat, ...]]:
+    """Check a user's formats {bits: [[K, C, D], ...]}.
+
+    Raises:
+        ConfigError: bits without a format or unknown; a format is not three positive integers, C is not 2, 4, 8 ... 256, or its codes do not cost `bits`.
+    """
+    for bits, ladder in formats.items():
+        if bits not in DEFAULT_FORMATS or not ladder:
+            levels = ", ".join(map(str, DEFAULT_FORMATS))
+            raise ConfigError(f"formats[{bits}]: needs at least one format, at one of the levels {levels}")
+    return {bits: tuple(_parse(sizes, bits) for sizes in ladder) for bits, ladder in formats.items()}
+
+
+def _parse(sizes: Sequence[int], bits: int) -> AdditiveFormat:
+    if len(sizes) != 3 or min(sizes) < 1:
+        raise ConfigError(f"a format is [codebooks, entries, group length], not {list(sizes)}")
+    layout = AdditiveFormat(*sizes)
+    if layout.entries not in (2, 4, 8, 16, 32, 64, 128, 256):
+        raise ConfigError(f"format {list(sizes)}: a codebook has 2, 4, 8 ... 256 entries, not {layout.entries}")
+    code_bits = layout.num_codebooks * (layout.entries.bit_length() - 1)
+    if code_bits != bits * layout.group_length:
+        raise ConfigError(f"format {list(sizes)} costs {code_bits / layout.group_length:g} bits a weight, not {bits}")
+    return layout

@@ -1,9 +1,10 @@
-"""AQLM: additive quantization of a layer's weight, fitted to the layer's outputs (arXiv 2401.06118).
+"""AQLM: a weight as sums of codebook entries, fitted to the layer's outputs (arXiv 2401.06118).
 
 Letters: O out, I in, G groups a row, K codebooks, C entries a codebook, D group length, N rows of a sample.
 """
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,54 +17,72 @@ from casp_pl.linalg.cholesky import safe_cholesky
 from casp_pl.linalg.codebook_cg import CodebookFit, decoded_fit, fit_codebooks
 from casp_pl.linalg.kmeans import assign_entries, metric_kmeans
 from casp_pl.quantizers.additive_codes import conditional_metrics, feedback_codes, sweep_codes
-from casp_pl.quantizers.additive_formats import LEVELS, MAX_GROUP_LENGTH, AdditiveFormat, choose_format
+from casp_pl.quantizers.additive_formats import DEFAULT_FORMATS, AdditiveFormat, choose_format, parse_formats
 from casp_pl.quantizers.base import Quantizer
 
 __all__ = ["AQLMQuantizer"]
 
+_PADDING_COST = 1e-6  # of an error in a padded column, relative to the mean column
+_SMALLEST_SCALE = 2.0**-10  # if all are below, codebooks lend the scales a power of two: float16 has few digits there
+
 
 class AQLMQuantizer(Quantizer):
-    """W[o, gD : (g+1)D] = scales[o] * sum_k codebooks[k, codes[o, g, k]], fitted in the metric of the second moment.
+    """W[o, gD : (g+1)D] = scales[o] * sum_k codebooks[k, codes[o, g, k]].
 
-    The format is AQLM's; the procedure is faster than the authors' and reaches a lower loss: codebooks start by k-means in the conditional
-    metric of every group, codes by error feedback; then rounds of conjugate gradients on the codebooks, scales in closed form, and one sweep
-    of coordinate descent over the codes, until the loss stops falling.
+    The format is AQLM's, the procedure our own. Codebooks start by residual k-means in the conditional metric of every
+    group, codes by error feedback with a beam search. Then, until the loss stops falling: conjugate gradients on the
+    codebooks, row scales in closed form, and a sweep that searches better codes for one group after the other.
 
     Args:
-        max_codebook_overhead: bits a weight that codebooks may add to `bits`. Small matrices get smaller codebooks to stay below it.
-        damping: added to the second moment's diagonal before anything is optimised, relative to its mean.
-        kmeans_rows: rows of the weight that the codebooks start from.
+        max_codebook_overhead: bits a weight that codebooks may cost beside the codes; small matrices get small
+            codebooks.
+        formats: {bits: [[codebooks, entries, group length], ...]} in the order of preference, for bits where the
+            built-in ones are not wanted. {2: [[2, 256, 8]]} gives every matrix the shape that is known as AQLM 2x8.
+        damping: added to the diagonal of the second moment, relative to its mean.
+        kmeans_rows: rows of the weight that the first codebooks are made from.
         kmeans_iterations: rounds of k-means for every codebook.
-        feedback_beam: partial sums kept in the search for the first codes of a group.
-        sweep_beam: the same in every later sweep over the codes.
-        cg_iterations: conjugate-gradient steps on the codebooks in every round.
-        tolerance: rounds end when one lowers the loss by less than this share.
-        max_rounds: or after so many.
-        seed: of the fresh generator that `quantize` uses when it is given none.
+        feedback_beam: width of the beam search for the first codes, a power of two.
+        sweep_beam: width of the beam search in every sweep, a power of two. 8 instead of 4 lowers the loss by 1 % and
+            takes a third longer.
+        cg_iterations: conjugate-gradient steps on the codebooks in a round.
+        tolerance: the rounds end when one lowers the loss by less than this share of it.
+        max_rounds: they end after so many in any case.
+        seed: of the generator that `quantize` makes when it is given none.
+
+    Raises:
+        ConfigError: a setting is out of range.
     """
 
     name = "aqlm"
-    levels = LEVELS
+    levels = tuple(DEFAULT_FORMATS)
 
     def __init__(
         self,
         *,
         max_codebook_overhead: float = 0.2,
+        formats: dict[int, list[list[int]]] | None = None,
         damping: float = 1e-2,
         kmeans_rows: int = 512,
         kmeans_iterations: int = 12,
         feedback_beam: int = 16,
-        sweep_beam: int = 8,
+        sweep_beam: int = 4,
         cg_iterations: int = 6,
         tolerance: float = 7e-3,
         max_rounds: int = 20,
         seed: int = 0,
     ) -> None:
-        if damping <= 0:
-            raise ConfigError(f"AQLM needs a damping above 0, not {damping}: second moments are seldom regular")
-        if kmeans_rows < 1 or max_rounds < 1:
-            raise ConfigError(f"AQLM needs at least 1 row and 1 round, not {kmeans_rows} and {max_rounds}")
+        positive = {"damping": damping, "kmeans_rows": kmeans_rows, "max_rounds": max_rounds}
+        for key, value in positive.items():
+            if not value > 0:
+                raise ConfigError(f"aqlm: {key} must be above 0, not {value}")
+        for key, value in {"kmeans_iterations": kmeans_iterations, "cg_iterations": cg_iterations}.items():
+            if value < 0:
+                raise ConfigError(f"aqlm: {key} must be at least 0, not {value}")
+        for key, value in {"feedback_beam": feedback_beam, "sweep_beam": sweep_beam}.items():
+            if value < 1 or value & (value - 1):
+                raise ConfigError(f"aqlm: {key} must be 1, 2, 4, 8 ..., not {value}")
         self.max_codebook_overhead = max_codebook_overhead
+        self.formats = DEFAULT_FORMATS | parse_formats(formats or {})
         self.damping = damping
         self.kmeans_rows = kmeans_rows
         self.kmeans_iterations = kmeans_iterations
@@ -73,17 +92,16 @@ class AQLMQuantizer(Quantizer):
         self.tolerance = tolerance
         self.max_rounds = max_rounds
         self.seed = seed
-        self.rank_grain = MAX_GROUP_LENGTH
+        self.rank_grain = max(layout.group_length for ladder in self.formats.values() for layout in ladder)
 
     def layer_spec(self, out_features: int, in_features: int, *, bits: int, bias: bool = False) -> dict[str, Any]:
         """See `Quantizer.layer_spec`."""
-        layout = self._format(out_features, in_features, bits)
         return {
             "kind": AdditiveLinear.kind,
             "in_features": in_features,
             "out_features": out_features,
             "bias": bias,
-            **layout._asdict(),
+            **self._format(out_features, in_features, bits)._asdict(),
         }
 
     @torch.no_grad()
@@ -96,46 +114,32 @@ class AQLMQuantizer(Quantizer):
         bias: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> AdditiveLinear:
-        """See `Quantizer.quantize`. Tensors are computed in float32 on the weight's device."""
+        """See `Quantizer.quantize`. Computes in float32 on the weight's device."""
         self._check_inputs(weight, second_moment, bits)
-        layout = self._format(*weight.shape, bits)
+        layout = self._format(weight.shape[0], weight.shape[1], bits)
         generator = torch.Generator().manual_seed(self.seed) if generator is None else generator
-        padded, moment, factor = self._regular(weight.float(), second_moment.to(weight.device), layout.group_length)
-        metrics, lower = conditional_metrics(factor, layout.group_length)
-        scales = _row_scales(padded, weight.shape[1])
-        codebooks = self._start_codebooks(padded / scales, metrics, layout, generator)
-        codes = feedback_codes(padded, metrics, lower, codebooks, scales, beam=self.feedback_beam)
-        codes, codebooks, scales = self._rounds(padded, moment, codes, codebooks, scales, generator)
-        codebooks, scales = _balanced(codebooks, scales)
-        layer = AdditiveLinear.from_codes(codes, codebooks, scales, in_features=weight.shape[1], bias=bias)
+        problem = _prepare(weight, second_moment, layout.group_length, self.damping)
+        metrics, lower = conditional_metrics(problem.factor, layout.group_length)
+        scales = _row_norms(problem.weight, weight.shape[1])
+        codebooks = self._start_codebooks(problem.weight / scales, metrics, layout, generator)
+        codes = feedback_codes(problem.weight, metrics, lower, codebooks, scales, beam=self.feedback_beam)
+        codebooks, scales = _balanced(*self._improve(problem, codes, codebooks, scales, generator))
+        layer = AdditiveLinear.from_codes(
+            codes.permute(2, 0, 1), codebooks, scales, in_features=weight.shape[1], bias=bias
+        )
         layer.round_to_storage()
         return layer
 
     def _format(self, out_features: int, in_features: int, bits: int) -> AdditiveFormat:
         self._check_bits(bits)
-        return choose_format(out_features, in_features, bits=bits, max_overhead=self.max_codebook_overhead)
-
-    def _regular(self, weight: Tensor, second_moment: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Weight, damped moment of mean diagonal 1 and its Cholesky factor, all padded to whole groups by columns that cost next to nothing."""
-        symmetric = (second_moment.double() + second_moment.double().T) / 2
-        unit = float(symmetric.diagonal().mean())
-        symmetric = symmetric / unit if unit > 0 else symmetric
-        factor, jitter = safe_cholesky(symmetric, self.damping)
-        symmetric.diagonal().add_(jitter)
-        surplus = -weight.shape[1] % length
-        edges = (0, surplus, 0, surplus)
-        moment, factor = F.pad(symmetric, edges), F.pad(factor, edges)
-        if surplus:
-            moment.diagonal()[-surplus:] = _PADDING_COST
-            factor.diagonal()[-surplus:] = _PADDING_COST**0.5
-        return F.pad(weight, (0, surplus)), moment.float(), factor.float()
+        return choose_format(self.formats[bits], out_features, in_features, max_overhead=self.max_codebook_overhead)
 
     def _start_codebooks(
         self, scaled: Tensor, metrics: Tensor, layout: AdditiveFormat, generator: torch.Generator
     ) -> Tensor:
-        """Residual k-means on a sample of rows: scaled (O, I), metrics (G, D, D) -> codebooks (K, C, D)."""
+        """Residual k-means of a sample of rows: scaled (O, I), metrics (G, D, D) -> codebooks (K, C, D)."""
         rows = torch.randperm(len(scaled), generator=generator, device=generator.device)[: self.kmeans_rows]
-        sample = scaled[rows.to(scaled.device)].view(-1, len(metrics), layout.group_length)
+        sample = scaled[rows.to(scaled.device)].view(len(rows), -1, layout.group_length)
         rest = sample.permute(1, 2, 0).contiguous()  # (G, D, N)
         codebooks = []
         for _ in range(layout.num_codebooks):
@@ -147,59 +151,80 @@ class AQLMQuantizer(Quantizer):
             codebooks.append(codebook)
         return torch.stack(codebooks)
 
-    def _rounds(
-        self, weight: Tensor, moment: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Codebooks, scales and codes in turn. Codes come as (G, K, O) and leave as (O, G, K)."""
-        weight_moment = weight @ moment
-        index = _index(codes, codebooks)
-        fit, before = decoded_fit(codebooks, index, moment), float("inf")
+    def _improve(
+        self, problem: "_Problem", codes: Tensor, codebooks: Tensor, scales: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Rounds of codebooks, scales and codes. Codes (G, K, O) change in place; codebooks and scales are returned."""
+        weight, moment = problem.weight, problem.moment
+        weight_moment, before = weight @ moment, float("inf")
+        index = _by_row(codes, codebooks)
+        fit = decoded_fit(codebooks, index, moment)
         for _ in range(self.max_rounds):
             fit = fit_codebooks(weight_moment, moment, index, scales, fit, iterations=self.cg_iterations)
             scales = _best_scales(weight_moment, fit)
             error = (weight - fit.decoded * scales).T.contiguous()
-            order = torch.randperm(len(codes), generator=generator, device=generator.device)
-            sweep_codes(error, moment, codes, fit.codebooks, scales, order.to(error.device), beam=self.sweep_beam)
-            index = _index(codes, codebooks)
+            order = torch.randperm(len(codes), generator=generator, device=generator.device).to(error.device)
+            sweep_codes(error, moment, codes, fit.codebooks, scales, order, beam=self.sweep_beam)
+            index = _by_row(codes, codebooks)
             fit = decoded_fit(fit.codebooks, index, moment)
-            loss = _loss(weight, weight_moment, fit, scales)
+            loss = float(torch.sum(error.T * (weight_moment - fit.decoded_moment * scales), dtype=torch.float64))
             if loss >= (1 - self.tolerance) * before:
                 break
             before = loss
-        return codes.permute(2, 0, 1), fit.codebooks, scales
+        return fit.codebooks, scales
 
 
-_PADDING_COST = 1e-6  # of a padded column, relative to the mean diagonal of the second moment
-_STORED_MINIMUM = 2.0**-12  # below it float16 scales lose precision
+class _Problem(NamedTuple):
+    """Weight (O, I), damped second moment (I, I) in units of its mean diagonal, its lower Cholesky factor (I, I).
+
+    All are padded to a whole number of groups; an error in a padded column costs next to nothing.
+    """
+
+    weight: Tensor
+    moment: Tensor
+    factor: Tensor
 
 
-def _index(codes: Tensor, codebooks: Tensor) -> AdditiveIndex:
-    """Codes (G, K, O) for decoding, row by row."""
-    return AdditiveIndex(codes.permute(2, 0, 1).contiguous(), codebooks.shape[1])
+def _prepare(weight: Tensor, second_moment: Tensor, length: int, damping: float) -> _Problem:
+    moment = second_moment.to(weight.device, torch.float64)
+    moment = (moment + moment.T) / 2
+    unit = float(moment.diagonal().mean())
+    moment = moment / unit if unit > 0 else moment
+    factor, jitter = safe_cholesky(moment, damping)
+    moment = moment + jitter * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    surplus = -len(moment) % length
+    edges = (0, surplus, 0, surplus)
+    padding = torch.zeros(len(moment) + surplus, dtype=moment.dtype, device=moment.device)
+    padding[len(moment) :] = _PADDING_COST
+    return _Problem(
+        weight=F.pad(weight.to(torch.float32), edges[:2]),
+        moment=(F.pad(moment, edges) + padding.diag()).to(torch.float32),
+        factor=(F.pad(factor, edges) + padding.sqrt().diag()).to(torch.float32),
+    )
 
 
-def _row_scales(weight: Tensor, width: int) -> Tensor:
-    """Root mean square of every row (O, 1) over `width` real columns; 1 for a zero row, which then decodes to 0 after `_best_scales`."""
-    scales = weight.norm(dim=1, keepdim=True) / width**0.5
-    return torch.where(scales > 0, scales, 1.0)
+def _row_norms(weight: Tensor, width: int) -> Tensor:
+    """Root mean square of every row over its `width` real columns (O, 1); 1 for a row of zeros."""
+    norms = weight.norm(dim=1, keepdim=True) / width**0.5
+    return torch.where(norms > 0, norms, 1.0)
 
 
 def _best_scales(weight_moment: Tensor, fit: CodebookFit) -> Tensor:
-    """Closed form s_o = (w_o H v_o) / (v_o H v_o), v the decoded rows; 0 where v_o is 0."""
+    """s_o = (w_o H v_o) / (v_o H v_o) of the decoded rows v (O, 1); 0 where v is 0. A row of zeros gets 0."""
     energy = torch.linalg.vecdot(fit.decoded, fit.decoded_moment)
     scales = torch.linalg.vecdot(fit.decoded, weight_moment) / energy
     return torch.where(energy > 0, scales, 0.0)[:, None]
 
 
-def _loss(weight: Tensor, weight_moment: Tensor, fit: CodebookFit, scales: Tensor) -> float:
-    """tr(E H E^T) of E = W - diag(s) V, from products that are there already."""
-    error = weight - fit.decoded * scales
-    return float(torch.linalg.vecdot(error, weight_moment - fit.decoded_moment * scales).sum(dtype=torch.float64))
+def _by_row(codes: Tensor, codebooks: Tensor) -> AdditiveIndex:
+    """Codes (G, K, O) indexed in the layer's order (O, G, K)."""
+    return AdditiveIndex(codes.permute(2, 0, 1).contiguous(), codebooks.shape[1])
 
 
 def _balanced(codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Moves a power of two from codebooks to scales where the scales are so small that float16 would round them coarsely."""
+    """Moves a power of two from the codebooks into scales that are too small or too large for float16."""
     largest = float(scales.abs().max())
-    if largest == 0 or largest >= _STORED_MINIMUM:
+    if largest == 0 or _SMALLEST_SCALE <= largest <= 1 / _SMALLEST_SCALE:
         return codebooks, scales
-    return codebooks, scales
+    factor = 2.0 ** round(math.log2(float(codebooks.abs().max()) / largest) / 2)
+    return codebooks / factor, scales * factor

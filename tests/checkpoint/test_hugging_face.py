@@ -11,8 +11,9 @@ from safetensors import safe_open
 from torch import nn
 
 import casp_pl
-from casp_pl.checkpoint import load_compressed, module_specs, save_compressed, verify
-from casp_pl.checkpoint.registration import CaspConfig, compact_state_dict, install_layers
+from casp_pl.checkpoint import load_compressed, save_compressed, verify
+from casp_pl.checkpoint.registration import CaspConfig, compact_state_dict
+from casp_pl.models.surgery import install_layers, layer_specs
 from casp_pl.errors import ConfigError, IntegrityError, ResourceError
 from casp_pl.layers.uniform import UniformLinear
 from casp_pl.quantizers import RTNQuantizer
@@ -64,7 +65,7 @@ def test_directory_is_complete_and_compact(llava, saved):
     config = json.loads((saved / "config.json").read_text())
     assert config["dtype"] == "float32"
     assert config["quantization_config"]["quant_method"] == "casp"
-    assert config["quantization_config"]["modules"] == module_specs(llava[0])
+    assert config["quantization_config"]["modules"] == layer_specs(llava[0])
     with safe_open(saved / "model.safetensors", framework="pt") as file:
         kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     assert "language_model.lm_head.weight" not in kinds  # tied to the embeddings

@@ -155,3 +155,11 @@ def test_hugging_face_text_from_disk(tmp_path):
         source.load("test")
     with pytest.raises(InputError, match="no column 'body'"):
         HuggingFaceText(name=str(tmp_path / "set"), column="body").load("train")
+
+
+def test_an_unreachable_hub_is_told_at_once(monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(InputError, match="cannot be reached") as caught:
+        HuggingFaceText(name="some/dataset").load("train")
+    assert "save_to_disk" in str(caught.value)

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from casp_pl.data import Collator, Sample, Turn, load_image
+from casp_pl.data import Collator, EasyVQA, Sample, Turn, load_image
 from casp_pl.data.tokenize import (
     IGNORE,
     count_image_tokens,
@@ -178,3 +178,15 @@ def test_padding_and_neighbours_do_not_change_a_sample(tiny, llava_folder):
         batch.pop("sample_ids")
         mixed = model(**batch).logits[1, : len(alone)]
     torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.demo
+def test_the_demo_processor_makes_64_image_tokens():
+    from casp_pl.models.demo import load_processor
+
+    processor = load_processor()
+    sample = EasyVQA().load("train")[0]
+    image_tokens = count_image_tokens(processor, load_image(sample.image))
+    encoded = encode_sample(sample, processor, image_tokens=image_tokens)
+    assert image_tokens == encoded.input_ids.count(processor.image_token_id) == 64
+    assert labelled_text(encoded, processor.tokenizer) == "rectangle<|im_end|>"

@@ -2,12 +2,16 @@
 
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 from casp_pl.data.sample import Sample
 from casp_pl.data.sources.base import DataSource, Split
 from casp_pl.errors import InputError
 
 __all__ = ["HuggingFaceText"]
+
+_TIMEOUT = 5.0  # seconds
 
 
 class HuggingFaceText(DataSource):
@@ -61,9 +65,25 @@ class HuggingFaceText(DataSource):
             if Path(self.name).is_dir():
                 stored = datasets.load_from_disk(self.name)
                 return stored[split] if isinstance(stored, datasets.DatasetDict) else stored
-            return datasets.load_dataset(
-                self.name, self.config, split=split, download_config=datasets.DownloadConfig(max_retries=1)
-            )
+            _check_hub(self.name)
+            return datasets.load_dataset(self.name, self.config, split=split)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(f"Data set {self.name}, split {split!r}, cannot be read: {reason}") from error
+
+
+def _check_hub(name: str) -> None:
+    """One short request: without it, the library retries for half a minute before it says that there is no network."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=_TIMEOUT).close()
+    except HTTPError:
+        return  # it answered
+    except OSError as error:
+        raise InputError(
+            f"Data set {name} is not a folder here, and {constants.ENDPOINT} cannot be reached ({error})\n"
+            "Give a folder written by save_to_disk, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
+        ) from error

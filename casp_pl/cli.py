@@ -1,8 +1,8 @@
 """The command line: `python -m casp_pl {fit,plan,validate,test,predict,verify}`.
 
-Built on Lightning's argument parser: the arguments are the constructor arguments of the classes that do the work, so their
-docstrings are the help and a recipe is checked against the real signatures. One fit is several LightningModules on several
-Trainers, which is why it is not a `LightningCLI` (which runs one).
+Built on Lightning's argument parser: the arguments are the constructor arguments of the classes that do the work, so
+their docstrings are the help and a recipe is checked against the real signatures. One fit is several LightningModules
+on several Trainers, which is why it is not a `LightningCLI` (which runs one).
 """
 
 import argparse
@@ -11,14 +11,14 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, Namespace
+from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from casp_pl.callbacks import BitAllocation, CodebookUpdate, LowRankAllocation
@@ -33,7 +33,7 @@ from casp_pl.pipeline import commands
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.quantizers import Quantizer
 
-__all__ = ["build_parser", "main", "settings_from"]
+__all__ = ["build_parser", "main", "recipe_parsers", "settings_from"]
 
 COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
     "fit": (commands.fit, "compress, fine-tune, evaluate and save a model; goes on where an earlier run stopped"),
@@ -53,22 +53,35 @@ class _StopRun(BaseException):
         self.exit_code = 128 + number
 
 
-def build_parser() -> LightningArgumentParser:
-    """The parser with all subcommands."""
-    parser = LightningArgumentParser(prog="casp_pl", description="2-bit large multimodal models.", exit_on_error=False, allow_abbrev=False)
+def recipe_parsers() -> dict[str, LightningArgumentParser]:
+    """Command -> parser of its recipe, for every command that takes one."""
+    return {name: _recipe_parser(name, text) for name, (_, text) in COMMANDS.items()}
+
+
+def build_parser(recipes: Mapping[str, LightningArgumentParser] | None = None) -> LightningArgumentParser:
+    """The parser with all subcommands.
+
+    Args:
+        recipes: what `recipe_parsers` made; None makes them here.
+    """
+    parser = _new_parser("2-bit large multimodal models.", prog="casp_pl")
     subcommands = parser.add_subcommands(required=True)
-    for name, (_, text) in COMMANDS.items():
-        subcommands.add_subcommand(name, _recipe_parser(name, text), help=text)
-    verify = LightningArgumentParser(description="Check a run or model directory.", exit_on_error=False, allow_abbrev=False)
+    for name, recipe in (recipe_parsers() if recipes is None else recipes).items():
+        subcommands.add_subcommand(name, recipe, help=COMMANDS[name][1])
+    verify = _new_parser("Check a run or model directory.")
     verify.add_argument("directory", type=Path, help="runs/NAME or runs/NAME/model")
     verify.add_argument("--verbose", action="store_true", help="show tracebacks")
     subcommands.add_subcommand("verify", verify, help="check hashes and structure of a run or model directory")
     return parser
 
 
+def _new_parser(text: str, **settings: Any) -> LightningArgumentParser:
+    return LightningArgumentParser(description=text, exit_on_error=False, allow_abbrev=False, **settings)
+
+
 def _recipe_parser(name: str, text: str) -> LightningArgumentParser:
-    parser = LightningArgumentParser(description=text, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action=ActionConfigFile, help="a recipe or overlay; later ones win")
+    parser = _new_parser(text)
+    parser.add_argument("--config", action="config", help="a recipe or overlay; later ones win")
     parser.add_argument("--name", type=str, default="casp", help="name of the recipe")
     parser.add_argument("--run_dir", type=Path | None, default=None, help="where to write; default runs/NAME")
     parser.add_argument("--seed_everything", type=int, default=0, help="seed of every random choice")
@@ -78,9 +91,8 @@ def _recipe_parser(name: str, text: str) -> LightningArgumentParser:
     parser.add_class_arguments(CalibrationData, "data")
     parser.add_class_arguments(EvaluationData, "evaluation")
     parser.add_subclass_arguments(Quantizer, "quantizer", default={"class_path": "casp_pl.quantizers.AQLMQuantizer"})
-    parser.add_subclass_arguments(
-        Quantizer, "baseline", required=False, default={"class_path": "casp_pl.quantizers.RTNQuantizer"}
-    )
+    parser.add_argument("--baseline", type=Quantizer | None, help="what every report compares with; null for nothing")
+    parser.set_defaults({"baseline": {"class_path": "casp_pl.quantizers.RTNQuantizer"}})
     parser.add_argument("--baseline_bits", type=int, default=2, help="bits of the baseline")
     parser.add_class_arguments(LowRankAllocation, "low_rank")
     parser.add_class_arguments(BitAllocation, "bits")
@@ -100,13 +112,11 @@ def _recipe_parser(name: str, text: str) -> LightningArgumentParser:
     return parser
 
 
-def settings_from(parser: LightningArgumentParser, config: Namespace, command: str) -> RunSettings:
-    """Objects from a parsed recipe."""
-    chosen = config[command]
-    recipe_parser = parser._subcommands_action._name_parser_map[command]
+def settings_from(parser: LightningArgumentParser, chosen: Namespace) -> RunSettings:
+    """Objects from a recipe that `parser`, one of `recipe_parsers`, has parsed."""
     flat = {key: str(value) for key, value in chosen.items() if key not in _NOT_IN_FINGERPRINT}
-    recipe = recipe_parser.dump(chosen)
-    built = recipe_parser.instantiate(chosen)
+    recipe = parser.dump(chosen)
+    built = parser.instantiate(chosen)
     fields = {key: built[key] for key in ("name", "data", "evaluation", "quantizer", "baseline", "baseline_bits")}
     fields |= {key: built[key] for key in ("model", "low_rank", "bits", "quantization")}
     kwargs_only = ("calibration", "block_tuning", "end_to_end", "codebook_update", "trainer")
@@ -143,7 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"Out of memory {error}: lower data.samples or data.batch_size.", 5, verbose)
     except Exception as error:  # anything else is a bug of ours: say so in one line, the traceback on demand
         reason = str(error).splitlines()[0] if str(error) else ""
-        return _fail(f"Unexpected {type(error).__name__}: {reason}\nRun again with --verbose for the traceback.", 1, verbose)
+        message = f"Unexpected {type(error).__name__}: {reason}\nRun again with --verbose for the traceback."
+        return _fail(message, 1, verbose)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -151,16 +162,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str], verbose: bool) -> int:
     setup_logging(verbose=verbose)
-    parser = build_parser()
+    recipes = recipe_parsers()
+    parser = build_parser(recipes)
     _check_files(arguments)
     try:
         config = parser.parse_args(arguments)
         command = config.subcommand
         if command == "verify":
             return commands.verify(config.verify.directory)
-        settings = settings_from(parser, config, command)
+        settings = settings_from(recipes[command], config[command])
     except (ArgumentError, argparse.ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(_short_reason(str(error), parser, arguments)) from error
+        raise ConfigError(_short_reason(str(error), recipes, arguments)) from error
     extra = {key: config[command][key] for key in ("image", "question") if command == "predict"}
     extra |= {"override_memory": config[command].override_memory} if command == "fit" else {}
     return COMMANDS[command][0](settings, **extra)
@@ -198,14 +210,14 @@ def _class_paths(content: Any) -> list[str]:
     return [path for value in content for path in _class_paths(value)] if isinstance(content, list) else []
 
 
-def _short_reason(message: str, parser: LightningArgumentParser, arguments: Sequence[str]) -> str:
+def _short_reason(message: str, recipes: Mapping[str, LightningArgumentParser], arguments: Sequence[str]) -> str:
     """At most three lines, with the key that was probably meant."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     reason = " ".join(lines[:2])[:300]
     unknown = re.search(r"'([\w.]+)' is not expected|[Uu]nrecognized arguments: --([\w.]+)|Option '([\w.]+)'", message)
     if unknown:
         key = next(group for group in unknown.groups() if group)
-        known = _known_keys(parser, arguments)
+        known = _known_keys(recipes, arguments)
         close = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(
             key.rsplit(".", 1)[-1], [name.rsplit(".", 1)[-1] for name in known], n=1
         )
@@ -213,9 +225,9 @@ def _short_reason(message: str, parser: LightningArgumentParser, arguments: Sequ
     return reason
 
 
-def _known_keys(parser: LightningArgumentParser, arguments: Sequence[str]) -> list[str]:
-    command = next((argument for argument in arguments if argument in COMMANDS), "fit")
-    return list(parser._subcommands_action._name_parser_map[command].get_defaults().keys())
+def _known_keys(recipes: Mapping[str, LightningArgumentParser], arguments: Sequence[str]) -> list[str]:
+    command = next((argument for argument in arguments if argument in recipes), "fit")
+    return list(recipes[command].get_defaults().keys())
 
 
 def _fail(message: str, code: int, verbose: bool) -> int:

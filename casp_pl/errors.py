@@ -1,5 +1,7 @@
 """Errors that end a run: each has the exit code that scripts read and a message of at most three lines."""
 
+__all__ = ["CaspError", "ConfigError", "InputError", "IntegrityError", "NumericsError", "ResourceError"]
+
 
 class CaspError(Exception):
     """Base of all expected failures. The message names the thing and the way out."""

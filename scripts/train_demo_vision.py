@@ -2,9 +2,10 @@
 
     python scripts/train_demo_vision.py --out casp_pl/models/demo
 
-Two steps. (1) The tower learns shape and colour, taken from the answers of the training questions. (2) Tower and projector
-learn to make the frozen language model answer: cross entropy on the answer tokens. All questions of an image share one
-image prefix; a block-diagonal attention mask hides them from each other, so that each is trained as if asked alone.
+Two steps. (1) The tower learns shape and colour, taken from the answers of the training questions. (2) Tower and
+projector learn to make the frozen language model answer: cross entropy on the answer tokens. All questions of an image
+share one image prefix; a block-diagonal attention mask hides them from each other, so that each is trained as if asked
+alone.
 The last 200 training images are held back for validation; the test split is never opened.
 
 Shapes: B images, P prefix tokens, T tokens in all, Q questions of an image.
@@ -102,7 +103,7 @@ def pretrain_tower(tower: nn.Module, pixels: Tensor, labels: Tensor, epochs: int
 
 
 def pack(group: list[Sample], processor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One image's questions in one row: tokens (T,), targets (T,), positions (T,), segment (T,; 0 the shared prefix)."""
+    """One image's questions in one row: tokens, targets, positions and segments (0 the shared prefix), each (T,)."""
     tokens, targets, positions, segments = [], [], [], []
     image_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     for number, sample in enumerate(group, 1):
@@ -151,10 +152,15 @@ def batch_loss(model: nn.Module, pixels: Tensor, packed: list[tuple[Tensor, ...]
 
 
 def train_through_language_model(
-    model: nn.Module, pixels: Tensor, groups: list[list[Sample]], processor, epochs: int, batch: int,
+    model: nn.Module,
+    pixels: Tensor,
+    groups: list[list[Sample]],
+    processor,
+    epochs: int,
+    batch: int,
     generator: torch.Generator,
 ) -> Iterator[tuple[int, float]]:
-    """Tower and projector through the frozen language model; yields (step, held-back token accuracy) at each epoch's end."""
+    """Tower and projector through the frozen language model; yields step and held-back token accuracy every epoch."""
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     rates = [{"params": projector.parameters(), "lr": 1e-3}, {"params": tower.parameters(), "lr": 3e-4}]
     optimizer = torch.optim.AdamW(rates, weight_decay=0.01, betas=(0.9, 0.98))
@@ -181,7 +187,10 @@ def train_through_language_model(
                 seconds = (time.time() - start) / step
                 print(f"step {step}/{steps} loss {loss:.4f} right {right:.3f} {seconds:.2f} s/step", flush=True)
         with torch.no_grad():
-            parts = [batch_loss(model, pixels[train + r :][:20], held_back[r : r + 20])[1] for r in range(0, HELD_BACK, 20)]
+            parts = [
+                batch_loss(model, pixels[train + row :][:20], held_back[row : row + 20])[1]
+                for row in range(0, HELD_BACK, 20)
+            ]
         yield step, torch.stack(parts).mean().item()
 
 

@@ -10,7 +10,7 @@ __all__ = ["BestState"]
 
 
 class BestState(pl.Callback):
-    """Keeps a copy of the module's state at the lowest `val_loss` (validation before training included) and restores it.
+    """Keeps the module's state at the lowest `val_loss` (validation before training included) and restores it.
 
     Args:
         monitor: the logged value, lower is better.

@@ -29,8 +29,9 @@ class BitAllocation(pl.Callback):
     Args:
         budget: bits per original weight of the compressed linears.
         counts: what the budget counts: `codes` alone (the paper's convention) or the `total` with every table.
-        score: how much a block's distortion counts: `block_influence` (1 - cosine of its input and output), `proxy_loss` (a
-            quick rounding of the block), `first_last` (the first blocks and the last), `uniform` (all alike), `explicit`.
+        score: how much a block's distortion counts: `block_influence` (1 - cosine of its input and output),
+            `proxy_loss` (a quick rounding of the block), `first_last` (the first blocks and the last), `uniform` (all
+            alike), `explicit`.
         granularity: whether the linears of a block share their bits.
         factor_bits: bits of the low-rank factors.
         scores: one number per block, for `explicit`.

@@ -13,9 +13,9 @@ __all__ = ["CodebookUpdate", "update_codes"]
 class CodebookUpdate(pl.Callback):
     """Re-encodes the few groups of every additive layer that the straight-through gradient pulls hardest.
 
-    While training runs, the gradient of every dequantized weight is summed. At the end of every `every`-th epoch or step
-    interval the `fraction` of groups with the largest pull gets new codes, nearest to where the pull leads. The best-state
-    callback judges the result by the held-back loss, so an update that does not help does not last.
+    While training runs, the gradient of every dequantized weight is summed. After every `every`-th optimizer step the
+    `fraction` of groups with the largest pull gets new codes, nearest to where the pull leads. The best-state callback
+    judges the result by the held-back loss, so an update that does not help does not last.
 
     Args:
         fraction: share of the groups of a layer that may change at a time; 0 switches the callback off.
@@ -39,7 +39,8 @@ class CodebookUpdate(pl.Callback):
     ) -> None:
         """Update every `every` optimizer steps, but not after the last, which nothing could adapt to."""
         step = trainer.global_step
-        if self.fraction <= 0 or step % self.every or step >= (trainer.max_steps if trainer.max_steps > 0 else step + 1):
+        is_last = 0 < trainer.max_steps <= step
+        if self.fraction <= 0 or step % self.every or is_last:
             return
         changed = total = 0
         for layer in _additive_layers(pl_module):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from PIL import Image
 
 from casp_pl.callbacks.report import Example
@@ -74,7 +75,9 @@ def _draw_words(axes: Any, example: Example) -> None:
 
 
 def _short(text: str, lines: int, width: int) -> str:
-    printable = "".join(character if character.isprintable() else " " for character in text)
+    """At most so many lines of so many characters; a character that the font cannot draw is a question mark."""
+    font = get_font(findfont(FontProperties()))
+    printable = "".join(c if c.isprintable() and font.get_char_index(ord(c)) else "?" for c in " ".join(text.split()))
     wrapped = textwrap.wrap(printable, width)
     if len(wrapped) > lines:
         wrapped = [*wrapped[: lines - 1], wrapped[lines - 1][: width - 3] + "..."]

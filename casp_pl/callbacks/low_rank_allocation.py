@@ -18,8 +18,8 @@ class LowRankAllocation(pl.Callback):
     """At the end of the calibration pass: module name -> rank (None: stays one matrix), in `ranks`.
 
     Args:
-        mode: `uniform` keeps the same share of parameters everywhere (the paper), `spectral` spends the same total where the
-            whitened tail energy falls most, `explicit` takes `ranks`, `off` leaves every matrix whole.
+        mode: `uniform` keeps the same share of parameters everywhere (the paper), `spectral` spends the same total
+            where the whitened tail energy falls most, `explicit` takes `ranks`, `off` leaves every matrix whole.
         keep_ratio: share of the parameters of W_q and W_k that the two factors keep.
         ranks: full module name -> rank, for `explicit`.
         grain: ranks are rounded down to a multiple of it; the pipeline raises it to the quantizer's grain.

@@ -16,6 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from casp_pl.checkpoint.model_directory import FORMAT_VERSION, QUANT_METHOD, check_weight_files, checked_modules
+from casp_pl.errors import IntegrityError
 from casp_pl.models.surgery import install_layers
 
 __all__ = ["CaspConfig", "CaspHfQuantizer", "compact_state_dict"]

@@ -5,7 +5,7 @@ rank takes its share of each piece. Samples are repeated only where the last pie
 ranks.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -15,7 +15,10 @@ from casp_pl.errors import ConfigError
 __all__ = ["FixedLoader", "StatefulLoader", "rank_batches"]
 
 T = TypeVar("T")
+SizedT = TypeVar("SizedT", bound=Sized)
 Batch = dict[str, Any]
+
+_RUN = 8  # batches that are sorted by length together
 
 
 def rank_batches(order: Sequence[int], batch_size: int, *, rank: int = 0, world_size: int = 1) -> list[list[int]]:
@@ -49,13 +52,15 @@ class FixedLoader(Generic[T]):
             yield self.collate(batch)
 
 
-class StatefulLoader(Generic[T]):
+class StatefulLoader(Generic[SizedT]):
     """Shuffled batches, another order in each epoch; after `load_state_dict` it goes on with the next batch.
 
-    Lightning saves and restores the state with its checkpoints.
+    Lightning saves and restores the state with its checkpoints. Samples of like length come into one batch: the order is
+    random, then sorted by length inside runs of `_RUN` batches, whose batches are shuffled again. Else a few long texts
+    would pad a batch of short conversations to twice its size.
 
     Args:
-        samples: the samples.
+        samples: the samples; `len()` of one is its number of tokens.
         collate: makes one batch of a list of samples.
         batch_size: samples per batch and rank.
         seed: decides the order, together with the epoch.
@@ -65,8 +70,8 @@ class StatefulLoader(Generic[T]):
 
     def __init__(
         self,
-        samples: Sequence[T],
-        collate: Callable[[Sequence[T]], Batch],
+        samples: Sequence[SizedT],
+        collate: Callable[[Sequence[SizedT]], Batch],
         *,
         batch_size: int,
         seed: int = 0,
@@ -121,4 +126,21 @@ class StatefulLoader(Generic[T]):
     def _batches(self, epoch: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.samples), generator=generator).tolist()
-        return rank_batches(order, self.batch_size, rank=self.rank, world_size=self.world_size)
+        step = self.batch_size * self.world_size
+        pieces = [
+            piece
+            for start in range(0, len(order), _RUN * step)
+            for piece in _pieces(sorted(order[start : start + _RUN * step], key=self._length), step)
+        ]
+        shuffled = torch.randperm(len(pieces), generator=generator).tolist()
+        return [
+            rank_batches(pieces[number], self.batch_size, rank=self.rank, world_size=self.world_size)[0]
+            for number in shuffled
+        ]
+
+    def _length(self, number: int) -> int:
+        return len(self.samples[number])
+
+
+def _pieces(order: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [order[start : start + size] for start in range(0, len(order), size)]

@@ -35,10 +35,11 @@ def conjugate_gradients(
     x = torch.zeros_like(residual)
     z = residual * inverse
     direction, rz = z, (residual * z).sum()
+    negligible = torch.finfo(residual.dtype).eps * rz  # below it, steps along a null space of A would grow without bound
     for _ in range(iterations):
         image = apply(direction)
         curvature = (direction * image).sum()
-        if not (rz > 0 and curvature > 0):
+        if not (rz > negligible and curvature > 0):
             break
         step = rz / curvature
         x = x + step * direction

@@ -6,6 +6,7 @@ Names are Hugging Face module names. One adapter serves every model whose langua
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,16 +23,16 @@ class ModelAdapter:
     """A model and the places that compression needs to know.
 
     Attributes:
-        model: the whole Hugging Face model.
-        decoder: its language model (embeddings, blocks, final norm), without the head.
+        model: the whole Hugging Face model; Any, because what is used of it belongs to no common type.
+        decoder: its language model (embeddings, blocks, final norm), without the head; Any, likewise.
         decoder_name: name of `decoder` inside `model`, for example `model.language_model`.
-        linear_groups: the linears of a block by name relative to the block; linears of a group read the same input, groups
-            stand in the order in which a block computes them.
+        linear_groups: the linears of a block by name relative to the block; linears of a group read the same input,
+            groups stand in the order in which a block computes them.
         low_rank_names: the linears that become low-rank products (CASP: W_q and W_k).
     """
 
-    model: nn.Module
-    decoder: nn.Module
+    model: Any
+    decoder: Any
     decoder_name: str
     linear_groups: tuple[tuple[str, ...], ...] = _LINEAR_GROUPS
     low_rank_names: tuple[str, ...] = _ATTENTION_INPUT[:2]
@@ -39,12 +40,14 @@ class ModelAdapter:
     @property
     def blocks(self) -> nn.ModuleList:
         """The decoder blocks as they stand in the model now."""
-        return self.decoder.layers
+        blocks: nn.ModuleList = self.decoder.layers
+        return blocks
 
     @property
     def head(self) -> nn.Linear:
         """The output head: (V, I), never compressed."""
-        return self.model.get_output_embeddings()
+        head: nn.Linear = self.model.get_output_embeddings()
+        return head
 
     @property
     def image_token_id(self) -> int | None:
@@ -62,7 +65,7 @@ class ModelAdapter:
 
     def shapes(self, block: int) -> dict[str, tuple[int, int]]:
         """(O, I) of every linear of a block by relative name, compressed or not."""
-        linears = {name: self.blocks[block].get_submodule(name) for name in self.linear_names}
+        linears: dict[str, Any] = {name: self.blocks[block].get_submodule(name) for name in self.linear_names}
         return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
 
     def image_mask(self, input_ids: Tensor) -> Tensor:

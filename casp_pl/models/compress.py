@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from casp_pl.allocation import ModulePlan
+from casp_pl.layers import LowRankLinear, QuantizedLinear
 from casp_pl.linalg import propagation_target, relative_proxy_loss
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.streams import BlockBatch, linear_inputs
@@ -35,7 +36,7 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moment sum x_q x_q^T of what a linear reads now, and cross moment sum x x_q^T with the original's input x."""
+    """Means over tokens: x_q x_q^T of what a linear reads now, and x x_q^T with what it reads in the original, x."""
 
     second: Tensor
     cross: Tensor
@@ -45,8 +46,8 @@ class BlockQuantization:
     """Settings of the block-by-block quantization.
 
     Args:
-        propagation: alpha in 0..1, how far each linear aims at the original's output instead of at its own weight on the
-            damaged inputs (QEP, arXiv 2504.09629); 0 switches it off.
+        propagation: alpha in 0..1, how far each linear aims at the original's output instead of at its own weight on
+            the damaged inputs (QEP, arXiv 2504.09629); 0 switches it off.
         seed: seed of every random choice; each linear derives its own from it, so the order of work does not matter.
     """
 
@@ -87,19 +88,18 @@ class BlockQuantization:
             moments = collect_moments(block, student, [reference.pop(group[0]) for reference in references], group[0])
             for name in group:
                 start = time.perf_counter()
-                linear = block.get_submodule(name)
+                linear = _dense_linear(block, name)
                 layer = self._compress_linear(linear, by_name[name], quantizer, moments)
                 block.set_submodule(name, layer)
                 loss = relative_proxy_loss(linear.weight, layer.dequantize().detach(), moments.second)
-                weights = linear.weight.numel()
                 seconds = time.perf_counter() - start
-                report = LinearReport(
-                    by_name[name].name, float(loss), layer.code_bits / weights, layer.storage_bits / weights, seconds
-                )
-                reports.append(report)
+                bits_codes, bits_total = layer.bits_per_weight_codes, layer.bits_per_weight
+                reports.append(LinearReport(by_name[name].name, loss, bits_codes, bits_total, seconds))
         return block, reports
 
-    def _compress_linear(self, linear: nn.Linear, plan: ModulePlan, quantizer: Quantizer, moments: Moments) -> nn.Module:
+    def _compress_linear(
+        self, linear: nn.Linear, plan: ModulePlan, quantizer: Quantizer, moments: Moments
+    ) -> QuantizedLinear | LowRankLinear:
         # a name, not a position, seeds the linear: hash() differs between processes, a sum of bytes does not
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + sum(map(ord, plan.name)) + 7919 * plan.block)
         weight, bias = linear.weight.detach().float(), linear.bias
@@ -112,7 +112,9 @@ class BlockQuantization:
 
 
 @torch.no_grad()
-def collect_moments(block: nn.Module, student: Sequence[BlockBatch], references: Sequence[Tensor], name: str) -> Moments:
+def collect_moments(
+    block: nn.Module, student: Sequence[BlockBatch], references: Sequence[Tensor], name: str
+) -> Moments:
     """Moments of the linear `name`, mean over real tokens.
 
     Args:
@@ -138,8 +140,15 @@ def round_to_nearest(adapter: ModelAdapter, quantizer: Quantizer, bits: int) -> 
     for original in adapter.blocks:
         block = copy.deepcopy(original)
         for name in adapter.linear_names:
-            linear = block.get_submodule(name)
+            linear = _dense_linear(block, name)
             identity = torch.eye(linear.in_features)
             block.set_submodule(name, quantizer.quantize(linear.weight, identity, bits=bits, bias=linear.bias))
         blocks.append(block)
     return blocks
+
+
+def _dense_linear(block: nn.Module, name: str) -> nn.Linear:
+    linear = block.get_submodule(name)
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"{name} is a {type(linear).__name__}, not a dense linear that could be compressed")
+    return linear

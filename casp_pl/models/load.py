@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from casp_pl.errors import InputError
 from casp_pl.models.demo import load_demo
@@ -17,8 +16,8 @@ class ModelSource:
     """Where a model comes from.
 
     Args:
-        source: `embedded` (SmolLM2 with a vision tower, comes with the package), `embedded-text` (SmolLM2 alone), `tiny`
-            (random, for tests), or a directory or hub name of a LLaVA or LLaMA-type model.
+        source: `embedded` (SmolLM2 with a vision tower, comes with the package), `embedded-text` (SmolLM2 alone),
+            `tiny` (random, for tests), or a directory or hub name of a LLaVA or LLaMA-type model.
         dtype: the type that everything is computed in; on a CPU float32 is by far the fastest.
     """
 
@@ -28,12 +27,14 @@ class ModelSource:
         self.source = source
         self.dtype = dtype
 
-    def load(self) -> tuple[nn.Module, Any]:
+    def load(self) -> tuple[Any, Any]:
         """A frozen model in evaluation mode and its processor (a tokenizer for a text model).
 
         Raises:
             InputError: the model cannot be found or read.
         """
+        model: Any
+        processor: Any
         if self.source == "tiny":
             model, processor = load_tiny()
         elif self.source in ("embedded", "embedded-text"):
@@ -43,21 +44,26 @@ class ModelSource:
         return model.to(getattr(torch, self.dtype)).eval().requires_grad_(False), processor
 
 
-def load_model(source: str = "embedded") -> tuple[nn.Module, Any]:
+def load_model(source: str = "embedded") -> tuple[Any, Any]:
     """`ModelSource(source=source).load()`: a frozen fp32 model and its processor."""
     return ModelSource(source=source).load()
 
 
-def _load_hugging_face(source: str) -> tuple[nn.Module, Any]:
+def _load_hugging_face(source: str) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
     if not Path(source).exists() and source.count("/") != 1:
-        raise InputError(f"model.source: '{source}' is neither embedded, tiny, a directory, nor a hub name like org/name.")
+        raise InputError(
+            f"model.source: '{source}' is neither embedded, tiny, a directory, nor a hub name like org/name."
+        )
     try:
         config = AutoConfig.from_pretrained(source)
         if hasattr(config, "vision_config"):
-            return AutoModelForImageTextToText.from_pretrained(source), AutoProcessor.from_pretrained(source)
+            processor = AutoProcessor.from_pretrained(source)  # type: ignore[no-untyped-call]
+            return AutoModelForImageTextToText.from_pretrained(source), processor
         return AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"model.source: cannot load '{source}': {reason}\nGive a local directory if the hub is out of reach.") from error
+        raise InputError(
+            f"model.source: cannot load '{source}': {reason}\nGive a local directory if the hub is out of reach."
+        ) from error

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from casp_pl.models.adapter import ModelAdapter
 
-__all__ = ["BlockBatch", "first_block_batches", "linear_inputs", "run_block", "run_blocks"]
+__all__ = ["BlockBatch", "first_block_batches", "linear_inputs", "model_inputs", "run_block", "run_blocks"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class BlockBatch:
         hidden: (B, T, I) block inputs.
         real: (B, T) bool, False at padding.
         image: (B, T) bool, True at image patches.
-        arguments: the block's other keyword arguments (attention mask, rotary embeddings, positions); the same for all blocks.
+        arguments: the block's other keyword arguments (attention mask, rotary embeddings, positions); the same for all
+            blocks.
     """
 
     hidden: Tensor
@@ -74,7 +75,8 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
 def run_block(block: nn.Module, batch: BlockBatch) -> Tensor:
     """The block's output (B, T, I)."""
     output = block(batch.hidden, **batch.arguments)
-    return output[0] if isinstance(output, tuple) else output
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 @torch.no_grad()

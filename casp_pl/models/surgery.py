@@ -56,7 +56,9 @@ def install_layers(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -
         setattr(model.get_submodule(parent), child, layer.train(linear.training))
 
 
-def block_from_tensors(original: nn.Module, specs: Mapping[str, dict[str, Any]], tensors: Mapping[str, Tensor]) -> nn.Module:
+def block_from_tensors(
+    original: nn.Module, specs: Mapping[str, dict[str, Any]], tensors: Mapping[str, Tensor]
+) -> nn.Module:
     """A compressed copy of `original` with the given layers and all of its tensors loaded."""
     block = copy.deepcopy(original)
     install_layers(block, specs)

@@ -1,6 +1,6 @@
-"""A random LLaVA of a few thousand weights with a byte tokenizer: the whole pipeline in seconds, nothing to download."""
+"""A random LLaVA of 68 thousand weights with a byte tokenizer: the whole pipeline in seconds, nothing to download."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,22 +20,24 @@ def load_tiny(seed: int = 0) -> tuple["LlavaForConditionalGeneration", "LlavaPro
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     tokenizer = _byte_tokenizer()
-    start, end, image = (tokenizer.convert_tokens_to_ids(token) for token in _SPECIAL)
+    vocabulary = tokenizer.get_vocab()
+    start, end, image = (vocabulary[token] for token in _SPECIAL)
     text = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, bos_token_id=start, eos_token_id=end, pad_token_id=end,
+        num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, bos_token_id=start, eos_token_id=end,
+        pad_token_id=end,
     )  # fmt: skip
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=_IMAGE_SIZE,
         patch_size=_PATCH_SIZE, projection_dim=16,
     )  # fmt: skip
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_id=image, vision_feature_layer=-1,
+        vision_config=vision, text_config=text, image_token_index=image, vision_feature_layer=-1,
         vision_feature_select_strategy="default", image_seq_length=16, tie_word_embeddings=True, dtype="float32",
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlavaForConditionalGeneration(config)
+        model: Any = LlavaForConditionalGeneration(config)
         for parameter in model.parameters():
             # 0.02 would leave the blocks without any influence at this width
             parameter.data.mul_(5.0 if parameter.dim() > 1 else 1.0)
@@ -54,7 +56,9 @@ def _byte_tokenizer() -> "PreTrainedTokenizerFast":
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     start, end, image = _SPECIAL
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=start, eos_token=end, pad_token=end)
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, bos_token=start, eos_token=end, pad_token=end
+    )
     fast.add_special_tokens({"additional_special_tokens": [image]})
     return fast
 
@@ -63,7 +67,7 @@ def _processor(tokenizer: "PreTrainedTokenizerFast") -> "LlavaProcessor":
     from transformers import CLIPImageProcessor, LlavaProcessor
 
     size = {"height": _IMAGE_SIZE, "width": _IMAGE_SIZE}
-    return LlavaProcessor(
+    return LlavaProcessor(  # type: ignore[no-untyped-call]
         image_processor=CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False),
         tokenizer=tokenizer,
         patch_size=_PATCH_SIZE,

@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -17,8 +18,8 @@ __all__ = ["BlockwiseModule", "relative_error"]
 def relative_error(output: Tensor, target: Tensor, real: Tensor) -> Tensor:
     """Mean over real tokens of ||output - target||^2 / ||target||^2.
 
-    The next block normalises every token by its own size, so an error counts relative to that; a plain mean square would
-    see only the few tokens with massive activations. output, target (B, T, I), real (B, T) bool; a scalar.
+    The next block normalises every token by its own size, so an error counts relative to that; a plain mean square
+    would see only the few tokens with massive activations. output, target (B, T, I), real (B, T) bool; a scalar.
     """
     error = (output - target).float().square().sum(-1)
     return (error / target.float().square().sum(-1).clamp_min(1e-12))[real].mean()
@@ -59,11 +60,11 @@ class BlockwiseModule(pl.LightningModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """The cached batches in a new order every epoch; the order is seeded by the run's seed."""
-        return DataLoader(self._train, batch_size=None, shuffle=True)  # type: ignore[arg-type]
+        return DataLoader(self._train, batch_size=None, shuffle=True)  # type: ignore[arg-type]  # a sequence will do
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The batches held back."""
-        return DataLoader(self._held_back, batch_size=None)  # type: ignore[arg-type]
+        return DataLoader(self._held_back, batch_size=None)  # type: ignore[arg-type]  # a sequence will do
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Nothing to do: the cached batches lie where the block lies."""
@@ -81,7 +82,7 @@ class BlockwiseModule(pl.LightningModule):
         self.log("val_loss", loss, batch_size=1, logger=False)
         self.log(f"block_tuning/held_back_{self.number:03d}", loss, batch_size=1)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Adam with relative steps, decaying along half a cosine to a tenth."""
         parameters = [p for p in self.block.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(relative_groups(parameters, self.lr), betas=(0.9, 0.95))

@@ -77,7 +77,9 @@ class CalibrationModule(pl.LightningModule):
         moments = {name: reduce(value, reduce_op="sum") / sums[0] for name, value in self._moments.items()}
         bad = [name for name, value in moments.items() if not value.isfinite().all()]
         if bad:
-            raise NumericsError(f"NaN or infinity in the inputs of {bad[0]} during calibration ({len(bad)} inputs in all).")
+            raise NumericsError(
+                f"NaN or infinity in the inputs of {bad[0]} during calibration ({len(bad)} inputs in all)."
+            )
         low_rank = {self.adapter.full_name(b, n) for b in range(len(cosines)) for n in self.adapter.low_rank_names}
         weights = {name: self._weight(name) for name in self._names()}
         self.statistics = CalibrationStatistics(
@@ -91,12 +93,13 @@ class CalibrationModule(pl.LightningModule):
         self._moments = {}
 
     def _watch(self, number: int) -> list[Any]:
-        block = self.adapter.blocks[number]
+        block: Any = self.adapter.blocks[number]
 
         def block_done(_: nn.Module, inputs: Any, keywords: dict[str, Any], output: Any) -> None:
             before = (inputs[0] if inputs else keywords["hidden_states"])[self._real]
             after = (output[0] if isinstance(output, tuple) else output)[self._real]
-            self._cosines[number] += nn.functional.cosine_similarity(before.float(), after.float(), dim=-1).double().sum()
+            cosines = nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
+            self._cosines[number] += cosines.double().sum()
 
         def attention_done(_: nn.Module, inputs: Any, output: Any) -> None:
             if self._watch_attention and output[1] is not None:
@@ -139,7 +142,9 @@ class CalibrationModule(pl.LightningModule):
         return [self.adapter.full_name(number, name) for number in numbers for name in self.adapter.linear_names]
 
     def _weight(self, name: str) -> Tensor:
-        return self.model.get_submodule(name).weight.detach()
+        linear: Any = self.model.get_submodule(name)
+        weight: Tensor = linear.weight.detach()
+        return weight
 
     def _source(self, name: str) -> str:
         """The linear whose input was recorded for `name`: the first of its group."""

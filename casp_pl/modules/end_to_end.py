@@ -6,13 +6,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.streams import model_inputs
 from casp_pl.modules.parameters import relative_groups, trainable_parameters
 
-__all__ = ["EndToEndModule", "teacher_states"]
+__all__ = ["EndToEndModule", "final_states", "logits_divergence", "teacher_states", "text_mask"]
 
 
 @torch.no_grad()
@@ -31,12 +32,15 @@ def teacher_states(adapter: ModelAdapter, batches: Sequence[dict[str, Any]]) -> 
 
 def final_states(adapter: ModelAdapter, batch: Mapping[str, Any]) -> Tensor:
     """Hidden states after the final norm, (B, T, I)."""
-    return getattr(adapter.model, "model", adapter.model)(**model_inputs(batch), use_cache=False).last_hidden_state
+    inner = getattr(adapter.model, "model", adapter.model)
+    states: Tensor = inner(**model_inputs(batch), use_cache=False).last_hidden_state
+    return states
 
 
 def text_mask(adapter: ModelAdapter, batch: Mapping[str, Any]) -> Tensor:
     """True at real tokens that are not image patches: (B, T) bool."""
-    return batch["attention_mask"].bool() & ~adapter.image_mask(batch["input_ids"])
+    real: Tensor = batch["attention_mask"].bool()
+    return real & ~adapter.image_mask(batch["input_ids"])
 
 
 def logits_divergence(student: Tensor, teacher: Tensor, head: nn.Module) -> Tensor:
@@ -88,7 +92,7 @@ class EndToEndModule(pl.LightningModule):
         self.log("val_loss", loss, batch_size=tokens, logger=False)
         self.log("end_to_end/held_back_kl", loss, batch_size=tokens)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Adam with relative steps, a short warm-up, then linear decay."""
         parameters = [p for p in self.blocks.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(relative_groups(parameters, self.lr), betas=(0.9, 0.95))

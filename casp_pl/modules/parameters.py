@@ -10,7 +10,7 @@ __all__ = ["relative_groups", "trainable_parameters"]
 
 
 def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Codebooks, scales, dense low-rank factors and norm weights; switches their requires_grad on and everything else off."""
+    """Codebooks, scales, dense low-rank factors and norm weights; they alone require gradients afterwards."""
     module.requires_grad_(False)
     chosen: list[nn.Parameter] = []
     for layer in module.modules():
@@ -26,7 +26,12 @@ def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
 def relative_groups(parameters: Iterable[nn.Parameter], lr: float) -> list[dict[str, float | list[Tensor]]]:
     """One optimizer group per tensor whose learning rate is `lr` times its root mean square.
 
-    Row scales (about 0.03) and codebook entries (about 1) live on different scales; an Adam step of the same absolute size
-    would be too small for one or too large for the other.
+    Row scales (about 0.03) and codebook entries (about 1) live on different scales; an Adam step of the same absolute
+    size would be too small for one or too large for the other.
     """
-    return [{"params": [p], "lr": lr * float(p.detach().float().square().mean().sqrt().clamp_min(1e-6))} for p in parameters]
+    return [{"params": [parameter], "lr": lr * _size(parameter)} for parameter in parameters]
+
+
+def _size(parameter: nn.Parameter) -> float:
+    """Root mean square, at least 1e-6."""
+    return float(parameter.detach().float().square().mean().sqrt().clamp_min(1e-6))

@@ -1,4 +1,4 @@
-"""What one pass of the original model tells about each block (method A): the numbers that ranks and bits are chosen by."""
+"""What one pass of the original model tells about each block (method A): what ranks and bits are chosen by."""
 
 from dataclasses import dataclass
 
@@ -15,8 +15,8 @@ class CalibrationStatistics:
     Attributes:
         block_influence: (L,) 1 - mean cosine between a block's input and output tokens (ShortGPT).
         spectra: full name of a low-rank candidate -> its whitened singular values, descending.
-        attention_sparsity: (L, 2, 2) share of attention probabilities below the threshold; query text/image x key text/image;
-            NaN where no such pair was seen.
+        attention_sparsity: (L, 2, 2) share of attention probabilities below the threshold; query text/image x key
+            text/image; NaN where no such pair was seen.
         rounding: full name of a linear -> relative proxy loss of a quick rounding; empty unless asked for.
         tokens: real tokens seen.
         image_tokens: of these, image patches.

@@ -1,7 +1,7 @@
 """The two passes over the blocks: quantize one after the other, then fine-tune one after the other.
 
-Each finished block is a file, so a run that was stopped goes on at the block where it stopped; the activations in front of it
-are computed again from the files, bit by bit the same.
+Each finished block is a file, so a run that was stopped goes on at the block where it stopped; the activations in front
+of it are computed again from the files, bit by bit the same.
 """
 
 import copy
@@ -26,7 +26,7 @@ from casp_pl.modules import BlockwiseModule
 from casp_pl.pipeline.trainers import TrainerFactory
 from casp_pl.quantizers import Quantizer
 
-__all__ = ["load_blocks", "quantize_blocks", "save_block", "tune_blocks"]
+__all__ = ["load_block", "load_blocks", "quantize_blocks", "run_through", "save_block", "tune_blocks"]
 
 Batches = Sequence[dict[str, Any]]
 BlockDone = Callable[[int, list[LinearReport]], None]
@@ -62,7 +62,7 @@ def quantize_blocks(
     batches: Batches,
     block_done: BlockDone,
 ) -> list[nn.Module]:
-    """Quantize block after block, each on the outputs of the compressed ones before it; files blocks/NNN.safetensors."""
+    """Quantize block after block, each behind the compressed ones before it; files blocks/NNN.safetensors."""
     blocks: list[nn.Module] = []
     teacher = student = first_block_batches(adapter, batches)
     for number, original in enumerate(adapter.blocks):
@@ -131,7 +131,11 @@ def _fit_block(module: BlockwiseModule, trainers: TrainerFactory, update: dict[s
     best = BestState()
     callbacks = [best, CodebookUpdate(**update), EarlyStopping("val_loss", patience=module.patience, min_delta=0.0)]
     trainer = trainers.make(
-        callbacks=callbacks, max_epochs=module.epochs, num_sanity_val_steps=0, log_every_n_steps=1, gradient_clip_val=1.0
+        callbacks=callbacks,
+        max_epochs=module.epochs,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        gradient_clip_val=1.0,
     )
     trainer.validate(module, verbose=False)  # the state before training competes for the best
     trainer.fit(module)

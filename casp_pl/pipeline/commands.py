@@ -31,7 +31,6 @@ from casp_pl.pipeline.trainers import TrainerFactory
 __all__ = ["fit", "plan", "predict", "test", "validate", "verify"]
 
 
-
 def fit(settings: RunSettings, *, override_memory: bool = False) -> int:
     """Compress, fine-tune, evaluate and save; goes on where an earlier run of the same recipe stopped."""
     prepared = prepare(settings)
@@ -53,9 +52,8 @@ def _fit(settings: RunSettings, prepared: Prepared, run: RunDirectory, progress:
     measurement = Measurement(run, settings.evaluation, prepared.processor, trainers)
     compression = CompressionRun(settings, run, prepared.adapter, measurement, trainers, progress)
     blocks = compression.stages(*load_batches(settings, prepared.device))
-    report = build_report(
-        settings, run, compression.rows(), compression.linears, compression.statistics(), measurement, compression.seconds
-    )
+    rows, statistics = compression.rows(), compression.statistics()
+    report = build_report(settings, run, rows, compression.linears, statistics, measurement, compression.seconds)
     with progress.stage("save", 1), prepared.adapter.with_blocks(blocks) as model:
         if not run.has("model"):
             save_compressed(model, prepared.processor, run.path("model"), card=model_card(report))
@@ -83,8 +81,9 @@ def plan(settings: RunSettings) -> int:
     model = prepared.adapter.model
     dense = 2 * sum(parameter.numel() for parameter in model.parameters())
     after = dense - 2 * chosen.weights + chosen.bits_per_weight_total * chosen.weights / 8
+    codes, total = chosen.bits_per_weight_codes, chosen.bits_per_weight_total
     lines = [
-        f"bits per weight: {chosen.bits_per_weight_codes:.3f} codes, {chosen.bits_per_weight_total:.3f} everything counted",
+        f"bits per weight: {codes:.3f} codes, {total:.3f} everything counted",
         f"size: about {size(int(after))} (16-bit original {size(dense)})",
         f"memory: about {size(estimate.memory_bytes)}, {size(psutil.virtual_memory().available)} are free",
         f"time: about {estimate.total_seconds / 60:.0f} minutes: "
@@ -169,5 +168,3 @@ def _check_memory(needed: int, override: bool) -> None:
             f"The plan needs about {size(needed)} of memory, {size(free)} are free.\n"
             "Lower data.samples, or start anyway with --override_memory."
         )
-
-

@@ -63,7 +63,8 @@ class Measurement:
             trainer.test(module, datamodule=self.data, verbose=False)
             if module.figures is None or module.outputs is None:
                 raise RuntimeError("the test run ended without figures")
-            stored = {id(tensor): tensor.nbytes for tensor in compact_state_dict(model).values()}  # a tied one counts once
+            # by identity, so that a tied tensor counts once
+            stored = {id(tensor): tensor.nbytes for tensor in compact_state_dict(model).values()}
             codes, total = bits_per_weight(adapter, blocks)
         self.run.write_tensors(_file(stage), *module.outputs.to_tensors())
         figures = module.figures.to_dict()

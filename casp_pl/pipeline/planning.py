@@ -10,7 +10,7 @@ from casp_pl.models.adapter import ModelAdapter
 __all__ = ["RunEstimate", "estimate_run", "gemm_rate"]
 
 _BYTES = 4
-# multiply-adds per weight and calibration token, measured against whole runs: forward passes, moments, search of the codes
+# floating-point operations per weight that the search of the codes takes, measured against whole runs
 _SEARCH_OPERATIONS_PER_WEIGHT = 60_000.0
 _PROCESS_BYTES = 900 << 20  # Python with torch, lightning and transformers, before any weight
 
@@ -40,9 +40,16 @@ def gemm_rate(seconds: float = 0.2) -> float:
 
 
 def estimate_run(
-    adapter: ModelAdapter, *, tokens: int, held_back_tokens: int, evaluation_tokens: int, tuning_epochs: int, steps: int,
-    stages: int, rate: float,
-) -> RunEstimate:  # fmt: skip
+    adapter: ModelAdapter,
+    *,
+    tokens: int,
+    held_back_tokens: int,
+    evaluation_tokens: int,
+    tuning_epochs: int,
+    steps: int,
+    stages: int,
+    rate: float,
+) -> RunEstimate:
     """Memory and time of a fit.
 
     Args:
@@ -55,19 +62,20 @@ def estimate_run(
         stages: how many times the model is evaluated.
         rate: floating-point operations a second.
     """
-    widths = {name: shape for name, shape in adapter.shapes(0).items()}
+    widths = adapter.shapes(0)
     block_weights = sum(o * i for o, i in widths.values())
     blocks = len(adapter.blocks)
-    hidden = adapter.shapes(0)[adapter.linear_names[0]][1]
+    hidden = widths[adapter.linear_names[0]][1]
     inputs = sum(widths[group[0]][1] for group in adapter.linear_groups)
     all_tokens = tokens + held_back_tokens
     forward = 2.0 * block_weights * blocks
     useful = 0.5 * rate  # norms, attention and softmax run far below the rate of a matrix product
     moments = 2.0 * 2 * blocks * tokens * sum(widths[group[0]][1] ** 2 for group in adapter.linear_groups)
+    search = _SEARCH_OPERATIONS_PER_WEIGHT * block_weights * blocks
     seconds = {
         "evaluation": stages * evaluation_tokens * forward / useful,
         "calibration": 1.5 * tokens * forward / useful,
-        "quantization": (3.6 * tokens * forward + moments + _SEARCH_OPERATIONS_PER_WEIGHT * block_weights * blocks) / useful,
+        "quantization": (3.6 * tokens * forward + moments + search) / useful,
         "block tuning": (2 * all_tokens + 3.0 * tuning_epochs * all_tokens) * forward / useful,
         "end to end": (4.0 * steps * tokens / max(1, blocks) + 3 * held_back_tokens) * forward / useful,
     }

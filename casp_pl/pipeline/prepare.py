@@ -72,7 +72,7 @@ def fingerprint(settings: RunSettings, prepared: Prepared) -> dict[str, Any]:
     for tensor in compact_state_dict(prepared.adapter.model).values():
         if tensor.is_floating_point():
             total += tensor.double().abs().sum().cpu()
-    return {"recipe": settings.flat, "model": total.item().hex(), "data": settings.data.fingerprint}
+    return {"recipe": settings.flat, "model": float(total).hex(), "data": settings.data.fingerprint}
 
 
 def _on_device(batches: Iterable[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:

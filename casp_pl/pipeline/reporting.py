@@ -1,5 +1,7 @@
 """The report of a run, put together from its artifacts; the model card; the examples."""
 
+from pathlib import Path
+
 from casp_pl.allocation import CompressionPlan
 from casp_pl.callbacks.environment import package_versions, peak_memory_bytes, source_commit
 from casp_pl.callbacks.report import (
@@ -99,7 +101,8 @@ def _examples(data: EvaluationData, measurement: Measurement, stage: str) -> tup
         name: (before, after)
         for name, before, after in zip(original.sample_ids, original.answers, compressed.answers, strict=True)
     }
-    seen, result = set(), []
+    seen: set[Path | None] = set()
+    result: list[Example] = []
     for sample in samples:
         if sample.id in answers and sample.image not in seen and len(result) < _EXAMPLES:
             seen.add(sample.image)

@@ -185,7 +185,11 @@ class CompressionRun:
         with self.adapter.with_blocks(blocks):
             module = EndToEndModule(self.adapter, teacher, **self.settings.end_to_end)
             trainer = self.trainers.make(
-                callbacks=[BestState(), CodebookUpdate(**self.settings.codebook_update), Advance(self.progress.advance, loop="train")],
+                callbacks=[
+                    BestState(),
+                    CodebookUpdate(**self.settings.codebook_update),
+                    Advance(self.progress.advance, loop="train"),
+                ],
                 max_steps=steps,
                 max_epochs=-1,
                 num_sanity_val_steps=0,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
@@ -41,11 +42,11 @@ class TrainerFactory:
         }
         try:
             return pl.Trainer(**{**self.settings, **own, **overrides})
-        except (ValueError, TypeError, RuntimeError, pl.utilities.exceptions.MisconfigurationException) as error:
+        except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(f"trainer: {reason}") from error
 
 
 def as_loader(batches: Sequence[dict[str, Any]]) -> DataLoader[Any]:
     """Batches in memory as one loader; Lightning takes a plain list for several loaders."""
-    return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a sequence is dataset enough

@@ -59,7 +59,7 @@ class AQLMQuantizer(Quantizer):
     def __init__(
         self,
         *,
-        max_codebook_overhead: float = 0.2,
+        max_codebook_overhead: float = 0.15,
         formats: dict[int, list[list[int]]] | None = None,
         damping: float = 1e-2,
         kmeans_rows: int = 512,

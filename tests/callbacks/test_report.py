@@ -1,10 +1,10 @@
 import io
 import json
 import math
+import re
 import struct
-import subprocess
-import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -66,7 +66,7 @@ def report(image):
         examples=(
             Example(question="what $x$ is it?", original="red", compressed="", reference="red", image=image),
             Example(question="gone", original="a", compressed="a", image=image + ".missing"),
-            Example(question="words " * 50, original="b" * 200, compressed="c"),
+            Example(question="words " * 50, original="b" * 200, compressed="\u4f60\ufffd\x00\U0001f600 $"),
         ),
     )
 
@@ -181,11 +181,14 @@ def test_tensorboard_gets_every_figure(report, tmp_path):
 
 def test_environment():
     assert package_versions()["torch"] == version("torch")
-    assert source_commit() is None or len(source_commit().removesuffix("-dirty")) == 40
-    code = (
-        "from casp_pl.callbacks.environment import peak_memory_bytes as p\n"
-        "a = p(); b = b'x' * 400_000_000; print(p() - a)"
-    )
-    grown = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    assert 200_000_000 < grown < 450_000_000
-    assert peak_memory_bytes() > 50_000_000
+    commit = source_commit()
+    assert commit is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", commit)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel's own figure is read from /proc")
+def test_peak_memory_is_the_kernels_high_water_mark():
+    ballast = b"x" * 50_000_000
+    peak = peak_memory_bytes()
+    status = Path("/proc/self/status").read_text()
+    assert peak == pytest.approx(1024 * int(re.search(r"VmHWM:\s+(\d+)", status).group(1)), rel=0.05)
+    assert peak > len(ballast)

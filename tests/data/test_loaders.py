@@ -13,8 +13,15 @@ def collate(samples):
     return {"x": torch.tensor(samples, dtype=torch.float32)[:, None], "ids": list(samples)}
 
 
+class Item(int):
+    """A sample that is its own number, with a length."""
+
+    def __len__(self):
+        return self * 7 % 5
+
+
 def loader(samples=11, batch_size=3, **settings):
-    return StatefulLoader(list(range(samples)), collate, batch_size=batch_size, **settings)
+    return StatefulLoader([Item(number) for number in range(samples)], collate, batch_size=batch_size, **settings)
 
 
 def ids(batches):
@@ -129,3 +136,10 @@ def test_lightning_resumes_bit_identically_in_the_middle_and_at_the_end_of_an_ep
         resumed = train(tmp_path / "resumed", 10, tmp_path / "whole" / f"step={step}.ckpt")
         assert resumed.seen == whole.seen[step:]
         assert torch.equal(resumed.layer.weight, whole.layer.weight)
+
+
+def test_samples_of_like_length_share_a_batch():
+    batches = ids(StatefulLoader([Item(number) for number in range(64)], collate, batch_size=8))
+    spread = [max(len(Item(number)) for number in batch) - min(len(Item(number)) for number in batch) for batch in batches]
+    assert sum(spread) <= 8, "64 samples of 5 lengths, sorted, change length only 4 times"
+    assert [min(len(Item(n)) for n in batch) for batch in batches] != sorted(min(len(Item(n)) for n in b) for b in batches)

@@ -21,9 +21,8 @@ def measured() -> tuple[CalibrationStatistics, dict[str, torch.Tensor], nn.Modul
     pixels = torch.randn(3, 3, 32, 32, generator=generator)
     batch = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
     module = CalibrationModule(adapt(model), measure_rounding=True)
-    trainer = pl.Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
-    )
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(accelerator="cpu", enable_model_summary=False, **quiet)
     trainer.validate(module, dataloaders=DataLoader([batch], batch_size=None, num_workers=0), verbose=False)
     assert module.statistics is not None
     return module.statistics, batch, model

@@ -16,9 +16,8 @@ def test_relative_error_is_the_mean_of_the_tokens_own() -> None:
     target[0, 0] *= 1000  # a massive activation counts like any other token
     real = torch.ones(2, 5, dtype=torch.bool)
     real[1, 3:] = False
-    shares = [
-        ((output[b, t] - target[b, t]).norm() / target[b, t].norm()) ** 2 for b in range(2) for t in range(5) if real[b, t]
-    ]
+    pairs = [(output[b, t], target[b, t]) for b in range(2) for t in range(5) if real[b, t]]
+    shares = [((ours - theirs).norm() / theirs.norm()) ** 2 for ours, theirs in pairs]
     torch.testing.assert_close(relative_error(output, target, real), torch.stack(shares).mean())
 
 

@@ -1,4 +1,4 @@
-"""Bad input ends in at most three clear lines and the right exit code; every recipe parses against the real signatures."""
+"""Bad input ends in at most three clear lines and the right exit code; every recipe fits the real signatures."""
 
 import itertools
 from pathlib import Path

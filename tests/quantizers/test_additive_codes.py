@@ -9,7 +9,7 @@ from torch import Tensor
 from casp_pl.quantizers.additive_beam import beam_codes, group_tables, improved_codes, sum_of_entries
 from casp_pl.quantizers.additive_codes import conditional_metrics, diagonal_blocks, feedback_codes, sweep_codes
 
-O, G, K, C, D = 9, 7, 2, 16, 3
+O, G, K, C, D = 9, 5, 2, 8, 3
 I = G * D  # noqa: E741
 
 
@@ -57,7 +57,7 @@ def test_a_beam_as_wide_as_the_codebook_finds_the_best_of_all_combinations(probl
 @pytest.mark.parametrize("codebooks_count", [1, 3])
 def test_wider_beams_are_better_and_one_codebook_needs_none(codebooks_count: int) -> None:
     generator = torch.Generator().manual_seed(1)
-    codebooks = torch.randn(codebooks_count, C, D, generator=generator)
+    codebooks = torch.randn(codebooks_count, 16, D, generator=generator)
     tables = group_tables(codebooks, torch.eye(D)[None])
     x = torch.randn(D, 200, generator=generator)
     costs = []

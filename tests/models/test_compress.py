@@ -1,0 +1,218 @@
+"""One block against the same work done by hand with dense layers."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from casp_pl.allocation import ModulePlan
+from casp_pl.layers import LowRankLinear, QuantizedLinear
+from casp_pl.models import ModelAdapter
+from casp_pl.models.compress import BlockQuantization, collect_moments, round_to_nearest
+from casp_pl.models.streams import BlockBatch, first_block_batches, run_block, run_blocks
+from casp_pl.quantizers import AQLMQuantizer, Quantizer, RTNQuantizer
+
+BITS = {"q_proj": 3, "k_proj": 4, "v_proj": 2, "o_proj": 8, "gate_proj": 2, "up_proj": 3, "down_proj": 2}
+
+
+class Recorder(Quantizer):
+    """Rounds to nearest and remembers what it was given."""
+
+    name = "recorder"
+    levels = RTNQuantizer.levels
+    rank_grain = 1
+
+    def __init__(self) -> None:
+        self.rtn = RTNQuantizer(group_size=12)
+        self.calls: list[tuple[Tensor, Tensor, int]] = []
+
+    def quantize(
+        self,
+        weight: Tensor,
+        second_moment: Tensor,
+        *,
+        bits: int,
+        bias: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> QuantizedLinear:
+        assert generator is not None
+        self.calls.append((weight.clone(), second_moment.clone(), generator.initial_seed()))
+        return self.rtn.quantize(weight, second_moment, bits=bits, bias=bias)
+
+    def layer_spec(self, out_features: int, in_features: int, *, bits: int, bias: bool = False) -> dict[str, Any]:
+        return self.rtn.layer_spec(out_features, in_features, bits=bits, bias=bias)
+
+
+def _plans(adapter: ModelAdapter, number: int, ranks: dict[str, int] | None = None, **bits: int) -> list[ModulePlan]:
+    plans = []
+    for name, shape in adapter.shapes(number).items():
+        short = name.split(".")[-1]
+        rank, width = (ranks or {}).get(short), (BITS | bits)[short]
+        full = adapter.full_name(number, name)
+        plans.append(ModulePlan(full, number, shape, "any", width, rank, None if rank is None else width, 1.0, ""))
+    return plans
+
+
+def _damaged(streams: Sequence[BlockBatch]) -> list[BlockBatch]:
+    generator = torch.Generator().manual_seed(7)
+    return [s.with_hidden(s.hidden + 0.3 * torch.randn(s.hidden.shape, generator=generator)) for s in streams]
+
+
+@torch.no_grad()
+def _dense_reference(
+    adapter: ModelAdapter, block: nn.Module, streams: Sequence[BlockBatch]
+) -> tuple[nn.Module, list[Tensor]]:
+    """Every linear rounded in the true sequence, as plain dense layers, with the second moment that each one saw."""
+    block, rtn, moments = copy.deepcopy(block), RTNQuantizer(group_size=12), []
+    for name in adapter.linear_names:
+        linear, rows = block.get_submodule(name), []
+        handle = linear.register_forward_pre_hook(lambda _, inputs, rows=rows: rows.append(inputs[0]))
+        for stream in streams:
+            run_block(block, stream)
+        handle.remove()
+        x = torch.cat([row[stream.real] for row, stream in zip(rows, streams, strict=True)]).double()
+        moments.append((x.T @ x / len(x)).float())
+        rounded = rtn.quantize(linear.weight, torch.eye(linear.in_features), bits=BITS[name.split(".")[-1]])
+        linear.weight.copy_(rounded.dequantize())
+    return block, moments
+
+
+def test_without_propagation_every_linear_is_quantized_on_its_own_inputs_in_sequence(
+    adapter: ModelAdapter, batches: list[dict[str, Any]]
+) -> None:
+    streams = first_block_batches(adapter, batches)
+    original, recorder = adapter.blocks[0], Recorder()
+    before = {name: tensor.clone() for name, tensor in original.state_dict().items()}
+    block, reports = BlockQuantization(propagation=0).compress_block(
+        adapter, original, _plans(adapter, 0), recorder, streams, streams
+    )
+    expected, moments = _dense_reference(adapter, original, streams)
+    for (weight, moment, _), name, wanted in zip(recorder.calls, adapter.linear_names, moments, strict=True):
+        torch.testing.assert_close(weight, before[f"{name}.weight"])
+        torch.testing.assert_close(moment, wanted, rtol=1e-4, atol=1e-5 * float(wanted.diagonal().mean()))
+    for stream in streams:
+        torch.testing.assert_close(run_block(block, stream), run_block(expected, stream))
+    assert [report.name for report in reports] == [adapter.full_name(0, name) for name in adapter.linear_names]
+    for name, report, moment in zip(adapter.linear_names, reports, moments, strict=True):
+        weight, rounded = before[f"{name}.weight"], expected.get_submodule(name).weight
+        root = torch.linalg.cholesky(moment.double() + 1e-9 * torch.eye(len(moment), dtype=torch.float64))
+        loss = ((weight - rounded) @ root.float()).square().sum() / (weight @ root.float()).square().sum()
+        assert report.relative_proxy_loss == pytest.approx(float(loss), rel=1e-3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in original.state_dict().items())
+
+
+def test_moments_are_those_of_all_tokens_together(adapter: ModelAdapter, batches: list[dict[str, Any]]) -> None:
+    teacher = first_block_batches(adapter, batches)
+    student, block = _damaged(teacher), adapter.blocks[0]
+    x, seen = (
+        torch.cat([block.input_layernorm(stream.hidden)[stream.real] for stream in streams])
+        for streams in (teacher, student)
+    )
+    references = [block.input_layernorm(stream.hidden)[stream.real] for stream in teacher]
+    moments = collect_moments(block, student, references, "self_attn.v_proj")
+    torch.testing.assert_close(moments.second, seen.T @ seen / len(seen), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(moments.cross, x.T @ seen / len(seen), rtol=1e-4, atol=1e-5)
+
+
+def test_propagation_aims_at_the_output_of_the_original(adapter: ModelAdapter, batches: list[dict[str, Any]]) -> None:
+    teacher = first_block_batches(adapter, batches)
+    student, original = _damaged(teacher), adapter.blocks[0]
+    x, seen = (
+        torch.cat([original.input_layernorm(stream.hidden)[stream.real] for stream in streams])
+        for streams in (teacher, student)
+    )
+    weight, errors = original.self_attn.q_proj.weight, []
+    for alpha in (0.0, 0.5, 1.0):
+        recorder = Recorder()
+        BlockQuantization(propagation=alpha).compress_block(
+            adapter, original, _plans(adapter, 0), recorder, teacher, student
+        )
+        errors.append(float((seen @ recorder.calls[0][0].T - x @ weight.T).norm()))
+    solution = torch.linalg.lstsq(seen, x @ weight.T).solution
+    best = float((seen @ solution - x @ weight.T).norm())
+    assert errors[0] > errors[1] > errors[2] >= best * (1 - 1e-4)
+    assert errors[2] < best + 0.1 * (errors[0] - best)
+
+
+@pytest.mark.parametrize("wrong", ["one missing", "one twice", "one twice, one missing", "one too many"])
+def test_wrong_set_of_plans_is_refused(adapter: ModelAdapter, batches: list[dict[str, Any]], wrong: str) -> None:
+    plans = _plans(adapter, 0)
+    changed = {
+        "one missing": plans[1:],
+        "one twice": [*plans, plans[0]],
+        "one twice, one missing": [plans[0], *plans[:-1]],
+        "one too many": [*plans, replace(plans[0], name="lm_head")],
+    }[wrong]
+    streams = first_block_batches(adapter, batches)
+    with pytest.raises(ValueError, match="a block has 7 linears"):
+        BlockQuantization().compress_block(adapter, adapter.blocks[0], changed, Recorder(), streams, streams)
+
+
+def test_bits_of_every_module_are_those_of_the_plan(adapter: ModelAdapter, batches: list[dict[str, Any]]) -> None:
+    streams = first_block_batches(adapter, batches)
+    plans = _plans(adapter, 0, {"q_proj": 11, "k_proj": 9})
+    block, reports = BlockQuantization().compress_block(
+        adapter, adapter.blocks[0], plans, RTNQuantizer(group_size=12), streams, streams
+    )
+    for plan, report, name in zip(plans, reports, adapter.linear_names, strict=True):
+        layer, (out_features, in_features) = block.get_submodule(name), plan.shape
+        codes = plan.weights if plan.rank is None else plan.rank * (out_features + in_features)
+        assert isinstance(layer, QuantizedLinear if plan.rank is None else LowRankLinear)
+        assert layer.code_bits == plan.bits * codes
+        assert report.bits_codes == pytest.approx(plan.bits * codes / plan.weights)
+        assert report.bits_total == pytest.approx(layer.storage_bits / plan.weights)
+        assert report.bits_total > report.bits_codes
+
+
+def test_query_and_key_get_factors_of_their_own_weights(adapter: ModelAdapter, batches: list[dict[str, Any]]) -> None:
+    streams, original = first_block_batches(adapter, batches), adapter.blocks[0]
+    plans = _plans(adapter, 0, {"q_proj": 48, "k_proj": 32}, q_proj=8, k_proj=8)
+    block, _ = BlockQuantization(propagation=0).compress_block(
+        adapter, original, plans, RTNQuantizer(group_size=8), streams, streams
+    )
+    for name in ("q_proj", "k_proj"):
+        layer, weight = getattr(block.self_attn, name), getattr(original.self_attn, name).weight
+        assert (layer.dequantize() - weight).norm() < 0.1 * weight.norm()
+    inner = [getattr(block.self_attn, name).input_factor.dequantize() for name in ("q_proj", "k_proj")]
+    assert not torch.allclose(inner[0][:32], inner[1], atol=1e-2)
+
+
+def test_a_block_alone_is_the_block_in_its_turn(adapter: ModelAdapter, batches: list[dict[str, Any]]) -> None:
+    quantizer = AQLMQuantizer(max_rounds=1, kmeans_iterations=2, feedback_beam=2, sweep_beam=1)
+    quantization, ranks = BlockQuantization(seed=5), {"q_proj": 16, "k_proj": 8}
+    plans = [_plans(adapter, number, ranks, o_proj=4) for number in range(2)]
+    streams = first_block_batches(adapter, batches)
+    first, _ = quantization.compress_block(adapter, adapter.blocks[0], plans[0], quantizer, streams, streams)
+    teacher, student = run_blocks(adapter.blocks[0], streams), run_blocks(first, streams)
+    second, _ = quantization.compress_block(adapter, adapter.blocks[1], plans[1], quantizer, teacher, student)
+    torch.manual_seed(99)  # the global generator has no say
+    alone, _ = BlockQuantization(seed=5).compress_block(
+        adapter, adapter.blocks[1], plans[1][::-1], copy.deepcopy(quantizer), teacher, student
+    )
+    for name, tensor in second.state_dict().items():
+        assert torch.equal(alone.state_dict()[name], tensor), name
+
+
+def test_every_linear_has_a_seed_of_its_own(adapter: ModelAdapter, batches: list[dict[str, Any]]) -> None:
+    streams, recorder = first_block_batches(adapter, batches), Recorder()
+    for seed in (0, 1):
+        for number, block in enumerate(adapter.blocks):
+            BlockQuantization(seed=seed).compress_block(
+                adapter, block, _plans(adapter, number), recorder, streams, streams
+            )
+    assert len({seed for _, _, seed in recorder.calls}) == len(recorder.calls) == 2 * 2 * 7
+
+
+def test_round_to_nearest_needs_no_inputs(adapter: ModelAdapter) -> None:
+    quantizer = RTNQuantizer(group_size=12)
+    blocks = round_to_nearest(adapter, quantizer, 3)
+    for block, original in zip(blocks, adapter.blocks, strict=True):
+        assert block is not original
+        for name in adapter.linear_names:
+            weight = original.get_submodule(name).weight
+            layer = quantizer.quantize(weight, torch.eye(weight.shape[1]), bits=3)
+            assert torch.equal(block.get_submodule(name).dequantize(), layer.dequantize())

@@ -1,6 +1,6 @@
 """Which codebooks suit a small matrix? Every format on low-rank factors and key/value projections, at its true cost.
 
-usage: python -m benchmarks.small_matrices [--tokens 8192] [--blocks 0 15 29]
+usage: python -m benchmarks.small_matrices [--tokens 2048] [--blocks 15] [--bits 2 3 4] [--matrices factor k v]
 
 Losses are relative proxy losses. Formats of different total cost are compared by the excess, total bits + log2(loss) /
 2. A loss that falls by 2^(-2 b) with b bits leaves it constant, so the lowest excess is the best use of the bits.
@@ -76,13 +76,16 @@ def measure(cases: list[tuple[Tensor, Tensor]], bits: int, layout: list[int]) ->
 def main() -> None:
     """Print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=8192, help="calibration tokens, a multiple of 512")
-    parser.add_argument("--blocks", type=int, nargs="+", default=[0, 15, 29])
+    parser.add_argument("--tokens", type=int, default=2048, help="calibration tokens, a multiple of 512")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[15])
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--matrices", nargs="+", default=[""], help="only kinds with one of these words in the name")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print("| matrix | bits | codebooks | codebook bits | total bits | loss | excess |\n" + "|---" * 7 + "|")
     for name, cases in load_cases(options.blocks, options.tokens).items():
+        if not any(word in name for word in options.matrices):
+            continue
         for bits in options.bits:
             for layout in FORMATS[bits]:
                 total, loss = measure(cases, bits, layout)

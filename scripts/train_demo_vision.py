@@ -2,11 +2,12 @@
 
     python scripts/train_demo_vision.py --out casp_pl/models/demo
 
+With --resume an interrupted training goes on after the last epoch that was saved.
+
 Two steps. (1) The tower learns shape and colour, taken from the answers of the training questions. (2) Tower and
 projector learn to make the frozen language model answer: cross entropy on the answer tokens. All questions of an image
 share one image prefix; a block-diagonal attention mask hides them from each other, so that each is trained as if asked
-alone.
-The last 200 training images are held back for validation; the test split is never opened.
+alone. The last 200 training images are held back for validation; the test split is never opened.
 
 Shapes: B images, P prefix tokens, T tokens in all, Q questions of an image.
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from casp_pl.data.sample import Sample
@@ -158,9 +159,13 @@ def train_through_language_model(
     processor,
     epochs: int,
     batch: int,
+    done: int,
     generator: torch.Generator,
 ) -> Iterator[tuple[int, float]]:
-    """Tower and projector through the frozen language model; yields step and held-back token accuracy every epoch."""
+    """Tower and projector through the frozen language model; yields step and held-back token accuracy every epoch.
+
+    The first `done` of the epochs were run by an earlier process: the schedule starts behind them.
+    """
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     rates = [{"params": projector.parameters(), "lr": 1e-3}, {"params": tower.parameters(), "lr": 3e-4}]
     optimizer = torch.optim.AdamW(rates, weight_decay=0.01, betas=(0.9, 0.98))
@@ -168,13 +173,17 @@ def train_through_language_model(
     held_back = [pack(group, processor) for group in groups[train:]]
     steps = epochs * (train // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [1e-3, 3e-4], total_steps=steps + 1, pct_start=0.05)
-    start, step = time.time(), 0
+    step = first = done * (train // batch)
+    for _ in range(first):
+        optimizer.step()  # without gradients it changes nothing; the schedule wants to follow a step
+        schedule.step()
+    start = time.time()
 
     def ask_some(group: list[Sample]) -> tuple[Tensor, ...]:
         chosen = torch.randperm(len(group), generator=generator)[:QUESTIONS].tolist()
         return pack([group[number] for number in chosen], processor)
 
-    for _ in range(epochs):
+    for _ in range(done, epochs):
         for rows in torch.randperm(train, generator=generator)[: train // batch * batch].view(-1, batch):
             loss, right = batch_loss(model, augment(pixels[rows], generator), [ask_some(groups[row]) for row in rows])
             optimizer.zero_grad()
@@ -184,7 +193,7 @@ def train_through_language_model(
             schedule.step()
             step += 1
             if step % 10 == 0:
-                seconds = (time.time() - start) / step
+                seconds = (time.time() - start) / (step - first)
                 print(f"step {step}/{steps} loss {loss:.4f} right {right:.3f} {seconds:.2f} s/step", flush=True)
         with torch.no_grad():
             parts = [
@@ -211,9 +220,11 @@ def main() -> None:
     parser.add_argument("--tower_epochs", type=int, default=12)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=8, help="images a step, each with all its questions")
+    parser.add_argument("--resume", action="store_true", help="go on after the last epoch in --out")
     options = parser.parse_args()
+    record = json.loads((options.out / "vision.json").read_text()) if options.resume else {}
     torch.manual_seed(options.seed)
-    generator = torch.Generator().manual_seed(options.seed)
+    generator = torch.Generator().manual_seed(options.seed + record.get("steps", 0))
     start = time.time()
 
     processor = load_processor()
@@ -226,21 +237,28 @@ def main() -> None:
     groups = group_by_image(load_easy_vqa("train"))
     pixels = load_pixels(groups, processor)
 
-    attributes = pretrain_tower(
-        model.model.vision_tower, pixels, attribute_labels(groups), options.tower_epochs, generator
-    )
-    print(f"tower: held-back accuracy of shape and colour {attributes:.4f}", flush=True)
-    record = {
-        "command": f"python scripts/train_demo_vision.py --seed {options.seed} --tower_epochs {options.tower_epochs}"
-        f" --epochs {options.epochs} --batch_size {options.batch_size}",
-        "data": f"easy-vqa 1.0, training split: {len(groups) - HELD_BACK} images, last {HELD_BACK} held back",
-        "torch": torch.__version__,
-        "held_back_attribute_accuracy": attributes,
-    }
+    if options.resume:
+        state = {name: value.float() for name, value in load_file(options.out / "vision.safetensors").items()}
+        model.model.load_state_dict(state, strict=False)
+        record["resumed_after_steps"] = [*record.get("resumed_after_steps", []), record["steps"]]
+    else:
+        labels = attribute_labels(groups)
+        attributes = pretrain_tower(model.model.vision_tower, pixels, labels, options.tower_epochs, generator)
+        print(f"tower: held-back accuracy of shape and colour {attributes:.4f}", flush=True)
+        record = {
+            "command": f"python scripts/train_demo_vision.py --seed {options.seed}"
+            f" --tower_epochs {options.tower_epochs} --epochs {options.epochs} --batch_size {options.batch_size}",
+            "data": f"easy-vqa 1.0, training split: {len(groups) - HELD_BACK} images, last {HELD_BACK} held back",
+            "torch": torch.__version__,
+            "held_back_attribute_accuracy": attributes,
+        }
+    earlier = record.get("seconds", 0)
+    done = record.get("steps", 0) // ((len(groups) - HELD_BACK) // options.batch_size)
     for step, accuracy in train_through_language_model(
-        model, pixels, groups, processor, options.epochs, options.batch_size, generator
+        model, pixels, groups, processor, options.epochs, options.batch_size, done, generator
     ):
-        record |= {"steps": step, "held_back_token_accuracy": accuracy, "seconds": round(time.time() - start)}
+        seconds = earlier + round(time.time() - start)
+        record |= {"steps": step, "held_back_token_accuracy": accuracy, "seconds": seconds}
         print(json.dumps(record), flush=True)
         save(model, options.out, record)
 

@@ -5,5 +5,6 @@ from casp_pl.callbacks.best_state import BestState
 from casp_pl.callbacks.bit_allocation import BitAllocation
 from casp_pl.callbacks.codebook_update import CodebookUpdate
 from casp_pl.callbacks.low_rank_allocation import LowRankAllocation
+from casp_pl.callbacks.stage_report import StageReport
 
-__all__ = ["Advance", "BestState", "BitAllocation", "CodebookUpdate", "LowRankAllocation"]
+__all__ = ["Advance", "BestState", "BitAllocation", "CodebookUpdate", "LowRankAllocation", "StageReport"]

@@ -23,9 +23,7 @@ __all__ = ["log_blocks", "log_examples", "log_modules", "log_pictures", "log_rep
 
 
 def log_report(experiment: "SummaryWriter", report: CompressionReport) -> None:
-    """Everything below for a finished report."""
-    for step, row in enumerate(report.stages):
-        log_stage(experiment, row, step)
+    """Everything below but the stages, which `StageReport` shows as soon as each is measured."""
     log_modules(experiment, report.modules)
     log_blocks(experiment, report.blocks)
     log_examples(experiment, report.examples)

@@ -55,9 +55,9 @@ class FixedLoader(Generic[T]):
 class StatefulLoader(Generic[SizedT]):
     """Shuffled batches, another order in each epoch; after `load_state_dict` it goes on with the next batch.
 
-    Lightning saves and restores the state with its checkpoints. Samples of like length come into one batch: the order is
-    random, then sorted by length inside runs of `_RUN` batches, whose batches are shuffled again. Else a few long texts
-    would pad a batch of short conversations to twice its size.
+    Lightning saves and restores the state with its checkpoints. Samples of like length come into one batch: the order
+    is random, then sorted by length inside runs of `_RUN` batches, whose batches are shuffled again. Else a few long
+    texts would pad a batch of short conversations to twice its size.
 
     Args:
         samples: the samples; `len()` of one is its number of tokens.

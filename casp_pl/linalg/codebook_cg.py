@@ -35,7 +35,7 @@ def conjugate_gradients(
     x = torch.zeros_like(residual)
     z = residual * inverse
     direction, rz = z, (residual * z).sum()
-    negligible = torch.finfo(residual.dtype).eps * rz  # below it, steps along a null space of A would grow without bound
+    negligible = torch.finfo(residual.dtype).eps * rz  # below it, steps along a null space of A grow without bound
     for _ in range(iterations):
         image = apply(direction)
         curvature = (direction * image).sum()

@@ -5,15 +5,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
+from casp_pl.kernels import head_divergence
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.streams import model_inputs
 from casp_pl.modules.parameters import relative_groups, trainable_parameters
 
-__all__ = ["EndToEndModule", "final_states", "logits_divergence", "teacher_states", "text_mask"]
+__all__ = ["EndToEndModule", "final_states", "teacher_states", "text_mask"]
 
 
 @torch.no_grad()
@@ -41,13 +41,6 @@ def text_mask(adapter: ModelAdapter, batch: Mapping[str, Any]) -> Tensor:
     """True at real tokens that are not image patches: (B, T) bool."""
     real: Tensor = batch["attention_mask"].bool()
     return real & ~adapter.image_mask(batch["input_ids"])
-
-
-def logits_divergence(student: Tensor, teacher: Tensor, head: nn.Module) -> Tensor:
-    """KL(teacher || student) in nats, mean over tokens; hidden states (N, I)."""
-    with torch.no_grad():
-        target = F.log_softmax(head(teacher).float(), dim=-1)
-    return F.kl_div(F.log_softmax(head(student).float(), dim=-1), target, log_target=True, reduction="batchmean")
 
 
 class EndToEndModule(pl.LightningModule):
@@ -105,4 +98,4 @@ class EndToEndModule(pl.LightningModule):
     def _loss(self, batch: dict[str, Any]) -> Tensor:
         student = final_states(self.adapter, batch)[text_mask(self.adapter, batch)]
         teacher = torch.cat([self.teacher[sample] for sample in batch["sample_ids"]]).to(student)
-        return logits_divergence(student, teacher, self.adapter.head)
+        return head_divergence(student, teacher, self.adapter.head.weight)

@@ -1,11 +1,11 @@
 """Figures of one stage: what the model answers, how far it is from the original, what it costs."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from torch import nn
 
-from casp_pl.callbacks import Advance
+from casp_pl.callbacks import Advance, StageReport
+from casp_pl.callbacks.report import StageRow
 from casp_pl.checkpoint import RunDirectory
 from casp_pl.checkpoint.registration import compact_state_dict
 from casp_pl.data.evaluation import EvaluationData
@@ -49,32 +49,43 @@ class Measurement:
         return sum(len(loader) for loader in self.data.test_dataloader())
 
     def measure(
-        self, stage: str, adapter: ModelAdapter, blocks: Sequence[nn.Module], advance: Callable[[], None]
-    ) -> dict[str, Any]:
+        self,
+        stage: str,
+        adapter: ModelAdapter,
+        blocks: Sequence[nn.Module],
+        advance: Callable[[], None],
+        *,
+        started: float,
+    ) -> StageRow:
         """Evaluate the model with these blocks in place; `advance` is called after every batch.
 
-        Returns:
-            The fields of a `StageRow`, `seconds` of the evaluation alone.
+        Args:
+            stage: its name.
+            adapter: the original model.
+            blocks: what stands in place of its blocks.
+            advance: takes no argument.
+            started: when the stage began (`time.monotonic`): its seconds include the work before the evaluation.
         """
         reference = None if stage == "original" else self.outputs("original")
         with adapter.with_blocks(blocks) as model:
             module = EvaluationModule(model, self.processor, reference=reference)
-            trainer = self.trainers.make(callbacks=[Advance(advance, loop="test")], logger=False)
+            report = StageReport(_costs(stage, adapter, blocks), started=started, logger=self.trainers.logger)
+            trainer = self.trainers.make(callbacks=[Advance(advance, loop="test"), report], logger=False)
             trainer.test(module, datamodule=self.data, verbose=False)
-            if module.figures is None or module.outputs is None:
-                raise RuntimeError("the test run ended without figures")
-            # by identity, so that a tied tensor counts once
-            stored = {id(tensor): tensor.nbytes for tensor in compact_state_dict(model).values()}
-            codes, total = bits_per_weight(adapter, blocks)
+        if module.outputs is None:
+            raise RuntimeError("the test run ended without outputs")
         self.run.write_tensors(_file(stage), *module.outputs.to_tensors())
-        figures = module.figures.to_dict()
-        return {
-            "name": stage,
-            "bits_per_weight_codes": codes,
-            "bits_per_weight_total": total,
-            "model_bytes": sum(stored.values()),
-            **figures,
-        }
+        return report.row
+
+
+def _costs(stage: str, adapter: ModelAdapter, blocks: Sequence[nn.Module]) -> StageRow:
+    """The row of a stage whose blocks are in place: what it costs."""
+    codes, total = bits_per_weight(adapter, blocks)
+    # by identity, so that a tied tensor counts once
+    stored = {id(tensor): tensor.nbytes for tensor in compact_state_dict(adapter.model).values()}
+    return StageRow(
+        name=stage, bits_per_weight_codes=codes, bits_per_weight_total=total, model_bytes=sum(stored.values())
+    )
 
 
 def bits_per_weight(adapter: ModelAdapter, blocks: Sequence[nn.Module]) -> tuple[float, float]:

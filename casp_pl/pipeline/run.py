@@ -209,10 +209,9 @@ class CompressionRun:
             return
         begun = time.monotonic() if start is None else start
         with self.progress.stage(f"evaluate {name}", self.measurement.steps):
-            row = self.measurement.measure(name, self.adapter, blocks, self.progress.advance)
-        row["seconds"] = time.monotonic() - begun
-        self.run.write_json(f"stages/{name}.json", asdict(StageRow(**row)))
-        self.progress.say(_sentence(StageRow(**row)))
+            row = self.measurement.measure(name, self.adapter, blocks, self.progress.advance, started=begun)
+        self.run.write_json(f"stages/{name}.json", asdict(row))
+        self.progress.say(_sentence(row))
 
 
 def _sentence(row: StageRow) -> str:

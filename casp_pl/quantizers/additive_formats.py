@@ -56,7 +56,8 @@ def parse_formats(formats: Mapping[int, Sequence[Sequence[int]]]) -> dict[int, t
     """Check a user's formats {bits: [[K, C, D], ...]}.
 
     Raises:
-        ConfigError: bits without a format or unknown; a format is not three positive integers, C is not 2, 4, 8 ... 256, or its codes do not cost `bits`.
+        ConfigError: bits without a format or unknown; a format is not three positive integers, C is not 2, 4, 8 ...
+            256, or its codes do not cost `bits`.
     """
     for bits, ladder in formats.items():
         if bits not in DEFAULT_FORMATS or not ladder:

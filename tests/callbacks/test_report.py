@@ -21,7 +21,7 @@ from casp_pl.callbacks.report import (
 )
 from casp_pl.callbacks.report_files import read_report, write_report
 from casp_pl.callbacks.report_markdown import report_markdown
-from casp_pl.callbacks.tensorboard import log_report
+from casp_pl.callbacks.tensorboard import log_report, log_stage
 from casp_pl.errors import IntegrityError
 
 PICTURES = ["stages", "bits", "proxy_loss", "attention_sparsity", "examples"]
@@ -169,13 +169,15 @@ def test_tensorboard_gets_every_figure(report, tmp_path):
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(tmp_path / "tb")) as writer:
-        log_report(writer, CompressionReport.from_json(report.to_json()))
+        again = CompressionReport.from_json(report.to_json())
+        log_report(writer, again)
+        log_stage(writer, again.stages[2], 4)
     events = EventAccumulator(str(tmp_path / "tb"), size_guidance={"images": 0}).Reload()
     losses = events.Scalars("relative_proxy_loss/v_proj")
     assert [(event.step, event.value) for event in losses] == [(0, pytest.approx(0.0123)), (3, 0.5)]
     assert [event.value for event in events.Scalars("rank/q_proj")] == [8]
     assert [event.value for event in events.Scalars("attention_sparsity/image_to_text")] == [0.25]
-    assert [event.step for event in events.Scalars("stage/kl")] == [2]
+    assert [event.step for event in events.Scalars("stage/kl")] == [4]
     assert {tag.split("/")[1] for tag in events.Tags()["images"]} == set(PICTURES)
 
 

@@ -13,9 +13,9 @@ from torch import nn
 import casp_pl
 from casp_pl.checkpoint import load_compressed, save_compressed, verify
 from casp_pl.checkpoint.registration import CaspConfig, compact_state_dict
-from casp_pl.models.surgery import install_layers, layer_specs
 from casp_pl.errors import ConfigError, IntegrityError, ResourceError
 from casp_pl.layers.uniform import UniformLinear
+from casp_pl.models.surgery import install_layers, layer_specs
 from casp_pl.quantizers import RTNQuantizer
 
 ROOT = Path(casp_pl.__file__).parents[1]

@@ -140,6 +140,7 @@ def test_lightning_resumes_bit_identically_in_the_middle_and_at_the_end_of_an_ep
 
 def test_samples_of_like_length_share_a_batch():
     batches = ids(StatefulLoader([Item(number) for number in range(64)], collate, batch_size=8))
-    spread = [max(len(Item(number)) for number in batch) - min(len(Item(number)) for number in batch) for batch in batches]
+    lengths = [[len(Item(number)) for number in batch] for batch in batches]
+    spread = [max(batch) - min(batch) for batch in lengths]
     assert sum(spread) <= 8, "64 samples of 5 lengths, sorted, change length only 4 times"
-    assert [min(len(Item(n)) for n in batch) for batch in batches] != sorted(min(len(Item(n)) for n in b) for b in batches)
+    assert [min(batch) for batch in lengths] != sorted(min(batch) for batch in lengths)

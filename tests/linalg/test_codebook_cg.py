@@ -6,7 +6,7 @@ from torch import Tensor
 from casp_pl.kernels.additive import AdditiveIndex, dequantize_additive_reference
 from casp_pl.linalg.codebook_cg import conjugate_gradients, decoded_fit, fit_codebooks
 
-O, G, K, C, D = 7, 3, 2, 4, 3
+O, G, K, C, D = 7, 3, 2, 4, 3  # noqa: E741
 
 
 def _problem() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -44,7 +44,7 @@ def test_codebooks_reach_the_dense_least_squares_loss() -> None:
     start = decoded_fit(codebooks, index, moment)
     fit = fit_codebooks(weight @ moment, moment, index, scales, start, iterations=60)
 
-    # column j of the design matrix: what the weight gains from unknown j, in coordinates where the moment is the identity
+    # column j of the design matrix: what the weight gains from unknown j, where the moment is the identity
     root = torch.linalg.cholesky(moment)
     basis = torch.eye(K * C * D, dtype=torch.float64).view(-1, K, C, D)
     design = torch.stack([(dequantize_additive_reference(codes, e, scales) @ root).flatten() for e in basis], dim=1)

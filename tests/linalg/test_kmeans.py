@@ -64,9 +64,7 @@ def test_separated_clusters_are_found_in_the_plain_metric() -> None:
 @pytest.mark.parametrize("scale", [0.0, 1.0])
 def test_fewer_vectors_than_entries_and_empty_metrics(scale: float) -> None:
     vectors, metrics = _problem(2, 4, 3)
-    centroids = metric_kmeans(
-        vectors, scale * metrics, 16, iterations=3, generator=torch.Generator().manual_seed(0)
-    )
+    centroids = metric_kmeans(vectors, scale * metrics, 16, iterations=3, generator=torch.Generator().manual_seed(0))
     assert centroids.shape == (16, 4)
     assert centroids.isfinite().all()
     if scale:

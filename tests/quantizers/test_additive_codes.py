@@ -9,7 +9,7 @@ from torch import Tensor
 from casp_pl.quantizers.additive_beam import beam_codes, group_tables, improved_codes, sum_of_entries
 from casp_pl.quantizers.additive_codes import conditional_metrics, diagonal_blocks, feedback_codes, sweep_codes
 
-O, G, K, C, D = 9, 5, 2, 8, 3
+O, G, K, C, D = 9, 5, 2, 8, 3  # noqa: E741
 I = G * D  # noqa: E741
 
 

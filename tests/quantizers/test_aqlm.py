@@ -49,7 +49,8 @@ def test_the_result_decodes_by_the_published_formula_and_survives_a_reload() -> 
     formula = dequantize_additive_reference(layer.codes_unpacked(), layer.codebooks, layer.scales)
     torch.testing.assert_close(layer.dequantize(), formula)
     again = build_layer(layer.spec())
-    again.load_state_dict({name: t.half().float() if t.is_floating_point() else t for name, t in layer.state_dict().items()})
+    state = layer.state_dict().items()
+    again.load_state_dict({name: t.half().float() if t.is_floating_point() else t for name, t in state})
     assert torch.equal(again.dequantize(), layer.dequantize())
 
 

@@ -14,6 +14,7 @@ Shapes: B images, P prefix tokens, T tokens in all, Q questions of an image.
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,8 @@ SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 HELD_BACK = 200
 QUESTIONS = 6  # of an image at a visit
+# how often a question is drawn: open ones are learned at once, yes or no about a shape takes the longest
+KINDS = {"open": 0.3, "colour yes/no": 1.0, "shape yes/no": 3.0}
 IGNORE = -100
 
 
@@ -126,6 +129,13 @@ def pack(group: list[Sample], processor) -> tuple[Tensor, Tensor, Tensor, Tensor
     return tuple(torch.tensor(part) for part in (tokens, targets, positions, segments))
 
 
+def kind_of(sample: Sample) -> str:
+    question, answer = sample.turns[0].question, sample.turns[0].answer
+    if answer not in ("yes", "no"):
+        return "open"
+    return "colour yes/no" if any(f" {colour} " in question for colour in COLOURS) else "shape yes/no"
+
+
 def batch_loss(model: nn.Module, pixels: Tensor, packed: list[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
     """Mean cross entropy of the answer tokens and the share of them that is predicted right."""
     pad = nn.utils.rnn.pad_sequence
@@ -160,6 +170,7 @@ def train_through_language_model(
     epochs: int,
     batch: int,
     done: int,
+    lr: float,
     generator: torch.Generator,
 ) -> Iterator[tuple[int, float]]:
     """Tower and projector through the frozen language model; yields step and held-back token accuracy every epoch.
@@ -167,12 +178,15 @@ def train_through_language_model(
     The first `done` of the epochs were run by an earlier process: the schedule starts behind them.
     """
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
-    rates = [{"params": projector.parameters(), "lr": 1e-3}, {"params": tower.parameters(), "lr": 3e-4}]
-    optimizer = torch.optim.AdamW(rates, weight_decay=0.01, betas=(0.9, 0.98))
+    rates = [lr, 0.3 * lr]
+    groups_of = [
+        {"params": part.parameters(), "lr": rate} for part, rate in zip((projector, tower), rates, strict=True)
+    ]
+    optimizer = torch.optim.AdamW(groups_of, weight_decay=0.01, betas=(0.9, 0.98))
     train = len(groups) - HELD_BACK
     held_back = [pack(group, processor) for group in groups[train:]]
     steps = epochs * (train // batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [1e-3, 3e-4], total_steps=steps + 1, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps + 1, pct_start=0.05)
     step = first = done * (train // batch)
     for _ in range(first):
         optimizer.step()  # without gradients it changes nothing; the schedule wants to follow a step
@@ -180,7 +194,8 @@ def train_through_language_model(
     start = time.time()
 
     def ask_some(group: list[Sample]) -> tuple[Tensor, ...]:
-        chosen = torch.randperm(len(group), generator=generator)[:QUESTIONS].tolist()
+        weights = torch.tensor([KINDS[kind_of(sample)] for sample in group])
+        chosen = torch.multinomial(weights, min(QUESTIONS, len(group)), generator=generator).tolist()
         return pack([group[number] for number in chosen], processor)
 
     for _ in range(done, epochs):
@@ -220,6 +235,7 @@ def main() -> None:
     parser.add_argument("--tower_epochs", type=int, default=12)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=8, help="images a step, each with all its questions")
+    parser.add_argument("--lr", type=float, default=1e-3, help="highest rate of the projector; the tower has 0.3 of it")
     parser.add_argument("--resume", action="store_true", help="go on after the last epoch in --out")
     options = parser.parse_args()
     record = json.loads((options.out / "vision.json").read_text()) if options.resume else {}
@@ -237,17 +253,17 @@ def main() -> None:
     groups = group_by_image(load_easy_vqa("train"))
     pixels = load_pixels(groups, processor)
 
+    command = f"python scripts/train_demo_vision.py {' '.join(sys.argv[1:])}"
     if options.resume:
         state = {name: value.float() for name, value in load_file(options.out / "vision.safetensors").items()}
         model.model.load_state_dict(state, strict=False)
-        record["resumed_after_steps"] = [*record.get("resumed_after_steps", []), record["steps"]]
+        record["commands"].append(f"{command}  # after step {record['steps']}")
     else:
         labels = attribute_labels(groups)
         attributes = pretrain_tower(model.model.vision_tower, pixels, labels, options.tower_epochs, generator)
         print(f"tower: held-back accuracy of shape and colour {attributes:.4f}", flush=True)
         record = {
-            "command": f"python scripts/train_demo_vision.py --seed {options.seed}"
-            f" --tower_epochs {options.tower_epochs} --epochs {options.epochs} --batch_size {options.batch_size}",
+            "commands": [command],
             "data": f"easy-vqa 1.0, training split: {len(groups) - HELD_BACK} images, last {HELD_BACK} held back",
             "torch": torch.__version__,
             "held_back_attribute_accuracy": attributes,
@@ -255,7 +271,7 @@ def main() -> None:
     earlier = record.get("seconds", 0)
     done = record.get("steps", 0) // ((len(groups) - HELD_BACK) // options.batch_size)
     for step, accuracy in train_through_language_model(
-        model, pixels, groups, processor, options.epochs, options.batch_size, done, generator
+        model, pixels, groups, processor, options.epochs, options.batch_size, done, options.lr, generator
     ):
         seconds = earlier + round(time.time() - start)
         record |= {"steps": step, "held_back_token_accuracy": accuracy, "seconds": seconds}

@@ -59,6 +59,11 @@ class ModelAdapter:
         """All linears of a block, relative names, in quantization order."""
         return tuple(name for group in self.linear_groups for name in group)
 
+    @property
+    def group_heads(self) -> tuple[str, ...]:
+        """The first linear of every group: what it reads, all of its group read."""
+        return tuple(group[0] for group in self.linear_groups)
+
     def full_name(self, block: int, name: str) -> str:
         """Name of a block's linear inside the whole model."""
         return f"{self.decoder_name}.layers.{block}.{name}"

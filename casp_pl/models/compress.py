@@ -6,7 +6,7 @@ compressed part of the block gives it. Shapes: O out, I in, N tokens.
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +61,7 @@ class BlockQuantization:
         original: nn.Module,
         plans: Sequence[ModulePlan],
         quantizer: Quantizer,
-        teacher: Sequence[BlockBatch],
+        references: Sequence[Mapping[str, Tensor]],
         student: Sequence[BlockBatch],
     ) -> tuple[nn.Module, list[LinearReport]]:
         """A compressed copy of `original`.
@@ -71,7 +71,8 @@ class BlockQuantization:
             original: the block as it was.
             plans: of this block's linears, and of no others.
             quantizer: does the rounding.
-            teacher: inputs of this block in the original model.
+            references: per batch what the first linear of every group reads in the original model, (N, I); see
+                `run_blocks_seeing` and `ModelAdapter.group_heads`.
             student: inputs of this block behind the compressed prefix, the same batches.
 
         Returns:
@@ -80,12 +81,10 @@ class BlockQuantization:
         by_name = {name: plan for plan in plans for name in adapter.linear_names if plan.name.endswith("." + name)}
         if len(by_name) != len(adapter.linear_names) or len(plans) != len(by_name):
             raise ValueError(f"a block has {len(adapter.linear_names)} linears, these plans are of {len(plans)}")
-        wanted = [group[0] for group in adapter.linear_groups]
-        references = [linear_inputs(original, batch, wanted) for batch in teacher]
         block = copy.deepcopy(original)
         reports = []
         for group in adapter.linear_groups:
-            moments = collect_moments(block, student, [reference.pop(group[0]) for reference in references], group[0])
+            moments = collect_moments(block, student, [reference[group[0]] for reference in references], group[0])
             for name in group:
                 start = time.perf_counter()
                 linear = _dense_linear(block, name)

@@ -3,7 +3,8 @@
 Shapes: B batch, T sequence, I in_features.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,15 @@ from torch import Tensor, nn
 
 from casp_pl.models.adapter import ModelAdapter
 
-__all__ = ["BlockBatch", "first_block_batches", "linear_inputs", "model_inputs", "run_block", "run_blocks"]
+__all__ = [
+    "BlockBatch",
+    "first_block_batches",
+    "linear_inputs",
+    "model_inputs",
+    "run_block",
+    "run_blocks",
+    "run_blocks_seeing",
+]
 
 
 @dataclass(frozen=True)
@@ -86,24 +95,44 @@ def run_blocks(block: nn.Module, batches: Sequence[BlockBatch]) -> list[BlockBat
 
 
 @torch.no_grad()
+def run_blocks_seeing(
+    block: nn.Module, batches: Sequence[BlockBatch], names: Sequence[str]
+) -> tuple[list[BlockBatch], list[dict[str, Tensor]]]:
+    """`run_blocks`, and on the way per batch what the named linears read at real tokens, each (real tokens, I)."""
+    outputs, inputs = [], []
+    for batch in batches:
+        with _watched(block, batch, names) as seen:
+            outputs.append(batch.with_hidden(run_block(block, batch)))
+        inputs.append(seen)
+    return outputs, inputs
+
+
+@torch.no_grad()
 def linear_inputs(block: nn.Module, batch: BlockBatch, names: Sequence[str]) -> dict[str, Tensor]:
     """Inputs of the named linears at real tokens, each (real tokens, I); the pass ends as soon as all are seen."""
+    with _watched(block, batch, names, stop=True) as seen, suppress(_StopForwardError):
+        run_block(block, batch)
+    return seen
+
+
+@contextmanager
+def _watched(
+    block: nn.Module, batch: BlockBatch, names: Sequence[str], *, stop: bool = False
+) -> Iterator[dict[str, Tensor]]:
+    """Inside, the inputs of the named linears are noted; with `stop` the last of them ends the pass."""
     seen: dict[str, Tensor] = {}
 
     def watch(name: str) -> Any:
         def hook(_: nn.Module, positional: tuple[Tensor, ...]) -> None:
             seen[name] = positional[0][batch.real]
-            if len(seen) == len(names):
+            if stop and len(seen) == len(names):
                 raise _StopForwardError
 
         return hook
 
     handles = [block.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
     try:
-        run_block(block, batch)
-    except _StopForwardError:
-        pass
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
-    return seen

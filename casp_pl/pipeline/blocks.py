@@ -20,7 +20,7 @@ from casp_pl.checkpoint import RunDirectory
 from casp_pl.layers import materialized
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.compress import BlockQuantization, LinearReport
-from casp_pl.models.streams import BlockBatch, first_block_batches, run_blocks
+from casp_pl.models.streams import BlockBatch, first_block_batches, run_blocks, run_blocks_seeing
 from casp_pl.models.surgery import block_from_tensors, layer_specs, round_to_storage
 from casp_pl.modules import BlockwiseModule
 from casp_pl.pipeline.trainers import TrainerFactory
@@ -68,19 +68,22 @@ def quantize_blocks(
     for number, original in enumerate(adapter.blocks):
         name = f"blocks/{number:03d}.safetensors"
         if run.has(name):
+            teacher = run_blocks(original, teacher)
             block, notes = load_block(run, name, original)
             reports = [LinearReport(**report) for report in notes["linears"]]
         else:
+            teacher, references = run_blocks_seeing(original, teacher, adapter.group_heads)
             block, reports = quantization.compress_block(
-                adapter, original, plan.of_block(number), quantizer, teacher, student
+                adapter, original, plan.of_block(number), quantizer, references, student
             )
+            del references
             round_to_storage(block)
             block.requires_grad_(False)
             save_block(run, name, block, linears=[asdict(report) for report in reports])
         block_done(number, reports)
         blocks.append(block)
         if number + 1 < len(adapter.blocks):
-            teacher, student = run_blocks(original, teacher), run_through(block, student)
+            student = run_through(block, student)
     return blocks
 
 

@@ -54,7 +54,7 @@ def test_two_codebooks_come_close_to_the_best_pair() -> None:
     gradient = torch.randn(7, 10, generator=torch.Generator().manual_seed(5))
     gradient[1:] = 0
     gradient[0, 4:] = 0
-    before = layer.dequantize().detach()[0, :4] / layer.scales[0]
+    before = (layer.dequantize()[0, :4] / layer.scales[0]).detach()
     last = int(layer.codes_unpacked()[0, 0, 1])
     books = layer.codebooks.detach()
     reach = (books[1] - books[1, last]).norm(dim=1)

@@ -13,7 +13,7 @@ from casp_pl.allocation import ModulePlan
 from casp_pl.layers import LowRankLinear, QuantizedLinear
 from casp_pl.models import ModelAdapter
 from casp_pl.models.compress import BlockQuantization, collect_moments, round_to_nearest
-from casp_pl.models.streams import BlockBatch, first_block_batches, run_block, run_blocks
+from casp_pl.models.streams import BlockBatch, first_block_batches, run_block, run_blocks, run_blocks_seeing
 from casp_pl.quantizers import AQLMQuantizer, Quantizer, RTNQuantizer
 
 BITS = {"q_proj": 3, "k_proj": 4, "v_proj": 2, "o_proj": 8, "gate_proj": 2, "up_proj": 3, "down_proj": 2}
@@ -62,23 +62,26 @@ def _damaged(streams: Sequence[BlockBatch]) -> list[BlockBatch]:
     return [s.with_hidden(s.hidden + 0.3 * torch.randn(s.hidden.shape, generator=generator)) for s in streams]
 
 
+def _seen(adapter: ModelAdapter, block: nn.Module, teacher: Sequence[BlockBatch]) -> list[dict[str, Tensor]]:
+    return run_blocks_seeing(block, teacher, adapter.group_heads)[1]
+
+
 @torch.no_grad()
 def _dense_reference(
     adapter: ModelAdapter, block: nn.Module, streams: Sequence[BlockBatch]
 ) -> tuple[nn.Module, list[Tensor]]:
-    """Every linear rounded in the true sequence, as plain dense layers, with the second moment that each one saw."""
-    block, rtn, moments = copy.deepcopy(block), RTNQuantizer(group_size=12), []
+    """Every linear rounded in the true sequence, as plain dense layers, with the inputs that each one saw (N, I)."""
+    block, rtn, inputs = copy.deepcopy(block), RTNQuantizer(group_size=12), []
     for name in adapter.linear_names:
         linear, rows = block.get_submodule(name), []
         handle = linear.register_forward_pre_hook(lambda _, inputs, rows=rows: rows.append(inputs[0]))
         for stream in streams:
             run_block(block, stream)
         handle.remove()
-        x = torch.cat([row[stream.real] for row, stream in zip(rows, streams, strict=True)]).double()
-        moments.append((x.T @ x / len(x)).float())
+        inputs.append(torch.cat([row[stream.real] for row, stream in zip(rows, streams, strict=True)]).double())
         rounded = rtn.quantize(linear.weight, torch.eye(linear.in_features), bits=BITS[name.split(".")[-1]])
         linear.weight.copy_(rounded.dequantize())
-    return block, moments
+    return block, inputs
 
 
 def test_without_propagation_every_linear_is_quantized_on_its_own_inputs_in_sequence(
@@ -88,19 +91,19 @@ def test_without_propagation_every_linear_is_quantized_on_its_own_inputs_in_sequ
     original, recorder = adapter.blocks[0], Recorder()
     before = {name: tensor.clone() for name, tensor in original.state_dict().items()}
     block, reports = BlockQuantization(propagation=0).compress_block(
-        adapter, original, _plans(adapter, 0), recorder, streams, streams
+        adapter, original, _plans(adapter, 0), recorder, _seen(adapter, original, streams), streams
     )
-    expected, moments = _dense_reference(adapter, original, streams)
-    for (weight, moment, _), name, wanted in zip(recorder.calls, adapter.linear_names, moments, strict=True):
+    expected, inputs = _dense_reference(adapter, original, streams)
+    for (weight, moment, _), name, x in zip(recorder.calls, adapter.linear_names, inputs, strict=True):
+        wanted = (x.T @ x / len(x)).float()
         torch.testing.assert_close(weight, before[f"{name}.weight"])
         torch.testing.assert_close(moment, wanted, rtol=1e-4, atol=1e-5 * float(wanted.diagonal().mean()))
     for stream in streams:
         torch.testing.assert_close(run_block(block, stream), run_block(expected, stream))
     assert [report.name for report in reports] == [adapter.full_name(0, name) for name in adapter.linear_names]
-    for name, report, moment in zip(adapter.linear_names, reports, moments, strict=True):
+    for name, report, x in zip(adapter.linear_names, reports, inputs, strict=True):
         weight, rounded = before[f"{name}.weight"], expected.get_submodule(name).weight
-        root = torch.linalg.cholesky(moment.double() + 1e-9 * torch.eye(len(moment), dtype=torch.float64))
-        loss = ((weight - rounded) @ root.float()).square().sum() / (weight @ root.float()).square().sum()
+        loss = (x @ (weight - rounded).double().T).square().sum() / (x @ weight.double().T).square().sum()
         assert report.relative_proxy_loss == pytest.approx(float(loss), rel=1e-3)
     assert all(torch.equal(tensor, before[name]) for name, tensor in original.state_dict().items())
 
@@ -129,7 +132,7 @@ def test_propagation_aims_at_the_output_of_the_original(adapter: ModelAdapter, b
     for alpha in (0.0, 0.5, 1.0):
         recorder = Recorder()
         BlockQuantization(propagation=alpha).compress_block(
-            adapter, original, _plans(adapter, 0), recorder, teacher, student
+            adapter, original, _plans(adapter, 0), recorder, _seen(adapter, original, teacher), student
         )
         errors.append(float((seen @ recorder.calls[0][0].T - x @ weight.T).norm()))
     solution = torch.linalg.lstsq(seen, x @ weight.T).solution
@@ -149,14 +152,19 @@ def test_wrong_set_of_plans_is_refused(adapter: ModelAdapter, batches: list[dict
     }[wrong]
     streams = first_block_batches(adapter, batches)
     with pytest.raises(ValueError, match="a block has 7 linears"):
-        BlockQuantization().compress_block(adapter, adapter.blocks[0], changed, Recorder(), streams, streams)
+        BlockQuantization().compress_block(adapter, adapter.blocks[0], changed, Recorder(), [], streams)
 
 
 def test_bits_of_every_module_are_those_of_the_plan(adapter: ModelAdapter, batches: list[dict[str, Any]]) -> None:
     streams = first_block_batches(adapter, batches)
     plans = _plans(adapter, 0, {"q_proj": 11, "k_proj": 9})
     block, reports = BlockQuantization().compress_block(
-        adapter, adapter.blocks[0], plans, RTNQuantizer(group_size=12), streams, streams
+        adapter,
+        adapter.blocks[0],
+        plans,
+        RTNQuantizer(group_size=12),
+        _seen(adapter, adapter.blocks[0], streams),
+        streams,
     )
     for plan, report, name in zip(plans, reports, adapter.linear_names, strict=True):
         layer, (out_features, in_features) = block.get_submodule(name), plan.shape
@@ -172,7 +180,7 @@ def test_query_and_key_get_factors_of_their_own_weights(adapter: ModelAdapter, b
     streams, original = first_block_batches(adapter, batches), adapter.blocks[0]
     plans = _plans(adapter, 0, {"q_proj": 48, "k_proj": 32}, q_proj=8, k_proj=8)
     block, _ = BlockQuantization(propagation=0).compress_block(
-        adapter, original, plans, RTNQuantizer(group_size=8), streams, streams
+        adapter, original, plans, RTNQuantizer(group_size=8), _seen(adapter, original, streams), streams
     )
     for name in ("q_proj", "k_proj"):
         layer, weight = getattr(block.self_attn, name), getattr(original.self_attn, name).weight
@@ -186,12 +194,13 @@ def test_a_block_alone_is_the_block_in_its_turn(adapter: ModelAdapter, batches: 
     quantization, ranks = BlockQuantization(seed=5), {"q_proj": 16, "k_proj": 8}
     plans = [_plans(adapter, number, ranks, o_proj=4) for number in range(2)]
     streams = first_block_batches(adapter, batches)
-    first, _ = quantization.compress_block(adapter, adapter.blocks[0], plans[0], quantizer, streams, streams)
-    teacher, student = run_blocks(adapter.blocks[0], streams), run_blocks(first, streams)
-    second, _ = quantization.compress_block(adapter, adapter.blocks[1], plans[1], quantizer, teacher, student)
+    teacher, seen = run_blocks_seeing(adapter.blocks[0], streams, adapter.group_heads)
+    first, _ = quantization.compress_block(adapter, adapter.blocks[0], plans[0], quantizer, seen, streams)
+    student, seen = run_blocks(first, streams), _seen(adapter, adapter.blocks[1], teacher)
+    second, _ = quantization.compress_block(adapter, adapter.blocks[1], plans[1], quantizer, seen, student)
     torch.manual_seed(99)  # the global generator has no say
     alone, _ = BlockQuantization(seed=5).compress_block(
-        adapter, adapter.blocks[1], plans[1][::-1], copy.deepcopy(quantizer), teacher, student
+        adapter, adapter.blocks[1], plans[1][::-1], copy.deepcopy(quantizer), seen, student
     )
     for name, tensor in second.state_dict().items():
         assert torch.equal(alone.state_dict()[name], tensor), name
@@ -202,7 +211,7 @@ def test_every_linear_has_a_seed_of_its_own(adapter: ModelAdapter, batches: list
     for seed in (0, 1):
         for number, block in enumerate(adapter.blocks):
             BlockQuantization(seed=seed).compress_block(
-                adapter, block, _plans(adapter, number), recorder, streams, streams
+                adapter, block, _plans(adapter, number), recorder, _seen(adapter, block, streams), streams
             )
     assert len({seed for _, _, seed in recorder.calls}) == len(recorder.calls) == 2 * 2 * 7
 

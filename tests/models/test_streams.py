@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from casp_pl.models import ModelAdapter
-from casp_pl.models.streams import first_block_batches, linear_inputs, model_inputs, run_block, run_blocks
+from casp_pl.models.streams import (
+    first_block_batches,
+    linear_inputs,
+    model_inputs,
+    run_block,
+    run_blocks,
+    run_blocks_seeing,
+)
 
 
 def _hooked_inputs(adapter: ModelAdapter, number: int, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -36,7 +43,11 @@ def test_linear_inputs_are_those_of_a_whole_run(adapter: ModelAdapter, batches: 
             for name, inputs in expected.items():
                 assert len(inputs) == batch["attention_mask"].sum()
                 torch.testing.assert_close(actual[name], inputs)
+        outputs, inputs = run_blocks_seeing(block, streams, adapter.linear_names)
+        again = [linear_inputs(block, stream, adapter.linear_names) for stream in streams]
+        assert all(torch.equal(a[name], b[name]) for a, b in zip(inputs, again, strict=True) for name in a)
         streams = run_blocks(block, streams)
+        assert all(torch.equal(a.hidden, b.hidden) for a, b in zip(outputs, streams, strict=True))
 
 
 def test_all_blocks_and_the_norm_give_the_last_hidden_state(

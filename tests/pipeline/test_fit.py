@@ -36,6 +36,26 @@ def test_run_directory_holds_everything(finished_run: Path) -> None:
     assert list((finished_run / "tensorboard").glob("events.*"))
 
 
+def test_tensorboard_shows_every_stage_block_and_loss(finished_run: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    report = json.loads((finished_run / "report.json").read_text())
+    events = EventAccumulator(str(finished_run / "tensorboard"), size_guidance={"scalars": 0, "images": 0}).Reload()
+    for figure in ("vqa_accuracy", "perplexity", "bits_per_weight_total"):
+        shown = [(event.step, pytest.approx(event.value, rel=1e-5)) for event in events.Scalars(f"stage/{figure}")]
+        assert shown == [(step, stage[figure]) for step, stage in enumerate(report["stages"])]
+    losses = {module["name"]: module["relative_proxy_loss"] for module in report["modules"]}
+    for event in events.Scalars("relative_proxy_loss/down_proj"):
+        assert event.value == pytest.approx(losses[f"model.language_model.layers.{event.step}.mlp.down_proj"], rel=1e-5)
+    tags = events.Tags()
+    assert {f"block_tuning/{kind}_{block}" for kind in ("train", "held_back") for block in ("000", "001")} <= set(
+        tags["scalars"]
+    )
+    assert len(events.Scalars("end_to_end/train_kl")) == 4, "one point a step"
+    assert {"bits/v_proj", "rank/q_proj", "score", "attention_sparsity/text_to_image"} <= set(tags["scalars"])
+    assert {"pictures/examples", "pictures/bits", "pictures/stages"} <= set(tags["images"])
+
+
 def test_images_and_text_really_enter(finished_run: Path) -> None:
     counts = json.loads((finished_run / "report.json").read_text())["data"]["calibration"]
     assert counts["image_tokens"] == 16 * counts["image_samples"] > 0

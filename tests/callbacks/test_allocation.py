@@ -61,7 +61,7 @@ def test_ranks_keep_the_share_of_parameters(calibrated: tuple[ModelAdapter, Cali
 def test_the_budget_is_kept_and_spent(
     calibrated: tuple[ModelAdapter, CalibrationModule], score: str, counts: str
 ) -> None:
-    budget = 3.0 if counts == "codes" else 5.0
+    budget = 3.0 if counts == "codes" else 3.4
     plan = _choose(calibrated, LowRankAllocation(mode="off"), budget=budget, score=score, counts=counts).plan
     assert plan is not None
     quantizer = AQLMQuantizer()

@@ -65,4 +65,4 @@ def test_two_codebooks_come_close_to_the_best_pair() -> None:
     distance = (layer.dequantize()[0, :4] / layer.scales[0] - target).detach().norm()
     best = min(float((books[0, a] + books[1, b] - target).norm()) for a, b in itertools.product(range(16), range(16)))
     start = float((before - target).norm())
-    assert best <= distance <= best + 0.5 * (start - best)
+    assert best - 1e-4 <= distance <= best + 0.5 * (start - best)

@@ -30,7 +30,8 @@ class QuantizedLinear(nn.Module, ABC):
     Attributes:
         collect_weight_gradient: while True, every backward pass adds the gradient of the dequantized weight to
             `weight_gradient`, also where no table is trained. For the codes' step of PV-tuning (arXiv 2405.14852).
-        weight_gradient: the sum so far (O, I), None before the first backward pass. Its reader sets it back to None.
+        weight_gradient: the sum of gradients so far, and of their squares (2, O, I); None before the first backward
+            pass. Its reader sets it back to None.
     """
 
     kind: ClassVar[str]
@@ -146,7 +147,11 @@ class QuantizedLinear(nn.Module, ABC):
 
     def _add_weight_gradient(self, gradient: Tensor) -> None:
         gradient = gradient.detach()
-        self.weight_gradient = gradient.clone() if self.weight_gradient is None else self.weight_gradient.add_(gradient)
+        if self.weight_gradient is None:
+            self.weight_gradient = torch.stack([gradient, gradient.square()])
+        else:
+            self.weight_gradient[0] += gradient
+            self.weight_gradient[1].addcmul_(gradient, gradient)
 
 
 @torch.no_grad()

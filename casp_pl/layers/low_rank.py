@@ -122,7 +122,7 @@ class LowRankLinear(nn.Module):
         return self.input_factor, self.output_factor
 
 
-def dense_spec(layer: nn.Linear) -> dict[str, Any]:
+def _dense_spec(layer: nn.Linear) -> dict[str, Any]:
     """The spec of a dense layer."""
     return {
         "kind": "dense",
@@ -133,7 +133,7 @@ def dense_spec(layer: nn.Linear) -> dict[str, Any]:
 
 
 def _spec(factor: nn.Linear | QuantizedLinear) -> dict[str, Any]:
-    return dense_spec(factor) if isinstance(factor, nn.Linear) else factor.spec()
+    return _dense_spec(factor) if isinstance(factor, nn.Linear) else factor.spec()
 
 
 def _dense_bits(factor: nn.Linear) -> int:

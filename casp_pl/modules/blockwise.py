@@ -45,7 +45,7 @@ class BlockwiseModule(pl.LightningModule):
         held_back: Sequence[tuple[BlockBatch, Tensor]],
         *,
         number: int = 0,
-        lr: float = 3e-3,
+        lr: float = 1e-2,
         epochs: int = 4,
         patience: int = 2,
     ) -> None:
@@ -72,13 +72,13 @@ class BlockwiseModule(pl.LightningModule):
 
     def training_step(self, batch: tuple[BlockBatch, Tensor], batch_idx: int) -> Tensor:
         """Relative error of one batch."""
-        loss = self._loss(batch)
+        loss = self.batch_loss(batch)
         self.log(f"block_tuning/train_{self.number:03d}", loss, batch_size=1)
         return loss
 
     def validation_step(self, batch: tuple[BlockBatch, Tensor], batch_idx: int) -> None:
         """Relative error of a held-back batch; `val_loss` is what early stopping watches."""
-        loss = self._loss(batch)
+        loss = self.batch_loss(batch)
         self.log("val_loss", loss, batch_size=1, logger=False)
         self.log(f"block_tuning/held_back_{self.number:03d}", loss, batch_size=1)
 
@@ -90,7 +90,8 @@ class BlockwiseModule(pl.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step / steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _loss(self, batch: tuple[BlockBatch, Tensor]) -> Tensor:
+    def batch_loss(self, batch: tuple[BlockBatch, Tensor]) -> Tensor:
+        """Relative error of one batch, a scalar."""
         inputs, target = batch
         return relative_error(run_block(self.block, inputs), target, inputs.real)
 

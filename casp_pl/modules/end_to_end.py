@@ -74,13 +74,13 @@ class EndToEndModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """KL of one batch."""
-        loss = self._loss(batch)
+        loss = self.batch_loss(batch)
         self.log("end_to_end/train_kl", loss, batch_size=1)
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """KL of a held-back batch; `val_loss` is what the best state is kept by."""
-        loss = self._loss(batch)
+        loss = self.batch_loss(batch)
         tokens = int(text_mask(self.adapter, batch).sum())
         self.log("val_loss", loss, batch_size=tokens, logger=False)
         self.log("end_to_end/held_back_kl", loss, batch_size=tokens)
@@ -95,7 +95,8 @@ class EndToEndModule(pl.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _loss(self, batch: dict[str, Any]) -> Tensor:
+    def batch_loss(self, batch: dict[str, Any]) -> Tensor:
+        """KL of one batch in nats, a scalar."""
         student = final_states(self.adapter, batch)[text_mask(self.adapter, batch)]
         teacher = torch.cat([self.teacher[sample] for sample in batch["sample_ids"]]).to(student)
         return head_divergence(student, teacher, self.adapter.head.weight)

@@ -10,7 +10,7 @@ from casp_pl.errors import ConfigError
 from casp_pl.layers.uniform import UniformLinear
 from casp_pl.quantizers.base import Quantizer
 
-__all__ = ["RTNQuantizer"]
+__all__ = ["RTNQuantizer", "round_to_grid"]
 
 _SMALLEST_SCALE = 2.0**-24  # the smallest positive float16, what a group of zeros gets
 

@@ -1,5 +1,16 @@
 """GPTQ: uniform codes, rounded column by column with error feedback (arXiv 2210.17323).
 
+Relative proxy loss at 2 | 3 bits in groups of 64, geometric mean over the 14 linears of blocks 0 and 15 of
+SmolLM2-135M, second moments of 8k tokens; round to nearest 0.1207 | 0.0258:
+
+    order          grid = range       grid searched      static, range      static, searched
+    none           0.0340 | 0.0053    0.0161 | 0.0038    0.0308 | 0.0054    0.0199 | 0.0043
+    group_aware    0.0258 | 0.0041    0.0140 | 0.0032    0.0225 | 0.0041    0.0156 | 0.0035
+    activation     0.0221 | 0.0035    0.0125 | 0.0028    0.0189 | 0.0034    0.0134 | 0.0030
+
+Searching grids in the conditional metric (what an error costs after later columns have made up for it) is about
+7 % better than by the diagonal of H. Time hardly depends on the settings: 2 s for the 14, one thread.
+
 Letters: O out, I in, G groups a row, D group size.
 """
 

@@ -2,7 +2,7 @@
 
 Layout: one little-endian bit stream. Code i takes the bits [i * bits, (i + 1) * bits), the lowest bit of a byte
 first, so eight codes fill `bits` whole bytes. The last byte is padded with zeros. 8-bit codes are their own packed
-form.
+form. Wider numbers are stored digit by digit: the low bytes of all of them, then what is above, packed in the same way.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from casp_pl.errors import IntegrityError
 
-__all__ = ["pack", "packed_size", "unpack"]
+__all__ = ["pack", "pack_wide", "packed_size", "unpack", "unpack_wide"]
 
 _CODES_PER_WORD = 8
 
@@ -63,6 +63,36 @@ def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
     mask = (1 << bits) - 1
     codes = torch.stack([(words >> (position * bits)) & mask for position in range(_CODES_PER_WORD)], dim=1)
     return codes.to(torch.uint8).view(-1)[:count].contiguous()
+
+
+def pack_wide(numbers: Tensor, bits: int) -> Tensor:
+    """Integers of any shape and of 1 bit or more -> flat uint8.
+
+    Raises:
+        ValueError: a number does not fit into `bits` bits.
+    """
+    *low, (place, width) = _digits(bits)
+    wide = numbers.to(torch.int64)
+    return torch.cat([*(pack((wide >> at) & 0xFF, size) for at, size in low), pack(wide >> place, width)])
+
+
+def unpack_wide(packed: Tensor, count: int, bits: int) -> Tensor:
+    """The inverse of `pack_wide`: flat uint8 bytes -> int64 numbers (count,).
+
+    Raises:
+        IntegrityError: the number of bytes does not belong to `count` numbers.
+    """
+    numbers = torch.zeros(count, dtype=torch.int64, device=packed.device)
+    for place, width in _digits(bits):
+        size = packed_size(count, width) if place + width < bits else len(packed)  # the last checks what is left
+        numbers |= unpack(packed[:size], count, width).to(torch.int64) << place
+        packed = packed[size:]
+    return numbers
+
+
+def _digits(bits: int) -> list[tuple[int, int]]:
+    """Place and width of every digit, the lowest first: (0, 8), (8, 8) ... and what remains."""
+    return [(place, min(8, bits - place)) for place in range(0, bits, 8)]
 
 
 def _check_bits(bits: int) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from casp_pl.errors import ConfigError
-from casp_pl.kernels.packing import pack, packed_size, unpack
+from casp_pl.errors import ConfigError, IntegrityError
+from casp_pl.kernels.packing import pack, pack_wide, packed_size, unpack, unpack_wide
 from casp_pl.kernels.uniform import dequantize_uniform, uniform_steps
 from casp_pl.layers.base import STORED_FLOAT_BITS, QuantizedLinear
 from casp_pl.layers.cache import CodesCache
@@ -18,15 +18,17 @@ __all__ = ["UniformLinear"]
 
 
 class UniformLinear(QuantizedLinear):
-    """W[o, i] = (codes[o, i] - zeros[o, g]) * scales[o, g] with g = i // D.
+    """W[o, i] = (codes[o, i] - zeros[o, g]) * scales[o, g], g the group of column i.
 
-    Where D does not divide I the last group of a row is short; nothing is stored for the missing columns.
+    Groups are runs of D columns, g = i // D, or with `regrouped` any sets of D columns, the same in all rows. Where D
+    does not divide I the last group is short; nothing is stored for the missing columns.
 
     Args:
         in_features: I.
         out_features: O.
         bits: of a code and of a zero point, 1 to 8.
         group_size: D.
+        regrouped: whether the group of every column is stored.
         bias: whether there is a bias (O,).
         device: where the tensors are made; None for torch's default.
         dtype: of scales and bias.
@@ -34,12 +36,15 @@ class UniformLinear(QuantizedLinear):
     Attributes:
         codes: buffer, the codes (O, I) packed at `bits` bits, flat uint8.
         zeros: buffer, the zero points (O, G) packed likewise.
+        column_groups: buffer of a regrouped layer, else None: the group of every column (I,) packed at as many bits
+            as the largest takes.
         scales: Parameter (O, G).
     """
 
     kind = "uniform"
     codes: Tensor
     zeros: Tensor
+    column_groups: Tensor | None
 
     def __init__(
         self,
@@ -48,6 +53,7 @@ class UniformLinear(QuantizedLinear):
         out_features: int,
         bits: int,
         group_size: int = 64,
+        regrouped: bool = False,
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
@@ -60,8 +66,11 @@ class UniformLinear(QuantizedLinear):
         self.groups = -(-in_features // group_size)
         for name, count in (("codes", self.weight_count), ("zeros", out_features * self.groups)):
             self.register_buffer(name, torch.zeros(packed_size(count, bits), dtype=torch.uint8, device=device))
+        runs = torch.arange(in_features, device="cpu") // group_size  # packing reads values, and meta has none
+        packed = pack_wide(runs, self._group_bits).to(self.codes.device) if regrouped else None
+        self.register_buffer("column_groups", packed)
         self.scales = nn.Parameter(torch.zeros(out_features, self.groups, device=device, dtype=dtype))
-        self._steps: CodesCache[Tensor] = CodesCache()
+        self._steps: CodesCache[tuple[Tensor, Tensor | None]] = CodesCache()
 
     @classmethod
     def from_codes(
@@ -72,6 +81,7 @@ class UniformLinear(QuantizedLinear):
         *,
         bits: int,
         group_size: int,
+        column_groups: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> "UniformLinear":
         """The layer of given codes and tables, on the device and in the dtype of the scales.
@@ -82,6 +92,7 @@ class UniformLinear(QuantizedLinear):
             scales: (O, G).
             bits: of codes and zeros.
             group_size: D.
+            column_groups: the group of every column (I,), D columns in each; None for runs of columns.
             bias: (O,).
         """
         layer = cls(
@@ -89,6 +100,7 @@ class UniformLinear(QuantizedLinear):
             out_features=codes.shape[0],
             bits=bits,
             group_size=group_size,
+            regrouped=column_groups is not None,
             bias=bias is not None,
             device=scales.device,
             dtype=scales.dtype,
@@ -97,6 +109,8 @@ class UniformLinear(QuantizedLinear):
         with torch.no_grad():
             layer.zeros.copy_(pack(zeros, bits))
             layer.scales.copy_(scales)
+            if layer.column_groups is not None and column_groups is not None:
+                layer.column_groups.copy_(pack_wide(column_groups, layer._group_bits))
             if layer.bias is not None and bias is not None:
                 layer.bias.copy_(bias)
         return layer
@@ -108,6 +122,23 @@ class UniformLinear(QuantizedLinear):
     def zeros_unpacked(self) -> Tensor:
         """The zero points (O, G) as uint8, a copy."""
         return unpack(self.zeros, self.scales.numel(), self.bits).view(self.scales.shape).clone()
+
+    def column_groups_unpacked(self) -> Tensor:
+        """The group of every column (I,) as int64.
+
+        Raises:
+            IntegrityError: a regrouped layer whose groups do not have D columns each.
+        """
+        runs = torch.arange(self.in_features, device=self.codes.device) // self.group_size
+        if self.column_groups is None:
+            return runs
+        groups = unpack_wide(self.column_groups, self.in_features, self._group_bits)
+        if not torch.equal(groups.sort().values, runs):
+            raise IntegrityError(
+                f"column_groups do not put the columns of a {self.out_features} x {self.in_features} weight into"
+                f" groups of {self.group_size}: they are broken or of another layer"
+            )
+        return groups
 
     def set_codes(self, codes: Tensor) -> None:
         """Replaces all codes (O, I), in place.
@@ -123,8 +154,10 @@ class UniformLinear(QuantizedLinear):
 
     def dequantize(self) -> Tensor:
         """The weight (O, I), differentiable with respect to the scales."""
-        steps = self._steps.get(self._count_steps, self.codes, self.zeros)
-        return dequantize_uniform(steps, self.scales, self.in_features)
+        sources = [self.codes, self.zeros, *([] if self.column_groups is None else [self.column_groups])]
+        steps, positions = self._steps.get(self._count_steps, *sources)
+        weight = dequantize_uniform(steps, self.scales, self.in_features)
+        return weight if positions is None else weight.index_select(1, positions)
 
     @property
     def code_bits(self) -> int:
@@ -133,8 +166,9 @@ class UniformLinear(QuantizedLinear):
 
     @property
     def storage_bits(self) -> int:
-        """Codes, zero points and 16-bit scales; codes and zero points each fill whole bytes."""
-        packed = 8 * (self.codes.numel() + self.zeros.numel())
+        """Codes, zero points, 16-bit scales and stored groups; all but scales fill whole bytes each."""
+        grouping = 0 if self.column_groups is None else self.column_groups.numel()
+        packed = 8 * (self.codes.numel() + self.zeros.numel() + grouping)
         return packed + STORED_FLOAT_BITS * self.scales.numel()
 
     def tables(self) -> dict[str, nn.Parameter]:
@@ -142,12 +176,22 @@ class UniformLinear(QuantizedLinear):
         return {"scales": self.scales}
 
     def structure(self) -> dict[str, Any]:
-        """Bits and group size."""
-        return {"bits": self.bits, "group_size": self.group_size}
+        """Bits and group size; `regrouped` only where it is true."""
+        regrouped = {} if self.column_groups is None else {"regrouped": True}
+        return {"bits": self.bits, "group_size": self.group_size, **regrouped}
 
     def free_cache(self) -> None:
         """Drops the unpacked codes."""
         self._steps.clear()
 
-    def _count_steps(self) -> Tensor:
-        return uniform_steps(self.codes_unpacked(), self.zeros_unpacked(), self.group_size)
+    @property
+    def _group_bits(self) -> int:
+        return max(1, (self.groups - 1).bit_length())
+
+    def _count_steps(self) -> tuple[Tensor, Tensor | None]:
+        """Steps (O, G, D) with the columns sorted by group, and where each column went (I,)."""
+        codes = self.codes_unpacked()
+        if self.column_groups is None:
+            return uniform_steps(codes, self.zeros_unpacked(), self.group_size), None
+        columns = self.column_groups_unpacked().argsort(stable=True)
+        return uniform_steps(codes[:, columns], self.zeros_unpacked(), self.group_size), columns.argsort()

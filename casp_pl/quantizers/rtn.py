@@ -9,10 +9,9 @@ from torch import Tensor
 from casp_pl.errors import ConfigError
 from casp_pl.layers.uniform import UniformLinear
 from casp_pl.quantizers.base import Quantizer
+from casp_pl.quantizers.uniform_grids import nearest_codes, range_grid
 
 __all__ = ["RTNQuantizer", "round_to_grid"]
-
-_SMALLEST_SCALE = 2.0**-24  # the smallest positive float16, what a group of zeros gets
 
 
 class RTNQuantizer(Quantizer):
@@ -74,10 +73,6 @@ def round_to_grid(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, T
     """
     rows, columns = weight.shape
     grouped = F.pad(weight, (0, -columns % group_size)).view(rows, -1, group_size)
-    top = 2**bits - 1
-    low, high = grouped.amin(dim=-1).clamp(max=0), grouped.amax(dim=-1).clamp(min=0)
-    scales = ((high - low) / top).clamp(_SMALLEST_SCALE, torch.finfo(torch.float16).max)
-    scales = scales.to(torch.float16).to(torch.float32)
-    zeros = (-low / scales).round().clamp(0, top)
-    codes = (grouped / scales.unsqueeze(-1)).round().add_(zeros.unsqueeze(-1)).clamp_(0, top)
+    zeros, scales = range_grid(grouped.amin(dim=-1), grouped.amax(dim=-1), bits)
+    codes = nearest_codes(grouped, zeros.unsqueeze(-1), scales.unsqueeze(-1), bits)
     return codes.flatten(1)[:, :columns].to(torch.uint8), zeros.to(torch.uint8), scales

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from casp_pl.errors import IntegrityError
-from casp_pl.kernels.packing import pack, packed_size, unpack
+from casp_pl.kernels.packing import pack, pack_wide, packed_size, unpack, unpack_wide
 
 
 def _random_codes(count: int, bits: int) -> torch.Tensor:
@@ -52,3 +52,24 @@ def test_a_lying_length_is_refused() -> None:
 def test_impossible_widths_are_refused(bits: int) -> None:
     with pytest.raises(ValueError, match="1 to 8 bits"):
         pack(torch.zeros(1, dtype=torch.uint8), bits)
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8, 9, 15, 16, 17])
+def test_wide_numbers_are_stored_digit_by_digit(bits: int) -> None:
+    numbers = torch.randint(0, 2**bits, (3, 7), generator=torch.Generator().manual_seed(bits))
+    digits = [[number >> place & 255 for number in numbers.flatten().tolist()] for place in range(0, bits, 8)]
+    packed = [pack(torch.tensor(digit), min(8, bits - 8 * i)) for i, digit in enumerate(digits)]
+    assert torch.equal(pack_wide(numbers, bits), torch.cat(packed))
+    assert torch.equal(unpack_wide(pack_wide(numbers, bits), 21, bits), numbers.flatten())
+
+
+@pytest.mark.parametrize("number", [-1, 512])
+def test_wide_numbers_out_of_range_are_refused(number: int) -> None:
+    with pytest.raises(ValueError, match="do not fit into 1 bits"):
+        pack_wide(torch.tensor([0, number]), 9)
+
+
+@pytest.mark.parametrize("length", [7, 9])
+def test_a_lying_length_of_wide_numbers_is_refused(length: int) -> None:
+    with pytest.raises(IntegrityError, match="bytes"):
+        unpack_wide(torch.zeros(length, dtype=torch.uint8), 7, 9)

@@ -15,10 +15,11 @@ from casp_pl.layers import AdditiveLinear, LowRankLinear, UniformLinear, build_l
 
 ADDITIVE = AdditiveLinear(in_features=13, out_features=6, num_codebooks=2, entries=8, bias=True).spec()
 UNIFORM = UniformLinear(in_features=13, out_features=6, bits=3, group_size=4).spec()
+REGROUPED = UniformLinear(in_features=13, out_features=6, bits=3, group_size=4, regrouped=True).spec()
 DENSE = {"kind": "dense", "in_features": 13, "out_features": 6, "bias": False}
 
 
-@pytest.mark.parametrize("spec", [ADDITIVE, UNIFORM], ids=["additive", "uniform"])
+@pytest.mark.parametrize("spec", [ADDITIVE, UNIFORM, REGROUPED], ids=["additive", "uniform", "regrouped"])
 def test_skeletons_know_their_size_without_memory(spec: dict[str, object]) -> None:
     skeleton = build_layer(json.loads(json.dumps(spec)), device="meta")
     assert skeleton.codes.is_meta

@@ -3,6 +3,7 @@
 from casp_pl.quantizers.aqlm import AQLMQuantizer
 from casp_pl.quantizers.base import Quantizer
 from casp_pl.quantizers.low_rank import quantize_low_rank
+from casp_pl.quantizers.quip import QuIPSharpQuantizer
 from casp_pl.quantizers.rtn import RTNQuantizer
 
-__all__ = ["AQLMQuantizer", "Quantizer", "RTNQuantizer", "quantize_low_rank"]
+__all__ = ["AQLMQuantizer", "QuIPSharpQuantizer", "Quantizer", "RTNQuantizer", "quantize_low_rank"]

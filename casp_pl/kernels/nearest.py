@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["best_of_runs", "nearest_entries", "nearest_entries_reference", "nearest_scores"]
+__all__ = ["argmin_of_columns", "best_of_runs", "nearest_entries", "nearest_entries_reference", "nearest_scores"]
 
 _RUNS = 16
 _MAX_SCORES = 1 << 17  # scores held at once: half a MiB in float32 stays in a core's cache
@@ -34,7 +34,7 @@ def nearest_entries(linear: Tensor, codebook: Tensor, norms: Tensor) -> Tensor:
     Returns:
         Indices of entries (N,), int64.
     """
-    return torch.cat([_argmin_of_columns(scores) for scores in _scores(linear, codebook, norms)])
+    return torch.cat([argmin_of_columns(scores) for scores in _scores(linear, codebook, norms)])
 
 
 def nearest_scores(linear: Tensor, codebook: Tensor, norms: Tensor) -> Tensor:
@@ -60,15 +60,11 @@ def best_of_runs(linear: Tensor, codebook: Tensor, norms: Tensor, runs: int) -> 
     return inside + length * torch.arange(runs, device=inside.device)[:, None], values
 
 
-def _scores(linear: Tensor, codebook: Tensor, norms: Tensor) -> Iterator[Tensor]:
-    """Scores (C, N) in parts of columns that fit a cache."""
-    table = torch.cat([codebook * -2, norms[:, None]], dim=1)
-    extended = torch.cat([linear, linear.new_ones(1, linear.shape[1])])
-    return (table @ part for part in torch.split(extended, max(1, _MAX_SCORES // len(codebook)), dim=1))
+def argmin_of_columns(scores: Tensor) -> Tensor:
+    """Row of the smallest score of every column, (C, N) -> (N,) int64.
 
-
-def _argmin_of_columns(scores: Tensor) -> Tensor:
-    """(C, N) -> (N,): minima of 16 runs, then the argmin among them and the argmin inside the winning run."""
+    Minima of 16 runs first, then the argmin among them and the argmin inside the winning run.
+    """
     entries, columns = scores.shape
     length = entries // _RUNS
     if scores.is_cuda or entries % _RUNS or length < 2:
@@ -77,3 +73,10 @@ def _argmin_of_columns(scores: Tensor) -> Tensor:
     run = runs.amin(dim=1).min(dim=0).indices
     inside = runs.gather(0, run.expand(1, length, columns))[0].min(dim=0).indices
     return run * length + inside
+
+
+def _scores(linear: Tensor, codebook: Tensor, norms: Tensor) -> Iterator[Tensor]:
+    """Scores (C, N) in parts of columns that fit a cache."""
+    table = torch.cat([codebook * -2, norms[:, None]], dim=1)
+    extended = torch.cat([linear, linear.new_ones(1, linear.shape[1])])
+    return (table @ part for part in torch.split(extended, max(1, _MAX_SCORES // len(codebook)), dim=1))

@@ -8,6 +8,7 @@ from torch import nn
 from casp_pl.errors import IntegrityError
 from casp_pl.layers.additive import AdditiveLinear
 from casp_pl.layers.base import QuantizedLinear
+from casp_pl.layers.lattice import LatticeLinear
 from casp_pl.layers.low_rank import LowRankLinear
 from casp_pl.layers.uniform import UniformLinear
 
@@ -15,7 +16,7 @@ __all__ = ["CompressedLinear", "build_layer"]
 
 CompressedLinear = QuantizedLinear | LowRankLinear | nn.Linear
 
-_QUANTIZED: dict[str, type[QuantizedLinear]] = {cls.kind: cls for cls in (AdditiveLinear, UniformLinear)}
+_QUANTIZED: dict[str, type[QuantizedLinear]] = {cls.kind: cls for cls in (AdditiveLinear, LatticeLinear, UniformLinear)}
 
 
 def build_layer(
@@ -24,7 +25,7 @@ def build_layer(
     """The skeleton that a spec describes; codes and tables are zero.
 
     Args:
-        spec: what `spec()` of a layer returned; kinds additive, uniform, low_rank and dense.
+        spec: what `spec()` of a layer returned; kinds additive, lattice, uniform, low_rank and dense.
         device: where the tensors are made; None for torch's default.
         dtype: of everything but the codes.
 

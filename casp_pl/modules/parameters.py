@@ -10,7 +10,7 @@ __all__ = ["relative_groups", "trainable_parameters"]
 
 
 def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Codebooks, scales, dense low-rank factors and norm weights; they alone require gradients afterwards."""
+    """Codebooks, scales, sign vectors, dense low-rank factors, norms; they alone require gradients afterwards."""
     module.requires_grad_(False)
     chosen: list[nn.Parameter] = []
     for layer in module.modules():

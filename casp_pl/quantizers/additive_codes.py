@@ -1,8 +1,5 @@
 """The codes of an additive quantizer: first by error feedback, then improved group by group on the output error.
 
-Both passes are lazy: corrections inside a span of S groups are made group by group, those between spans by one product
-of large matrices. Weights are transposed inside, (I, O), so that a group of all rows is contiguous.
-
 Letters: O out, I = G D in, G groups a row, K codebooks, C entries a codebook, D group length, S groups of a span.
 """
 
@@ -10,10 +7,9 @@ import torch
 from torch import Tensor
 
 from casp_pl.quantizers.additive_beam import beam_codes, group_tables, improved_codes, sum_of_entries
+from casp_pl.quantizers.lazy_passes import SPAN, feedback_pass, sweep_pass
 
 __all__ = ["conditional_metrics", "diagonal_blocks", "feedback_codes", "sweep_codes"]
-
-_SPAN = 16
 
 
 def diagonal_blocks(matrix: Tensor, length: int) -> Tensor:
@@ -39,7 +35,7 @@ def conditional_metrics(factor: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 
 def feedback_codes(
-    weight: Tensor, metrics: Tensor, lower: Tensor, codebooks: Tensor, scales: Tensor, *, beam: int, span: int = _SPAN
+    weight: Tensor, metrics: Tensor, lower: Tensor, codebooks: Tensor, scales: Tensor, *, beam: int, span: int = SPAN
 ) -> Tensor:
     """Codes by error feedback: from right to left, group g aims at W_g + (W - W_hat)_{>g} L_{>g,g} in its own metric.
 
@@ -55,20 +51,14 @@ def feedback_codes(
     Returns:
         codes (G, K, O) int64.
     """
-    length, groups = codebooks.shape[2], len(metrics)
     tables, scales = group_tables(codebooks, metrics), scales.T
-    target = weight.T.contiguous()  # W^T plus the feedback so far
-    error = torch.zeros_like(target)
-    codes = torch.empty(groups, len(codebooks), len(weight), dtype=torch.int64, device=weight.device)
-    for stop in range(groups, 0, -span):
-        start = max(0, stop - span)
-        inside, done = slice(start * length, stop * length), slice(stop * length, None)
-        target[inside] += lower[done, inside].T @ error[done]
-        for g in reversed(range(start, stop)):
-            here, before = slice(g * length, (g + 1) * length), slice(start * length, g * length)
-            codes[g], _ = beam_codes(metrics[g] @ (target[here] / scales), tables, g, beam)
-            error[here] = weight.T[here] - sum_of_entries(codebooks, codes[g]) * scales
-            target[before] += lower[here, before].T @ error[here]
+    codes = torch.empty(len(metrics), len(codebooks), len(weight), dtype=torch.int64, device=weight.device)
+
+    def encode(g: int, target: Tensor) -> Tensor:
+        codes[g], _ = beam_codes(metrics[g] @ (target / scales), tables, g, beam)
+        return sum_of_entries(codebooks, codes[g]) * scales
+
+    feedback_pass(weight.T.contiguous(), lower, codebooks.shape[2], encode, span=span)
     return codes
 
 
@@ -81,7 +71,7 @@ def sweep_codes(
     order: Tensor,
     *,
     beam: int,
-    span: int = _SPAN,
+    span: int = SPAN,
 ) -> None:
     """One pass over all groups, in place: each takes better codes if a search finds them. The loss never rises.
 
@@ -98,14 +88,11 @@ def sweep_codes(
     length = codebooks.shape[2]
     tables, scales = group_tables(codebooks, diagonal_blocks(moment, length)), scales.T
     inverse = torch.where(scales == 0, 0, 1 / scales)
-    within = torch.arange(length, device=moment.device)
-    for visited in torch.split(order, span):
-        columns = (visited[:, None] * length + within).flatten()
-        gradient, local = moment[columns] @ error, moment[columns][:, columns]
-        for position, g in enumerate(visited.tolist()):
-            block, here = (slice(start * length, (start + 1) * length) for start in (position, g))
-            better = improved_codes(gradient[block] * inverse, tables, g, codes[g], beam)
-            change = (sum_of_entries(codebooks, better) - sum_of_entries(codebooks, codes[g])) * scales
-            codes[g] = better
-            gradient -= local[:, block] @ change
-            error[here] -= change
+
+    def improve(g: int, gradient: Tensor) -> Tensor:
+        better = improved_codes(gradient * inverse, tables, g, codes[g], beam)
+        change = (sum_of_entries(codebooks, better) - sum_of_entries(codebooks, codes[g])) * scales
+        codes[g] = better
+        return change
+
+    sweep_pass(error, moment, length, order, improve, span=span)

@@ -11,15 +11,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from casp_pl.errors import IntegrityError
-from casp_pl.layers import AdditiveLinear, LowRankLinear, UniformLinear, build_layer
+from casp_pl.layers import AdditiveLinear, LatticeLinear, LowRankLinear, UniformLinear, build_layer
 
 ADDITIVE = AdditiveLinear(in_features=13, out_features=6, num_codebooks=2, entries=8, bias=True).spec()
 UNIFORM = UniformLinear(in_features=13, out_features=6, bits=3, group_size=4).spec()
+LATTICE = LatticeLinear(in_features=13, out_features=6, bits=3, bias=True).spec()
 REGROUPED = UniformLinear(in_features=13, out_features=6, bits=3, group_size=4, regrouped=True).spec()
 DENSE = {"kind": "dense", "in_features": 13, "out_features": 6, "bias": False}
+KINDS = {"additive": ADDITIVE, "lattice": LATTICE, "uniform": UNIFORM, "regrouped": REGROUPED}
 
 
-@pytest.mark.parametrize("spec", [ADDITIVE, UNIFORM, REGROUPED], ids=["additive", "uniform", "regrouped"])
+@pytest.mark.parametrize("spec", KINDS.values(), ids=KINDS.keys())
 def test_skeletons_know_their_size_without_memory(spec: dict[str, object]) -> None:
     skeleton = build_layer(json.loads(json.dumps(spec)), device="meta")
     assert skeleton.codes.is_meta
@@ -38,7 +40,7 @@ def test_dense_layers_are_ordinary_ones() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "lattice"}, "unknown kind of layer: 'lattice'"),
+        ({"kind": "fractal"}, "unknown kind of layer: 'fractal'"),
         ({"colour": 3}, "broken description of a layer of kind additive"),
         ({"in_features": "many"}, "broken description of a layer of kind additive"),
     ],

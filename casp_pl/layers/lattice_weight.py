@@ -1,0 +1,80 @@
+"""The weight of lattice codes: QuIP# (arXiv 2402.04396, sections 3 and 4) read backwards.
+
+    W = diag(sv) U_O^T Z U_P diag(su),   Z[o, 8g : 8g+8] = sum over the stages of point(codes[o, g]) / scale
+
+U_O and U_P are the orthogonal transforms of `casp_pl.linalg.orthogonal`. Letters: O out, I in, P = 8 G >= I the padded
+width (columns beyond I meet inputs that are zero and are cut off), S stages.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from casp_pl.kernels.lattice import LATTICE_STAGES, QUARTER, decode_points, unpack_lattice
+from casp_pl.linalg.orthogonal import transform_columns, transform_matrix, transform_rows
+
+__all__ = ["dequantize_lattice", "dequantize_lattice_reference", "lattice_quarters"]
+
+
+def lattice_quarters(packed: Tensor, bits: int) -> Tensor:
+    """Points of all codes in quarters: packed (O, G, bits) uint8 -> (S, O, P) int8."""
+    rows, groups, _ = packed.shape
+    stages = zip(LATTICE_STAGES[bits], unpack_lattice(packed, bits), strict=True)
+    decoded = [decode_points(codes.view(-1), stage.points(packed.device)) for stage, codes in stages]
+    return torch.stack(decoded).view(-1, rows, 8 * groups)
+
+
+def dequantize_lattice_reference(quarters: Tensor, su: Tensor, sv: Tensor, bits: int) -> Tensor:
+    """The formula itself with dense matrices, in operations that autograd knows. The oracle of `dequantize_lattice`."""
+    left, right = (transform_matrix(n).to(su.device, su.dtype) for n in quarters.shape[1:])
+    scales = [QUARTER / stage.scale for stage in LATTICE_STAGES[bits]]
+    points = torch.stack([own.to(su.dtype) * scale for own, scale in zip(quarters, scales, strict=True)]).sum(dim=0)
+    return sv[:, None] * (left.T @ points @ right)[:, : len(su)] * su
+
+
+def dequantize_lattice(quarters: Tensor, su: Tensor, sv: Tensor, bits: int) -> Tensor:
+    """Weight of lattice codes, differentiable with respect to su and sv, once.
+
+    Args:
+        quarters: of `lattice_quarters` (S, O, P).
+        su: signs and scales of the inputs (I,).
+        sv: signs and scales of the outputs (O,).
+        bits: of the codes.
+
+    Returns:
+        The weight (O, I) in the dtype of su.
+    """
+    weight: Tensor = _Dequantize.apply(su, sv, quarters, bits)  # type: ignore[no-untyped-call]
+    return weight
+
+
+class _Dequantize(torch.autograd.Function):
+    """Keeps only su and sv for the backward pass: to transform again costs less than a second dense weight."""
+
+    @staticmethod
+    def forward(ctx: Any, su: Tensor, sv: Tensor, quarters: Tensor, bits: int) -> Tensor:
+        ctx.save_for_backward(su, sv)
+        ctx.quarters, ctx.bits = quarters, bits
+        return _mixed_back(quarters, bits, su).mul_(sv[:, None]).mul_(su)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        su, sv = ctx.saved_tensors
+        product = _mixed_back(ctx.quarters, ctx.bits, su).mul_(gradient)
+        of_su = sv @ product if ctx.needs_input_grad[0] else None
+        of_sv = product @ su if ctx.needs_input_grad[1] else None
+        return of_su, of_sv, None, None
+
+
+def _mixed_back(quarters: Tensor, bits: int, like: Tensor) -> Tensor:
+    """U_O^T Z U_P, cut to the width and dtype of `like`: (O, I). It is computed in float32 or wider."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    first, *others = zip(quarters, LATTICE_STAGES[bits], strict=True)
+    points = first[0].to(dtype) * QUARTER
+    for own, stage in others:
+        points.add_(own, alpha=QUARTER / stage.scale)
+    rows = transform_rows(points, inverse=True)[:, : len(like)]
+    return transform_columns(rows, inverse=True).to(like.dtype)

@@ -1,0 +1,147 @@
+"""QuIP#: weights made incoherent by random Hadamard transforms and rounded to a lattice (arXiv 2402.04396).
+
+Letters: O out, I in, P the padded width, G groups of 8 a row, S stages.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from casp_pl.errors import ConfigError
+from casp_pl.kernels.lattice import GROUP_LENGTH, LATTICE_STAGES
+from casp_pl.layers.lattice import LatticeLinear
+from casp_pl.linalg.diagonal_fit import best_column_factors, best_row_factors
+from casp_pl.linalg.incoherence import incoherent_moment, incoherent_weight, random_signs
+from casp_pl.quantizers.base import Quantizer
+from casp_pl.quantizers.lattice_codes import LatticeSearch, choose_step, encode_rows, prepare_moment
+
+__all__ = ["GAUSSIAN_STEPS", "QuIPSharpQuantizer"]
+
+GAUSSIAN_STEPS = {2: 1.04, 3: 1.0, 4: 0.9}
+"""By bits: the root mean square of a Gaussian weight, in units of the codebook, at which its squared error is least."""
+
+
+class QuIPSharpQuantizer(Quantizer):
+    """W~ = U_O diag(sv) W diag(su) U_P^T is rounded to the E8P lattice codebook, groups of 8 weights at a time.
+
+    Random signs and Hadamard transforms make weights look Gaussian, which the fixed codebook is made for; nothing but
+    codes and two vectors is stored. Codes come from error feedback over blocks of 8 columns (LDLQ) and sweeps of
+    coordinate descent. 3 bits add a codebook of 256 points on the residual, 4 bits E8P once more.
+
+    Ours beyond the paper: the scale is searched for each matrix, candidates are compared in the metric of their group,
+    and su and sv are fitted to the outputs at the end.
+
+    Args:
+        damping: added to the diagonal of the second moment, relative to its mean.
+        sweeps: passes of coordinate descent over all groups.
+        search_scale: whether each matrix gets a scale of its own; else all get that of a Gaussian.
+        fit_vectors: whether su and sv are fitted in closed form once the codes are known.
+        candidate_runs: points that compete for every group and shift, 1, 2, 4 ... 32; 1 is nearest in the plain metric.
+        beam: partial codes kept between the stages of 3 and 4 bits.
+        seed: of the generator that `quantize` makes when it is given none.
+
+    Raises:
+        ConfigError: a setting is out of range.
+    """
+
+    name = "quip"
+    levels = tuple(LATTICE_STAGES)
+
+    def __init__(
+        self,
+        *,
+        damping: float = 1e-2,
+        sweeps: int = 2,
+        search_scale: bool = True,
+        fit_vectors: bool = True,
+        candidate_runs: int = 4,
+        beam: int = 4,
+        seed: int = 0,
+    ) -> None:
+        if not damping > 0:
+            raise ConfigError(f"quip: damping must be above 0, not {damping}")
+        if sweeps < 0:
+            raise ConfigError(f"quip: sweeps must be at least 0, not {sweeps}")
+        if candidate_runs not in (1, 2, 4, 8, 16, 32):
+            raise ConfigError(f"quip: candidate_runs must be 1, 2, 4, 8, 16 or 32, not {candidate_runs}")
+        if beam < 1:
+            raise ConfigError(f"quip: beam must be at least 1, not {beam}")
+        self.damping = damping
+        self.sweeps = sweeps
+        self.search_scale = search_scale
+        self.fit_vectors = fit_vectors
+        self.candidate_runs = candidate_runs
+        self.beam = beam
+        self.seed = seed
+        self.rank_grain = GROUP_LENGTH
+
+    def layer_spec(self, out_features: int, in_features: int, *, bits: int, bias: bool = False) -> dict[str, Any]:
+        """See `Quantizer.layer_spec`."""
+        self._check_bits(bits)
+        return {
+            "kind": LatticeLinear.kind,
+            "in_features": in_features,
+            "out_features": out_features,
+            "bias": bias,
+            "bits": bits,
+        }
+
+    @torch.no_grad()
+    def quantize(
+        self,
+        weight: Tensor,
+        second_moment: Tensor,
+        *,
+        bits: int,
+        bias: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> LatticeLinear:
+        """See `Quantizer.quantize`. Computes in float32 on the weight's device, the second moment in float64."""
+        self._check_inputs(weight, second_moment, bits)
+        generator = torch.Generator().manual_seed(self.seed) if generator is None else generator
+        weight = weight.detach().to(torch.float32)
+        su, sv = (random_signs(n, generator, device=weight.device) for n in reversed(weight.shape))
+        moment, size = _in_units(second_moment.to(weight.device, torch.float64)), _root_mean_square(weight)
+        width = -(-len(su) // GROUP_LENGTH) * GROUP_LENGTH
+        prepared = prepare_moment(incoherent_moment(moment, su, width), self.damping)
+        search = LatticeSearch(LATTICE_STAGES[bits], self.sweeps, self.candidate_runs, self.beam)
+        mixed = incoherent_weight(weight / (size or 1.0), su, sv, width)
+        step = GAUSSIAN_STEPS[bits]
+        step = choose_step(mixed, prepared, search, step) if self.search_scale else step
+        codes, _ = encode_rows(mixed * step, prepared, search)
+        layer = LatticeLinear.from_codes(codes.transpose(1, 2), su, sv * (size / step), bits=bits, bias=bias)
+        if self.fit_vectors:
+            damped = moment + prepared.jitter * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+            _fit_vectors(layer, weight, damped.to(torch.float32))
+        _balance(layer)
+        layer.round_to_storage()
+        return layer
+
+
+def _in_units(second_moment: Tensor) -> Tensor:
+    """Symmetric, with a mean diagonal of 1 where it has a positive one."""
+    moment = (second_moment + second_moment.T) / 2
+    unit = float(moment.diagonal().mean())
+    return moment / unit if unit > 0 else moment
+
+
+def _root_mean_square(weight: Tensor) -> float:
+    return float(weight.to(torch.float64).square().mean().sqrt())
+
+
+def _fit_vectors(layer: LatticeLinear, weight: Tensor, moment: Tensor) -> None:
+    """Fit sv, then su, to the weight (O, I) under the damped second moment (I, I), in place."""
+    layer.sv.mul_(best_row_factors(weight, layer.dequantize(), moment))
+    layer.su.mul_(best_column_factors(weight, layer.dequantize(), moment))
+
+
+def _balance(layer: LatticeLinear) -> None:
+    """Move a power of two between su and sv where one of them is too small or too large for float16."""
+    inputs, outputs = (float(vector.abs().max()) for vector in (layer.su, layer.sv))
+    if inputs == 0 or outputs == 0 or 2.0**-10 <= outputs <= 2.0**10:
+        return
+    factor = 2.0 ** round(math.log2(inputs / outputs) / 2)
+    layer.su.div_(factor)
+    layer.sv.mul_(factor)

@@ -1,0 +1,161 @@
+"""LatticeLinear: what it computes, stores and counts."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from casp_pl.errors import ConfigError, NumericsError
+from casp_pl.kernels.lattice import LATTICE_STAGES
+from casp_pl.layers import LatticeLinear, build_layer, materialized
+from casp_pl.layers.lattice_weight import dequantize_lattice, dequantize_lattice_reference, lattice_quarters
+from casp_pl.linalg.orthogonal import transform_matrix
+
+SHAPES = [(6, 16, 2), (5, 13, 3), (7, 40, 4), (3, 1, 2), (1, 24, 3)]
+
+
+def _random_layer(shape: tuple[int, int, int] = SHAPES[1], *, bias: bool = True) -> tuple[LatticeLinear, Tensor]:
+    """A layer and its codes (S, O, G)."""
+    rows, columns, bits = shape
+    generator = torch.Generator().manual_seed(rows)
+    groups = -(-columns // 8)
+    codes = torch.stack(
+        [torch.randint(1 << 8 * s.num_bytes, (rows, groups), generator=generator) for s in LATTICE_STAGES[bits]]
+    )
+    vectors = [torch.randn(n, generator=generator) for n in (columns, rows, rows)]
+    return LatticeLinear.from_codes(codes, *vectors[:2], bits=bits, bias=vectors[2] if bias else None), codes
+
+
+def _formula(layer: LatticeLinear) -> Tensor:
+    return dequantize_lattice_reference(lattice_quarters(layer.codes, layer.bits), layer.su, layer.sv, layer.bits)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_computes_with_the_formula(shape: tuple[int, int, int]) -> None:
+    layer, codes = _random_layer(shape)
+    torch.testing.assert_close(layer.dequantize(), _formula(layer), rtol=1e-5, atol=1e-5)
+    assert torch.equal(layer.codes_unpacked(), codes)
+    x = torch.randn(2, 3, shape[1], generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, _formula(layer), layer.bias), rtol=1e-4, atol=1e-4)
+    with materialized(layer):
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, _formula(layer), layer.bias), rtol=1e-4, atol=1e-4)
+
+
+def test_transforms_applied_to_the_activations_give_the_same_outputs() -> None:
+    """y = sv * U_O^T Z U_P (su * x, padded with zeros): the weight is never formed."""
+    layer, _ = _random_layer()
+    x = torch.randn(4, 13, dtype=torch.float64)
+    left, right = transform_matrix(5), transform_matrix(16)
+    first, second = lattice_quarters(layer.codes, 3).double() / 4
+    points = first + second / LATTICE_STAGES[3][1].scale
+    mixed = nn.functional.pad(x * layer.su.double(), (0, 3)) @ right.T
+    expected = mixed @ points.T @ left * layer.sv.double() + layer.bias.double()
+    torch.testing.assert_close(layer(x.float()).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_pass_gradcheck(shape: tuple[int, int, int]) -> None:
+    layer, _ = _random_layer(shape)
+    quarters = lattice_quarters(layer.codes, layer.bits)
+    vectors = [v.detach().double().requires_grad_() for v in (layer.su, layer.sv)]
+    assert torch.autograd.gradcheck(lambda su, sv: dequantize_lattice(quarters, su, sv, shape[2]), vectors)
+    wanted = torch.autograd.grad(dequantize_lattice_reference(quarters, *vectors, shape[2]).square().sum(), vectors)
+    found = torch.autograd.grad(dequantize_lattice(quarters, *vectors, shape[2]).square().sum(), vectors)
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_bytes_in_a_file_equal_the_reported_bits(shape: tuple[int, int, int], bias: bool, tmp_path: Path) -> None:
+    layer, _ = _random_layer(shape, bias=bias)
+    layer.round_to_storage()
+    state = {
+        name: value if value.dtype == torch.uint8 else value.half()
+        for name, value in layer.state_dict().items()
+        if name != "bias"
+    }
+    save_file(state, tmp_path / "layer.safetensors")
+    read = load_file(tmp_path / "layer.safetensors")
+    assert sum(value.numel() * value.element_size() for value in read.values()) == layer.nbytes
+    rows, columns, bits = shape
+    padded = -(-columns // 8) * 8
+    assert layer.code_bits == bits * rows * padded
+    assert layer.storage_bits == bits * rows * padded + 16 * (rows + columns)
+    assert layer.bits_per_weight == layer.storage_bits / (rows * columns)
+
+
+def test_a_reload_from_float16_is_bit_equal_and_replaces_the_codes() -> None:
+    layer, _ = _random_layer()
+    layer.round_to_storage()
+    stored = {
+        name: v.half() if v.is_floating_point() and name != "bias" else v for name, v in layer.state_dict().items()
+    }
+    assert set(stored) == {"codes", "su", "sv", "bias"}
+    again = build_layer(layer.spec())
+    assert not again.dequantize().any()  # fills the cache with codes of zero
+    again.load_state_dict(stored)
+    assert torch.equal(again.dequantize(), layer.dequantize())
+    assert again.spec() == layer.spec()
+
+
+def test_set_codes_takes_effect_at_once_and_elsewhere_not() -> None:
+    layer, codes = _random_layer()
+    twin = copy.deepcopy(layer)
+    before = layer.dequantize()
+    layer.set_codes((codes + 1) % 256)
+    torch.testing.assert_close(layer.dequantize(), _formula(layer), rtol=1e-5, atol=1e-5)
+    assert not torch.equal(layer.dequantize(), before)
+    assert torch.equal(twin.dequantize(), before)
+    with pytest.raises(ValueError, match="has codes"):
+        layer.set_codes(codes[:, :1])
+    with pytest.raises(ValueError, match="no points of e8"):
+        layer.set_codes(codes + 256)
+
+
+def test_training_moves_the_vectors_after_inference_mode() -> None:
+    layer, _ = _random_layer()
+    x = torch.ones(2, 13)
+    with torch.inference_mode():
+        expected = layer(x).clone()
+    output = layer(x)
+    output.square().sum().backward()
+    assert torch.equal(output.detach(), expected)
+    assert set(layer.tables()) == {"su", "sv"}
+    assert all(table.grad.abs().min() > 0 for table in layer.tables().values())
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_gradient_of_the_weight_is_collected(trained: bool) -> None:
+    layer, _ = _random_layer()
+    layer.requires_grad_(trained)
+    layer.collect_weight_gradient = True
+    x = torch.randn(4, 13, generator=torch.Generator().manual_seed(2))
+    dense = layer.dequantize().detach().requires_grad_()
+    layer(x).square().sum().backward()
+    nn.functional.linear(x, dense, layer.bias).square().sum().backward()
+    torch.testing.assert_close(layer.weight_gradient, dense.grad)
+
+
+def test_half_precision_module_computes_in_half_precision() -> None:
+    layer, _ = _random_layer()
+    expected = layer.dequantize()
+    layer.to(torch.bfloat16)
+    assert layer.codes.dtype == torch.uint8
+    assert layer(torch.ones(1, 13, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    torch.testing.assert_close(layer.dequantize().float(), expected, rtol=0.03, atol=0.03)
+
+
+def test_values_beyond_float16_are_an_error() -> None:
+    layer, _ = _random_layer()
+    with torch.no_grad():
+        layer.sv[2] = 1e6
+    with pytest.raises(NumericsError, match="1 of 5 values of sv"):
+        layer.round_to_storage()
+
+
+def test_other_bits_are_refused() -> None:
+    with pytest.raises(ConfigError, match="2, 3, 4 bits, not 5"):
+        LatticeLinear(in_features=8, out_features=8, bits=5)

@@ -5,15 +5,17 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
+from casp_pl.data.tokenize import IGNORE
 from casp_pl.kernels import head_divergence
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.streams import model_inputs
 from casp_pl.modules.parameters import relative_groups, trainable_parameters
 
-__all__ = ["EndToEndModule", "final_states", "teacher_states", "text_mask"]
+__all__ = ["EndToEndModule", "answer_mask", "final_states", "teacher_states", "text_mask"]
 
 
 @torch.no_grad()
@@ -43,8 +45,19 @@ def text_mask(adapter: ModelAdapter, batch: Mapping[str, Any]) -> Tensor:
     return real & ~adapter.image_mask(batch["input_ids"])
 
 
+def answer_mask(batch: Mapping[str, Any]) -> Tensor:
+    """True where the next token belongs to the answer of a conversation: (B, T) bool; a plain text has no answer."""
+    real, labelled = batch["attention_mask"].bool(), batch["labels"] != IGNORE
+    conversation = (real & ~labelled)[:, 1:].any(dim=1, keepdim=True)
+    return F.pad(labelled[:, 1:], (0, 1)) & conversation
+
+
 class EndToEndModule(pl.LightningModule):
-    """Trains codebooks, scales and norms of all blocks; loss = KL to the original's logits at text tokens.
+    """Trains codebooks, scales and norms of all blocks; loss = KL to the original's logits.
+
+    It is the mean over all text tokens plus `answer_weight` times the mean over those that predict an answer. Answers
+    are short: of the embedded model's text tokens one in fifty predicts one. Without a weight of their own they got
+    worse while the text got better (VQA accuracy 86.2 % before, 64.6 % after).
 
     Args:
         adapter: the model with its compressed blocks in place.
@@ -52,6 +65,7 @@ class EndToEndModule(pl.LightningModule):
         lr: step of Adam relative to the size of each tensor.
         steps: optimizer steps.
         warmup: share of the steps over which the learning rate rises.
+        answer_weight: what the mean over the answers counts beside the mean over all text.
     """
 
     def __init__(
@@ -62,6 +76,7 @@ class EndToEndModule(pl.LightningModule):
         lr: float = 1e-3,
         steps: int = 40,
         warmup: float = 0.1,
+        answer_weight: float = 1.0,
     ) -> None:
         super().__init__()
         self.adapter = adapter
@@ -70,20 +85,31 @@ class EndToEndModule(pl.LightningModule):
         self.lr = lr
         self.steps = steps
         self.warmup = warmup
+        self.answer_weight = answer_weight
         trainable_parameters(self.blocks)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """KL of one batch."""
+        """Loss of one batch."""
         loss = self.batch_loss(batch)
         self.log("end_to_end/train_kl", loss, batch_size=1)
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """KL of a held-back batch; `val_loss` is what the best state is kept by."""
-        loss = self.batch_loss(batch)
-        tokens = int(text_mask(self.adapter, batch).sum())
-        self.log("val_loss", loss, batch_size=tokens, logger=False)
-        self.log("end_to_end/held_back_kl", loss, batch_size=tokens)
+        """KL of a held-back batch, of text and answers apart."""
+        text, answers = self._divergences(batch)
+        for sums, (mean, tokens) in zip(self._held_back, (text, answers), strict=True):
+            sums += torch.tensor([float(mean) * tokens, tokens], dtype=sums.dtype)
+
+    def on_validation_epoch_start(self) -> None:
+        """Empty sums of KL and tokens."""
+        self._held_back = torch.zeros(2, 2, dtype=torch.float64)
+
+    def on_validation_epoch_end(self) -> None:
+        """`val_loss`, the loss of all held-back tokens, is what the best state is kept by."""
+        text, answers = (self._held_back[:, 0] / self._held_back[:, 1].clamp_min(1)).tolist()
+        self.log("val_loss", text + self.answer_weight * answers, logger=False)
+        self.log("end_to_end/held_back_kl", text)
+        self.log("end_to_end/held_back_answer_kl", answers)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Adam with relative steps, a short warm-up, then linear decay."""
@@ -96,7 +122,16 @@ class EndToEndModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def batch_loss(self, batch: dict[str, Any]) -> Tensor:
-        """KL of one batch in nats, a scalar."""
-        student = final_states(self.adapter, batch)[text_mask(self.adapter, batch)]
+        """KL of the text plus the weighted KL of the answers of one batch in nats, a scalar."""
+        (text, _), (answers, _) = self._divergences(batch)
+        return text + self.answer_weight * answers
+
+    def _divergences(self, batch: dict[str, Any]) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
+        """Mean KL and number of tokens, of all text and of what predicts an answer."""
+        text = text_mask(self.adapter, batch)
+        student = final_states(self.adapter, batch)[text]
         teacher = torch.cat([self.teacher[sample] for sample in batch["sample_ids"]]).to(student)
-        return head_divergence(student, teacher, self.adapter.head.weight)
+        chosen, head = answer_mask(batch)[text], self.adapter.head.weight
+        count = int(chosen.sum())
+        answers = head_divergence(student[chosen], teacher[chosen], head) if count else student.new_zeros(())
+        return (head_divergence(student, teacher, head), len(student)), (answers, count)

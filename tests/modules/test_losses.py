@@ -5,7 +5,7 @@ from torch import nn
 
 from casp_pl.models import adapt, load_model
 from casp_pl.modules.blockwise import relative_error
-from casp_pl.modules.end_to_end import teacher_states, text_mask
+from casp_pl.modules.end_to_end import EndToEndModule, answer_mask, teacher_states, text_mask
 from casp_pl.modules.parameters import relative_groups, trainable_parameters
 
 
@@ -49,3 +49,26 @@ def test_dense_weights_of_the_model_are_never_trained() -> None:
     model, _ = load_model("tiny")
     chosen = trainable_parameters(adapt(model).blocks[0])
     assert {tuple(parameter.shape) for parameter in chosen} == {(48,)}, "in an uncompressed block only the norms"
+
+
+def test_answers_are_the_labelled_tokens_of_conversations_only() -> None:
+    labels = torch.tensor([[-100, -100, 5, 6, -100], [7, 8, 9, -100, -100], [-100, 3, -100, 4, 2]])
+    real = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    expected = [[0, 1, 1, 0, 0], [0, 0, 0, 0, 0], [1, 0, 1, 1, 0]]
+    assert answer_mask({"labels": labels, "attention_mask": real}).int().tolist() == expected
+
+
+def test_the_loss_is_the_kl_of_the_text_plus_the_weighted_kl_of_the_answers() -> None:
+    adapter, generator = adapt(load_model("tiny")[0]), torch.Generator().manual_seed(4)
+    ids = torch.randint(0, 200, (2, 9), generator=generator)
+    labels = torch.full_like(ids, -100)
+    labels[0, 6:8], labels[1] = ids[0, 6:8], ids[1]
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "sample_ids": ["a", "b"]}
+    teacher = {name: states + 0.1 for name, states in teacher_states(adapter, [batch]).items()}
+    with torch.no_grad():
+        student = adapter.model(input_ids=ids).logits.log_softmax(-1)
+        target = adapter.head(torch.stack([teacher["a"], teacher["b"]])).log_softmax(-1)
+        divergence = (target.exp() * (target - student)).sum(-1)
+        expected = divergence.mean() + 3.0 * divergence[0, 5:7].mean()
+        actual = EndToEndModule(adapter, teacher, answer_weight=3.0).batch_loss(batch)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)

@@ -136,7 +136,8 @@ def test_gradient_of_the_weight_is_collected(trained: bool) -> None:
     dense = layer.dequantize().detach().requires_grad_()
     layer(x).square().sum().backward()
     nn.functional.linear(x, dense, layer.bias).square().sum().backward()
-    torch.testing.assert_close(layer.weight_gradient, dense.grad)
+    assert dense.grad is not None
+    torch.testing.assert_close(layer.weight_gradient, torch.stack([dense.grad, dense.grad.square()]))
 
 
 def test_half_precision_module_computes_in_half_precision() -> None:

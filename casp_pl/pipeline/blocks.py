@@ -64,9 +64,10 @@ def quantize_blocks(
 ) -> list[nn.Module]:
     """Quantize block after block, each behind the compressed ones before it; files blocks/NNN.safetensors."""
     blocks: list[nn.Module] = []
-    teacher = student = first_block_batches(adapter, batches)
+    complete = all(run.has(_quantized_name(number)) for number in range(len(adapter.blocks)))
+    teacher = student = [] if complete else first_block_batches(adapter, batches)  # no block is missing: no activations
     for number, original in enumerate(adapter.blocks):
-        name = f"blocks/{number:03d}.safetensors"
+        name = _quantized_name(number)
         if run.has(name):
             teacher = run_blocks(original, teacher)
             block, notes = load_block(run, name, original)
@@ -85,6 +86,10 @@ def quantize_blocks(
         if number + 1 < len(adapter.blocks):
             student = run_through(block, student)
     return blocks
+
+
+def _quantized_name(number: int) -> str:
+    return f"blocks/{number:03d}.safetensors"
 
 
 def run_through(block: nn.Module, batches: Sequence[BlockBatch]) -> list[BlockBatch]:

@@ -24,7 +24,7 @@ class AdditiveFormat(NamedTuple):
         return 16 * self.num_codebooks * self.entries * self.group_length
 
 
-# Bits a weight -> formats from the largest codebooks to the smallest. Chosen by the figures in docs/small_matrices.md.
+# Bits a weight -> formats from the largest codebooks to the smallest. Chosen by `python -m benchmarks.small_matrices`.
 DEFAULT_FORMATS: dict[int, tuple[AdditiveFormat, ...]] = {
     bits: tuple(AdditiveFormat(*sizes) for sizes in ladder)
     for bits, ladder in {

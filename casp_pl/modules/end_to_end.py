@@ -47,7 +47,8 @@ def text_mask(adapter: ModelAdapter, batch: Mapping[str, Any]) -> Tensor:
 
 def answer_mask(batch: Mapping[str, Any]) -> Tensor:
     """True where the next token belongs to the answer of a conversation: (B, T) bool; a plain text has no answer."""
-    real, labelled = batch["attention_mask"].bool(), batch["labels"] != IGNORE
+    real: Tensor = batch["attention_mask"].bool()
+    labelled: Tensor = batch["labels"] != IGNORE
     conversation = (real & ~labelled)[:, 1:].any(dim=1, keepdim=True)
     return F.pad(labelled[:, 1:], (0, 1)) & conversation
 
@@ -73,7 +74,7 @@ class EndToEndModule(pl.LightningModule):
         adapter: ModelAdapter,
         teacher: Mapping[str, Tensor],
         *,
-        lr: float = 1e-3,
+        lr: float = 3e-4,
         steps: int = 40,
         warmup: float = 0.1,
         answer_weight: float = 1.0,

@@ -6,6 +6,7 @@ Letters: O out, I in, G = ceil(I / D) groups a row, D group size.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from casp_pl.errors import ConfigError
@@ -125,6 +126,10 @@ class UniformLinear(QuantizedLinear):
         """The weight (O, I), differentiable with respect to the scales."""
         steps = self._steps.get(self._count_steps, self.codes, self.zeros)
         return dequantize_uniform(steps, self.scales, self.in_features)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """By way of the dense weight."""
+        return F.linear(x, self.dequantize(), self.bias)
 
     @property
     def code_bits(self) -> int:

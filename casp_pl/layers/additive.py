@@ -6,6 +6,7 @@ Letters: O out, I in, G = ceil(I / D) groups a row, K codebooks, C entries a cod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from casp_pl.errors import ConfigError
@@ -120,6 +121,10 @@ class AdditiveLinear(QuantizedLinear):
         index = self._index.get(lambda: AdditiveIndex(self.codes_unpacked(), self.entries), self.codes)
         weight = dequantize_additive(index, self.codebooks, self.scales)
         return weight if weight.shape[1] == self.in_features else weight[:, : self.in_features].contiguous()
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """By way of the dense weight."""
+        return F.linear(x, self.dequantize(), self.bias)
 
     @property
     def code_bits(self) -> int:

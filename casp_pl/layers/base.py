@@ -58,6 +58,10 @@ class QuantizedLinear(nn.Module, ABC):
     def dequantize(self) -> Tensor:
         """The weight (O, I), differentiable with respect to the tables."""
 
+    @abstractmethod
+    def multiply(self, x: Tensor) -> Tensor:
+        """X (..., I) -> x W^T + bias (..., O) by the way that is fastest for this kind of codes; differentiable."""
+
     @property
     @abstractmethod
     def code_bits(self) -> int:
@@ -82,8 +86,11 @@ class QuantizedLinear(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """X (..., I) -> (..., O)."""
+        collect = self.collect_weight_gradient and torch.is_grad_enabled()
+        if self._dense is None and not collect:
+            return self.multiply(x)
         weight = self.dequantize() if self._dense is None else self._dense
-        if self.collect_weight_gradient and torch.is_grad_enabled():
+        if collect:
             weight = weight if weight.requires_grad else weight.detach().requires_grad_()
             weight.register_hook(self._add_weight_gradient)  # type: ignore[no-untyped-call]
         return F.linear(x, weight, self.bias)

@@ -12,7 +12,7 @@ from casp_pl.errors import ConfigError
 from casp_pl.kernels.lattice import GROUP_LENGTH, LATTICE_STAGES, pack_lattice, unpack_lattice
 from casp_pl.layers.base import STORED_FLOAT_BITS, QuantizedLinear
 from casp_pl.layers.cache import CodesCache
-from casp_pl.layers.lattice_weight import dequantize_lattice, lattice_quarters
+from casp_pl.layers.lattice_weight import dequantize_lattice, lattice_quarters, multiply_lattice
 
 __all__ = ["LatticeLinear"]
 
@@ -113,8 +113,12 @@ class LatticeLinear(QuantizedLinear):
 
     def dequantize(self) -> Tensor:
         """The weight (O, I), differentiable with respect to su and sv."""
-        quarters = self._quarters.get(lambda: lattice_quarters(self.codes, self.bits), self.codes)
-        return dequantize_lattice(quarters, self.su, self.sv, self.bits)
+        return dequantize_lattice(self._decoded(), self.su, self.sv, self.bits)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """By transforming inputs and outputs: they are fewer than weights, and no gradient of a weight is needed."""
+        y = multiply_lattice(x, self._decoded(), self.su, self.sv, self.bits)
+        return y if self.bias is None else y + self.bias
 
     @property
     def code_bits(self) -> int:
@@ -137,3 +141,6 @@ class LatticeLinear(QuantizedLinear):
     def free_cache(self) -> None:
         """Drops the decoded points, a byte for a weight and stage."""
         self._quarters.clear()
+
+    def _decoded(self) -> Tensor:
+        return self._quarters.get(lambda: lattice_quarters(self.codes, self.bits), self.codes)

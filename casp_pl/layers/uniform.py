@@ -6,6 +6,7 @@ Letters: O out, I in, G = ceil(I / D) groups a row, D group size.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from casp_pl.errors import ConfigError, IntegrityError
@@ -158,6 +159,10 @@ class UniformLinear(QuantizedLinear):
         steps, positions = self._steps.get(self._count_steps, *sources)
         weight = dequantize_uniform(steps, self.scales, self.in_features)
         return weight if positions is None else weight.index_select(1, positions)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """By way of the dense weight."""
+        return F.linear(x, self.dequantize(), self.bias)
 
     @property
     def code_bits(self) -> int:

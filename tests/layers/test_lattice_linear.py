@@ -68,6 +68,16 @@ def test_gradients_pass_gradcheck(shape: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_through_the_transforms_equal_those_of_the_dense_formula(shape: tuple[int, int, int]) -> None:
+    layer, _ = _random_layer(shape)
+    layer = layer.double()
+    x = torch.randn(9, shape[1], dtype=torch.float64, requires_grad=True)
+    tensors = [x, layer.bias, layer.su, layer.sv]
+    wanted = torch.autograd.grad(nn.functional.linear(x, _formula(layer), layer.bias).square().sum(), tensors)
+    torch.testing.assert_close(torch.autograd.grad(layer(x).square().sum(), tensors), wanted)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bias", [True, False])
 def test_bytes_in_a_file_equal_the_reported_bits(shape: tuple[int, int, int], bias: bool, tmp_path: Path) -> None:
     layer, _ = _random_layer(shape, bias=bias)

@@ -2,7 +2,7 @@
 
 A code changes by a leap, and the leaps of many groups add up in the outputs that they share; a gradient says nothing
 about either. So an update is a trial: it stays only if the loss of the last batch falls, and is tried again with fewer
-groups if it does not. Without that one update of 1 % of the groups made the error of a block ten times as large.
+groups if it does not. Without that, updates of 1 % of the groups made a block's held-back error eight times as large.
 """
 
 from typing import Any, Protocol

@@ -154,3 +154,5 @@ def test_nothing_goes_through_tmpdir(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", "/nonexistent")
     write_safetensors(tmp_path / "x", TENSORS)
     write_text(tmp_path / "y", "y")
+    assert (tmp_path / "y").read_text() == "y"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["x", "y"]

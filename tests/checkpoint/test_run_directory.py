@@ -107,8 +107,8 @@ def test_another_configuration_is_refused_by_key(tmp_path, now, key):
 def test_fingerprints_compare_as_json(tmp_path):
     with RunDirectory.open(tmp_path, {"levels": (2, 3), "empty": {}}):
         pass
-    with RunDirectory.open(tmp_path, {"empty": {}, "levels": [2, 3]}):
-        pass
+    with RunDirectory.open(tmp_path, {"empty": {}, "levels": [2, 3]}) as run:
+        assert run.fingerprint == {"levels": [2, 3], "empty": {}}
 
 
 def break_manifest(path, text):

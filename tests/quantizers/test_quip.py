@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from casp_pl.errors import ConfigError, InputError, NumericsError
+from casp_pl.errors import ConfigError
 from casp_pl.layers import build_layer
 from casp_pl.layers.lattice_weight import dequantize_lattice_reference, lattice_quarters
 from casp_pl.linalg.losses import relative_proxy_loss
@@ -125,54 +125,6 @@ def test_outliers_do_no_harm() -> None:
     assert _loss(hard, spiked, moment) < 1.3 * _loss(usual, weight, moment)
 
 
-def test_same_seed_same_result() -> None:
-    weight, moment = _problem(24, 40)
-    first, second = (QuIPSharpQuantizer(seed=3).quantize(weight, moment, bits=3) for _ in range(2))
-    given = QuIPSharpQuantizer().quantize(weight, moment, bits=3, generator=torch.Generator().manual_seed(3))
-    other = QuIPSharpQuantizer(seed=4).quantize(weight, moment, bits=3)
-    for name, tensor in first.state_dict().items():
-        assert torch.equal(tensor, second.state_dict()[name])
-        assert torch.equal(tensor, given.state_dict()[name])
-    assert not torch.equal(first.codes, other.codes)
-
-
-def test_neither_global_random_state_nor_inputs_are_touched() -> None:
-    weight, moment = _problem(16, 24)
-    kept, state = (weight.clone(), moment.clone()), torch.get_rng_state()
-    QuIPSharpQuantizer().quantize(weight, moment, bits=2)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(weight, kept[0])
-    assert torch.equal(moment, kept[1])
-
-
-@pytest.mark.parametrize("name", ["zero", "rank one", "dead columns", "indefinite", "huge", "tiny"])
-@pytest.mark.parametrize("columns", [20, 24])
-def test_poor_second_moments_give_a_finite_layer(name: str, columns: int) -> None:
-    weight, moment = _problem(32, columns)
-    alive = (torch.arange(columns) % 3 > 0).float()
-    poor = {
-        "zero": torch.zeros(columns, columns),
-        "rank one": torch.ones(columns, columns),
-        "dead columns": moment * alive * alive[:, None],
-        "indefinite": moment - 0.5 * moment.diagonal().mean() * torch.eye(columns),
-        "huge": 1e12 * moment,
-        "tiny": 1e-12 * moment,
-    }[name]
-    approx = QuIPSharpQuantizer().quantize(weight, poor, bits=2).dequantize()
-    assert approx.isfinite().all()
-    assert (weight - approx).norm() < weight.norm()
-    if name in ("huge", "tiny"):
-        assert relative_proxy_loss(weight, approx, moment) < 0.125
-
-
-@pytest.mark.parametrize("factor", [1e-6, 1e4])
-def test_weights_of_unusual_size_survive_float16(factor: float) -> None:
-    weight, moment = _problem(32, 24)
-    usual = _loss(QuIPSharpQuantizer().quantize(weight, moment, bits=2), weight, moment)
-    layer = QuIPSharpQuantizer().quantize(factor * weight, moment, bits=2)
-    assert _loss(layer, factor * weight, moment) < 1.1 * usual
-
-
 def test_rows_and_weights_of_zeros_are_exact() -> None:
     weight, moment = _problem(12, 16)
     weight[[0, 7]] = 0
@@ -180,14 +132,6 @@ def test_rows_and_weights_of_zeros_are_exact() -> None:
     assert (layer.dequantize()[[0, 7]] == 0).all()
     assert _loss(layer, weight, moment) < 0.125
     assert (QuIPSharpQuantizer().quantize(torch.zeros(4, 16), moment, bits=2).dequantize() == 0).all()
-
-
-def test_low_precision_inputs_are_computed_in_float32() -> None:
-    weight, moment = _problem(24, 16)
-    layer = QuIPSharpQuantizer().quantize(weight.bfloat16(), moment.double(), bits=3)
-    expected = QuIPSharpQuantizer().quantize(weight.bfloat16().float(), moment, bits=3)
-    assert layer.su.dtype == torch.float32
-    assert torch.equal(layer.dequantize(), expected.dequantize())
 
 
 def test_low_rank_factors_can_be_lattice_codes() -> None:
@@ -212,17 +156,3 @@ def test_low_rank_factors_can_be_lattice_codes() -> None:
 def test_settings_that_cannot_work(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         QuIPSharpQuantizer(**settings)
-
-
-def test_inputs_that_cannot_work() -> None:
-    weight, moment = _problem(4, 8)
-    quantizer = QuIPSharpQuantizer()
-    with pytest.raises(ConfigError, match="cannot do 8 bits"):
-        quantizer.quantize(weight, moment, bits=8)
-    with pytest.raises(InputError, match="second moment"):
-        quantizer.quantize(weight, moment[:4, :4], bits=2)
-    for place in (0, 1):
-        broken = [weight.clone(), moment.clone()]
-        broken[place][1, 1] = torch.nan
-        with pytest.raises(NumericsError, match="1 values"):
-            quantizer.quantize(*broken, bits=2)

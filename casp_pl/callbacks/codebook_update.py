@@ -28,10 +28,11 @@ class Fitted(Protocol):
 
 
 class CodebookUpdate(pl.Callback):
-    """Re-encodes the few groups of every additive layer that the straight-through gradient pulls hardest.
+    """Re-encodes the few groups of every additive layer that the straight-through gradient pulls most steadily.
 
-    While training runs, the gradient of every dequantized weight is summed. After every `every`-th optimizer step the
-    `fraction` of groups with the largest pull, at most one of a row, gets new codes, nearest to where the pull leads.
+    While training runs, the gradient of every dequantized weight and its square are summed. After every `every`-th
+    optimizer step the `fraction` of groups with the largest sum^2 / sum of squares, at most one of a row, gets new
+    codes, nearest to where the pull leads.
     What does not lower the loss of the last batch is taken back.
 
     Args:
@@ -98,7 +99,8 @@ def update_codes(layer: AdditiveLinear, gradient: Tensor, *, fraction: float, st
 
     Args:
         layer: its codes are changed in place.
-        gradient: (O, I), gradient of the loss with respect to the dequantized weight.
+        gradient: (2, O, I), the gradients of the loss with respect to the dequantized weight, summed over batches, and
+            the sum of their squares, which stands for the curvature.
         fraction: share of the groups that may change, at most one of a row.
         step: length of the pull relative to the group's distance to its nearest other entry.
 
@@ -114,8 +116,8 @@ def update_codes(layer: AdditiveLinear, gradient: Tensor, *, fraction: float, st
     count = min(layer.out_features, max(1, round(fraction * layer.out_features * layer.groups)))
     rows = strength.topk(count).indices
     group = group[rows]
-    # in the row's own units, where entries live: W = scale * value
-    direction = -total[rows, group] / squares[rows, group] / scales[rows]
+    # where entries live, W = scale * value: of the scale of a row only the sign turns a direction
+    direction = -total[rows, group] / squares[rows, group] * scales[rows].sign()
     direction = direction / direction.norm(dim=1, keepdim=True).clamp_min(1e-30)
     codes = layer.codes_unpacked().long()
     chosen = codes[rows, group]

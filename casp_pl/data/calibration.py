@@ -2,20 +2,30 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from itertools import chain
+from typing import Any, TypeAlias
 
 import lightning.pytorch as pl
 import torch
 
 from casp_pl.data.collate import Collator
-from casp_pl.data.loaders import FixedLoader, StatefulLoader, rank_batches
-from casp_pl.data.selection import choose_windows, encode_conversations, hold_back, spread_over_images
+from casp_pl.data.loaders import FixedLoader, StatefulLoader, deal, rank_batches
+from casp_pl.data.selection import (
+    choose_windows,
+    encode_conversations,
+    group_by_image,
+    hold_back,
+    spread_over_images,
+)
 from casp_pl.data.skipped import Skipped, refuse_too_many_skipped
 from casp_pl.data.sources import DataSource, EasyVQA, PydocProse
 from casp_pl.data.tokenize import Encoded, Processor
 from casp_pl.errors import ConfigError, InputError
 
 __all__ = ["CalibrationData"]
+
+_Split: TypeAlias = tuple[list[Encoded], list[Encoded], list[Encoded]]
+"""Kept, held back, and for fine-tuning alone."""
 
 
 class CalibrationData(pl.LightningDataModule):
@@ -26,10 +36,14 @@ class CalibrationData(pl.LightningDataModule):
     Args:
         source: image-text (or text-only) conversations; easy-VQA if not given.
         text_source: plain texts; the prose of Python's language reference if not given.
-        samples: number of samples in all, conversations and text windows.
+        samples: number of samples in all, images with their conversations and text windows.
         text_ratio: share of the samples that are text windows: 0 for conversations alone, 1 for text alone.
         text_length: tokens of a text window.
+        questions_per_image: conversations about one image that are taken together as one sample. They share the
+            tokens up to the end of the image, so a sample of eight costs little more than twice one of one.
         holdout: share of the samples, by whole images, that is held back for validation.
+        fine_tuning_samples: samples that `train_dataloader` draws from, those kept for calibration among them; more
+            than these cost only what training on them costs. None for the same ones.
         batch_size: samples per batch and process.
         max_length: longer conversations are cut to that many tokens.
         seed: decides which samples are taken and in which order training sees them.
@@ -43,13 +57,21 @@ class CalibrationData(pl.LightningDataModule):
         samples: int = 256,
         text_ratio: float = 0.25,
         text_length: int = 256,
+        questions_per_image: int = 1,
         holdout: float = 0.125,
+        fine_tuning_samples: int | None = None,
         batch_size: int = 8,
         max_length: int = 2048,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        least = {"samples": (samples, 1), "text_length": (text_length, 2), "batch_size": (batch_size, 1)}
+        least = {
+            "samples": (samples, 1),
+            "text_length": (text_length, 2),
+            "questions_per_image": (questions_per_image, 1),
+            "fine_tuning_samples": (samples if fine_tuning_samples is None else fine_tuning_samples, samples),
+            "batch_size": (batch_size, 1),
+        }
         for name, (value, low) in least.items():
             if value < low:
                 raise ConfigError(f"data.{name} is {value}, it must be at least {low}")
@@ -57,8 +79,10 @@ class CalibrationData(pl.LightningDataModule):
             raise ConfigError(f"data.text_ratio ({text_ratio}) and data.holdout ({holdout}) are shares between 0 and 1")
         self.source = source
         self.text_source = text_source
-        self.text_samples = round(samples * text_ratio)
-        self.conversations = samples - self.text_samples
+        self.samples = samples
+        self.fine_tuning_samples = samples if fine_tuning_samples is None else fine_tuning_samples
+        self.text_ratio = text_ratio
+        self.questions_per_image = questions_per_image
         self.text_length = text_length
         self.holdout = holdout
         self.batch_size = batch_size
@@ -67,12 +91,13 @@ class CalibrationData(pl.LightningDataModule):
         self._processor: Processor = None
         self._kept: list[Encoded] = []
         self._held_back: list[Encoded] = []
+        self._more: list[Encoded] = []
         self._skipped: list[Skipped] = []
 
     def attach(self, processor: Processor) -> None:
         """Use this processor (or tokenizer); what was set up with another one is forgotten."""
         self._processor = processor
-        self._kept, self._held_back, self._skipped = [], [], []
+        self._kept, self._held_back, self._more, self._skipped = [], [], [], []
 
     def setup(self, stage: str | None = None) -> None:
         """Choose, check and tokenize the samples; does nothing when that is done already.
@@ -85,25 +110,25 @@ class CalibrationData(pl.LightningDataModule):
         if self._processor is None:
             raise RuntimeError("CalibrationData.attach(processor) comes before its loaders")
         generator = torch.Generator().manual_seed(self.seed)
-        kept, held_back = self._encode_conversations(generator)
-        kept_text, held_back_text = self._encode_text(generator)
-        kept, held_back = kept + kept_text, held_back + held_back_text
+        parts = zip(self._encode_conversations(generator), self._encode_text(generator), strict=True)
+        kept, held_back, more = (conversations + texts for conversations, texts in parts)
         if not kept:
             raise InputError("No calibration sample is left: raise data.samples or lower data.holdout")
-        self._kept, self._held_back = kept, held_back
+        self._kept, self._held_back, self._more = kept, held_back, more
 
     def calibration_dataloader(self) -> FixedLoader[Encoded]:
-        """All samples that are not held back, once, in a fixed order: by length, so that padding is small."""
+        """All samples that are not held back, once, in a fixed order; every batch holds its share of text windows."""
         return self._fixed(self._set_up()._kept)
 
     def train_dataloader(self) -> StatefulLoader[Encoded]:
-        """All samples that are not held back, shuffled in every epoch; its position survives a resume."""
-        kept = self._set_up()._kept
+        """The fine-tuning samples but those held back, shuffled in every epoch; its position survives a resume."""
+        self.setup()
         rank, world_size = self._ranks()
         return StatefulLoader(
-            kept,
+            self._kept + self._more,
             Collator(self._processor),
             batch_size=self.batch_size,
+            kind=_has_image,
             seed=self.seed,
             rank=rank,
             world_size=world_size,
@@ -121,6 +146,8 @@ class CalibrationData(pl.LightningDataModule):
         image_tokens = sum(sample.image_tokens for sample in kept)
         return {
             "samples": len(kept),
+            "fine_tuning_samples": len(kept) + len(self._more),
+            "conversations": sum(max(sample.branches, default=1) for sample in kept if sample.image is not None),
             "image_samples": image_samples,
             "text_samples": len(kept) - image_samples,
             "image_tokens": image_tokens,
@@ -131,9 +158,9 @@ class CalibrationData(pl.LightningDataModule):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the ids and tokens of all samples, kept and held back."""
+        """SHA-256 over the ids and tokens of all samples: kept, held back, and those for fine-tuning alone."""
         digest = hashlib.sha256()
-        for sample in [*self._set_up()._kept, *self._held_back]:
+        for sample in [*self._set_up()._kept, *self._held_back, *self._more]:
             digest.update(f"{sample.id}:{sample.input_ids}\n".encode())
         return digest.hexdigest()
 
@@ -141,36 +168,46 @@ class CalibrationData(pl.LightningDataModule):
         self.setup()
         return self
 
-    def _encode_conversations(self, generator: torch.Generator) -> tuple[list[Encoded], list[Encoded]]:
-        if self.conversations == 0:
-            return [], []
+    def _encode_conversations(self, generator: torch.Generator) -> _Split:
+        first, count = (wanted - self._texts(wanted) for wanted in (self.samples, self.fine_tuning_samples))
+        if count == 0:
+            return [], [], []
         source = self.source if self.source is not None else EasyVQA()
-        groups, self._skipped = [], []
-        for group in spread_over_images(source.load("train"), self.conversations, generator):
+        groups = spread_over_images(source.load("train"), count, generator, together=self.questions_per_image)
+        pieces, self._skipped = [], []
+        for group in groups:
             encoded, skipped = encode_conversations(group, self._processor, self.max_length)
-            groups += [encoded] if encoded else []
+            pieces.append(encoded)
             self._skipped += skipped
-        refuse_too_many_skipped(self._skipped, self.conversations)
-        return hold_back(groups, self.holdout)
+        refuse_too_many_skipped(self._skipped, sum(map(len, groups)))
+        kept, held_back = hold_back(group_by_image(list(chain.from_iterable(pieces[:first]))), self.holdout)
+        taken = {sample.image for sample in held_back}
+        return kept, held_back, [sample for sample in chain.from_iterable(pieces[first:]) if sample.image not in taken]
 
-    def _encode_text(self, generator: torch.Generator) -> tuple[list[Encoded], list[Encoded]]:
-        if self.text_samples == 0:
-            return [], []
+    def _encode_text(self, generator: torch.Generator) -> _Split:
+        first, count = self._texts(self.samples), self._texts(self.fine_tuning_samples)
+        if count == 0:
+            return [], [], []
         source = self.text_source if self.text_source is not None else PydocProse()
         windows = choose_windows(
-            source.load("train"),
-            self._processor,
-            length=self.text_length,
-            count=self.text_samples,
-            generator=generator,
+            source.load("train"), self._processor, length=self.text_length, count=count, generator=generator
         )
-        return hold_back([[window] for window in windows], self.holdout)
+        return *hold_back([[window] for window in windows[:first]], self.holdout), windows[first:]
+
+    def _texts(self, samples: int) -> int:
+        """How many of so many samples are text windows."""
+        return round(samples * self.text_ratio)
 
     def _fixed(self, samples: Sequence[Encoded]) -> FixedLoader[Encoded]:
-        order = sorted(range(len(samples)), key=lambda number: (len(samples[number]), number))
+        by_length = sorted(range(len(samples)), key=lambda number: (len(samples[number]), number))
+        order = deal([[n for n in by_length if _has_image(samples[n]) == kind] for kind in (True, False)])
         rank, world_size = self._ranks()
         batches = rank_batches(order, self.batch_size, rank=rank, world_size=world_size)
         return FixedLoader([[samples[number] for number in batch] for batch in batches], Collator(self._processor))
 
     def _ranks(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+
+def _has_image(sample: Encoded) -> bool:
+    return sample.image is not None

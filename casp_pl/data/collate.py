@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from casp_pl.data.branches import positions
 from casp_pl.data.images import load_image
 from casp_pl.data.tokenize import IGNORE, Encoded, Processor, pad_token_id
+
+PADDING = -1  # the branch that nothing else is in
 
 __all__ = ["Collator", "load_pixels", "pad_right"]
 
@@ -18,6 +21,7 @@ __all__ = ["Collator", "load_pixels", "pad_right"]
 class Collator:
     """Makes batches: right-padded input_ids, attention_mask, labels (B, T); float32 pixel_values (M, 3, H, W) if M > 0.
 
+    Where conversations share an image also `branches`, -1 at padding, and `position_ids` (B, T), see `visible_pairs`.
     `sample_ids` lists the B ids. Other tensors of the image processor, such as image_sizes, are passed on.
     """
 
@@ -37,6 +41,10 @@ class Collator:
             "labels": pad_right([sample.labels for sample in samples], IGNORE),
             "sample_ids": [sample.id for sample in samples],
         }
+        if any(sample.branches for sample in samples):
+            branches = [sample.branches or (0,) * len(sample) for sample in samples]
+            batch["branches"] = pad_right(branches, PADDING)
+            batch["position_ids"] = pad_right([positions(row) for row in branches], 0)
         return batch | load_pixels(samples, self.processor)
 
 

@@ -5,14 +5,14 @@ rank takes its share of each piece. Samples are repeated only where the last pie
 ranks.
 """
 
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Hashable, Iterator, Sequence, Sized
 from typing import Any, Generic, TypeVar
 
 import torch
 
 from casp_pl.errors import ConfigError
 
-__all__ = ["FixedLoader", "StatefulLoader", "rank_batches"]
+__all__ = ["FixedLoader", "StatefulLoader", "deal", "rank_batches"]
 
 T = TypeVar("T")
 SizedT = TypeVar("SizedT", bound=Sized)
@@ -30,6 +30,16 @@ def rank_batches(order: Sequence[int], batch_size: int, *, rank: int = 0, world_
         piece += [piece[number % len(piece)] for number in range(world_size - len(piece))]
         batches.append(piece[rank::world_size])
     return batches
+
+
+def deal(lists: Sequence[Sequence[int]]) -> list[int]:
+    """The lists merged so that every stretch of the result holds its share of each; each keeps its own order."""
+    placed = [
+        ((place + 0.5) / len(numbers), kind, number)
+        for kind, numbers in enumerate(lists)
+        for place, number in enumerate(numbers)
+    ]
+    return [number for _, _, number in sorted(placed)]
 
 
 class FixedLoader(Generic[T]):
@@ -55,14 +65,15 @@ class FixedLoader(Generic[T]):
 class StatefulLoader(Generic[SizedT]):
     """Shuffled batches, another order in each epoch; after `load_state_dict` it goes on with the next batch.
 
-    Lightning saves and restores the state with its checkpoints. Samples of like length come into one batch: the order
-    is random, then sorted by length inside runs of `_RUN` batches, whose batches are shuffled again. Else a few long
-    texts would pad a batch of short conversations to twice its size.
+    Lightning saves and restores the state with its checkpoints. Every batch holds its share of each kind of samples, so
+    that no step of training follows one kind alone. Within a kind samples of like length come together: the order is
+    random, then sorted by length inside runs of `_RUN` batches, whose batches are shuffled again.
 
     Args:
         samples: the samples; `len()` of one is its number of tokens.
         collate: makes one batch of a list of samples.
         batch_size: samples per batch and rank.
+        kind: tells the kind of a sample; None: all are of one.
         seed: decides the order, together with the epoch.
         rank: number of this process.
         world_size: number of processes.
@@ -74,6 +85,7 @@ class StatefulLoader(Generic[SizedT]):
         collate: Callable[[Sequence[SizedT]], Batch],
         *,
         batch_size: int,
+        kind: Callable[[SizedT], Hashable] | None = None,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -81,6 +93,7 @@ class StatefulLoader(Generic[SizedT]):
         self.samples = samples
         self.collate = collate
         self.batch_size = batch_size
+        self.kind = kind
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
@@ -128,9 +141,7 @@ class StatefulLoader(Generic[SizedT]):
         order = torch.randperm(len(self.samples), generator=generator).tolist()
         step = self.batch_size * self.world_size
         pieces = [
-            piece
-            for start in range(0, len(order), _RUN * step)
-            for piece in _pieces(sorted(order[start : start + _RUN * step], key=self._length), step)
+            piece for run in _pieces(self._dealt(order), _RUN * step) for piece in _pieces(self._sorted(run), step)
         ]
         shuffled = torch.randperm(len(pieces), generator=generator).tolist()
         return [
@@ -138,8 +149,17 @@ class StatefulLoader(Generic[SizedT]):
             for number in shuffled
         ]
 
-    def _length(self, number: int) -> int:
-        return len(self.samples[number])
+    def _dealt(self, order: Sequence[int]) -> list[int]:
+        return deal(self._by_kind(order))
+
+    def _sorted(self, run: Sequence[int]) -> list[int]:
+        return deal([sorted(numbers, key=lambda number: len(self.samples[number])) for numbers in self._by_kind(run)])
+
+    def _by_kind(self, order: Sequence[int]) -> list[list[int]]:
+        kinds: dict[Hashable, list[int]] = {}
+        for number in order:
+            kinds.setdefault(self.kind(self.samples[number]) if self.kind else None, []).append(number)
+        return list(kinds.values())
 
 
 def _pieces(order: Sequence[int], size: int) -> list[Sequence[int]]:

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch
 
+from casp_pl.data.branches import join_branches
 from casp_pl.data.images import ImageRefusedError, load_image
 from casp_pl.data.sample import Sample
 from casp_pl.data.skipped import Skipped
@@ -15,6 +16,7 @@ from casp_pl.errors import InputError
 __all__ = ["choose_windows", "encode_conversations", "group_by_image", "hold_back", "shuffled", "spread_over_images"]
 
 T = TypeVar("T")
+S = TypeVar("S", Sample, Encoded)
 
 
 def shuffled(items: Sequence[T], generator: torch.Generator) -> list[T]:
@@ -22,25 +24,29 @@ def shuffled(items: Sequence[T], generator: torch.Generator) -> list[T]:
     return [items[number] for number in torch.randperm(len(items), generator=generator).tolist()]
 
 
-def group_by_image(samples: Sequence[Sample]) -> list[list[Sample]]:
+def group_by_image(samples: Sequence[S]) -> list[list[S]]:
     """Samples of one image together, in the order of their first samples; a sample without image is alone."""
-    groups: dict[object, list[Sample]] = {}
+    groups: dict[object, list[S]] = {}
     for sample in samples:
         groups.setdefault(sample.image or sample.id, []).append(sample)
     return list(groups.values())
 
 
-def spread_over_images(samples: Sequence[Sample], count: int, generator: torch.Generator) -> list[list[Sample]]:
-    """`count` samples, grouped by image: one of every image before a second one of any.
+def spread_over_images(
+    samples: Sequence[Sample], count: int, generator: torch.Generator, *, together: int = 1
+) -> list[list[Sample]]:
+    """`count` pieces of at most `together` samples of one image: a piece of every image before a second one of any.
 
     Raises:
-        InputError: there are fewer than `count` samples.
+        InputError: there are fewer than `count` pieces.
     """
-    if len(samples) < count:
-        raise InputError(f"{count} image-text samples are wanted, the source has {len(samples)}: lower `samples`")
     groups = shuffled([shuffled(group, generator) for group in group_by_image(samples)], generator)
-    rounds = chain.from_iterable(zip_longest(*groups))
-    return group_by_image(list(islice((sample for sample in rounds if sample is not None), count)))
+    pieces = [[group[at : at + together] for at in range(0, len(group), together)] for group in groups]
+    available = sum(map(len, pieces))
+    if available < count:
+        raise InputError(f"{count} image-text samples are wanted, the source has {available}: lower `samples`")
+    rounds = chain.from_iterable(zip_longest(*pieces))
+    return list(islice((piece for piece in rounds if piece is not None), count))
 
 
 def hold_back(groups: Sequence[Sequence[T]], share: float) -> tuple[list[T], list[T]]:
@@ -58,7 +64,10 @@ def hold_back(groups: Sequence[Sequence[T]], share: float) -> tuple[list[T], lis
 def encode_conversations(
     group: Sequence[Sample], processor: Processor, max_length: int
 ) -> tuple[list[Encoded], list[Skipped]]:
-    """Tokenize the samples of one image; it is decoded once, to see that it can be and how many tokens it takes."""
+    """Tokenize the samples of one image; it is decoded once, to see that it can be and how many tokens it takes.
+
+    Those that can share the image are joined (`join_branches`).
+    """
     try:
         path = group[0].image
         image_tokens = 0 if path is None else count_image_tokens(processor, load_image(path))
@@ -71,7 +80,7 @@ def encode_conversations(
             skipped.append(Skipped(sample.id, f"no answer within max_length = {max_length} tokens"))
         else:
             encoded.append(cut)
-    return encoded, skipped
+    return (join_branches(encoded, processor.image_token_id) if image_tokens else encoded), skipped
 
 
 def choose_windows(

@@ -46,6 +46,8 @@ class Encoded:
         labels: T labels, `IGNORE` where no loss is taken.
         image: path of the image or None.
         image_tokens: how many of the T tokens stand for the image.
+        branches: where conversations share an image (`join_branches`), T numbers: 0 in the shared start, then the
+            number of the conversation; empty for a single one.
     """
 
     id: str
@@ -53,6 +55,7 @@ class Encoded:
     labels: tuple[int, ...]
     image: Path | None = None
     image_tokens: int = 0
+    branches: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)

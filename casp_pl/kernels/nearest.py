@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from casp_pl.kernels.compiled import compiled_search
+
 __all__ = ["argmin_of_columns", "best_of_runs", "nearest_entries", "nearest_entries_reference", "nearest_scores"]
 
 _RUNS = 16
@@ -34,7 +36,13 @@ def nearest_entries(linear: Tensor, codebook: Tensor, norms: Tensor) -> Tensor:
     Returns:
         Indices of entries (N,), int64.
     """
-    return torch.cat([argmin_of_columns(scores) for scores in _scores(linear, codebook, norms)])
+    search = compiled_search(linear)
+    if search is None:
+        return torch.cat([argmin_of_columns(scores) for scores in _scores(linear, codebook, norms)])
+    entries = torch.empty(1, linear.shape[1], dtype=torch.int64)
+    table, unused = codebook.T.contiguous()[None], linear.new_empty(linear.shape[1])
+    search(linear, table, norms[None], table, 1, entries, unused)
+    return entries[0]
 
 
 def nearest_scores(linear: Tensor, codebook: Tensor, norms: Tensor) -> Tensor:

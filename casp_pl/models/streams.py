@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from casp_pl.models.adapter import ModelAdapter
+from casp_pl.models.branches import additive_mask
 
 __all__ = [
     "BlockBatch",
@@ -78,7 +79,11 @@ def first_block_batches(adapter: ModelAdapter, batches: Iterable[Mapping[str, An
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """The part of a collated batch that a model's forward takes."""
-    return {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values") if batch.get(key) is not None}
+    keys = ("input_ids", "attention_mask", "position_ids", "pixel_values")
+    inputs = {key: batch[key] for key in keys if batch.get(key) is not None}
+    if "branches" in batch:
+        inputs["attention_mask"] = additive_mask(batch, torch.get_default_dtype())
+    return inputs
 
 
 def run_block(block: nn.Module, batch: BlockBatch) -> Tensor:

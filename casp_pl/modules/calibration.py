@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from casp_pl.errors import NumericsError
 from casp_pl.linalg import relative_proxy_loss, whitened_svd
 from casp_pl.models.adapter import ModelAdapter
+from casp_pl.models.branches import visible_pairs
 from casp_pl.models.streams import model_inputs
 from casp_pl.modules.statistics import CalibrationStatistics
 from casp_pl.quantizers import RTNQuantizer
@@ -56,6 +57,7 @@ class CalibrationModule(pl.LightningModule):
         """One batch of the original model; the hooks do the rest."""
         self._real = batch["attention_mask"].bool()
         self._image = self.adapter.image_mask(batch["input_ids"]) & self._real
+        self._visible = visible_pairs(batch)
         self._tokens += int(self._real.sum())
         self._image_tokens += int(self._image.sum())
         self._watch_attention = batch_idx < self.sparsity_batches
@@ -124,15 +126,13 @@ class CalibrationModule(pl.LightningModule):
         return handles
 
     def _count_sparse(self, probabilities: Tensor) -> Tensor:
-        """(query modality, key modality, [below threshold, all]) over causal pairs of real tokens."""
-        length = probabilities.shape[-1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=probabilities.device).tril()
+        """(query modality, key modality, [below threshold, all]) over pairs of real tokens that see each other."""
         small = (probabilities < self.sparsity_threshold).float().mean(1)
         result = torch.zeros(2, 2, 2, dtype=torch.float64)
         kinds = (self._real & ~self._image, self._image)
         for q, query in enumerate(kinds):
             for k, key in enumerate(kinds):
-                pairs = query[:, :, None] & key[:, None, :] & causal
+                pairs = query[:, :, None] & key[:, None, :] & self._visible
                 result[q, k, 0] = small[pairs].double().sum()
                 result[q, k, 1] = pairs.sum()
         return result

@@ -6,8 +6,9 @@ Every stage leaves its figures in stages/NAME.json and its tensors beside; that 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import chain, islice
 from typing import Any
 
 import lightning.pytorch as pl
@@ -180,16 +181,15 @@ class CompressionRun:
 
     def _fit_end_to_end(self, blocks: list[nn.Module], held_back: Batches, steps: int) -> None:
         data = self.settings.data
-        teacher = teacher_states(self.adapter, [*data.calibration_dataloader(), *held_back])
+        teacher = teacher_states(self.adapter, chain(_first(data.train_dataloader(), steps), held_back))
         pl.seed_everything(self.settings.seed, verbose=False)
         with self.adapter.with_blocks(blocks):
             module = EndToEndModule(self.adapter, teacher, **self.settings.end_to_end)
+            callbacks: list[pl.Callback] = [BestState(), Advance(self.progress.advance, loop="train")]
+            if module.update_codes:
+                callbacks.insert(1, CodebookUpdate(**self.settings.codebook_update))
             trainer = self.trainers.make(
-                callbacks=[
-                    BestState(),
-                    CodebookUpdate(**self.settings.codebook_update),
-                    Advance(self.progress.advance, loop="train"),
-                ],
+                callbacks=callbacks,
                 max_steps=steps,
                 max_epochs=-1,
                 num_sanity_val_steps=0,
@@ -212,6 +212,12 @@ class CompressionRun:
             row = self.measurement.measure(name, self.adapter, blocks, self.progress.advance, started=begun)
         self.run.write_json(f"stages/{name}.json", asdict(row))
         self.progress.say(_sentence(row))
+
+
+def _first(loader: Iterable[dict[str, Any]], count: int) -> Iterator[dict[str, Any]]:
+    """The batches that `count` steps of training see, over as many epochs as that takes."""
+    epochs = chain.from_iterable(loader for _ in range(count))
+    return islice(epochs, count)
 
 
 def _sentence(row: StageRow) -> str:

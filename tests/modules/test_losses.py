@@ -5,7 +5,7 @@ from torch import nn
 
 from casp_pl.models import adapt, load_model
 from casp_pl.modules.blockwise import relative_error
-from casp_pl.modules.end_to_end import EndToEndModule, answer_mask, teacher_states, text_mask
+from casp_pl.modules.end_to_end import EndToEndModule, answer_mask, target_mask, teacher_states
 from casp_pl.modules.parameters import relative_groups, trainable_parameters
 
 
@@ -28,15 +28,16 @@ def test_teacher_states_give_the_original_logits() -> None:
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2)),
+        "labels": ids.masked_fill(torch.rand(ids.shape, generator=torch.Generator().manual_seed(3)) < 0.6, -100),
         "sample_ids": ["a", "b"],
     }
     adapter = adapt(model)
     states = teacher_states(adapter, [batch])
     with torch.no_grad():
-        logits = model(**{key: value for key, value in batch.items() if key != "sample_ids"}).logits
-        text = text_mask(adapter, batch)
-        torch.testing.assert_close(adapter.head(states["b"]), logits[1][text[1]], rtol=1e-4, atol=1e-5)
-    assert text.sum() == 2 * 5
+        logits = model(**{key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values")}).logits
+        before_a_label = [place for place in range(20) if batch["labels"][1, place + 1] != -100]
+        assert target_mask(batch)[1].nonzero().flatten().tolist() == before_a_label
+        torch.testing.assert_close(adapter.head(states["b"]), logits[1][before_a_label], rtol=1e-4, atol=1e-5)
 
 
 def test_relative_groups_follow_each_tensor() -> None:
@@ -62,13 +63,16 @@ def test_the_loss_is_the_kl_of_the_text_plus_the_weighted_kl_of_the_answers() ->
     adapter, generator = adapt(load_model("tiny")[0]), torch.Generator().manual_seed(4)
     ids = torch.randint(0, 200, (2, 9), generator=generator)
     labels = torch.full_like(ids, -100)
-    labels[0, 6:8], labels[1] = ids[0, 6:8], ids[1]
+    labels[0, 6:8], labels[1, 1:] = ids[0, 6:8], ids[1, 1:]
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "sample_ids": ["a", "b"]}
     teacher = {name: states + 0.1 for name, states in teacher_states(adapter, [batch]).items()}
     with torch.no_grad():
         student = adapter.model(input_ids=ids).logits.log_softmax(-1)
-        target = adapter.head(torch.stack([teacher["a"], teacher["b"]])).log_softmax(-1)
-        divergence = (target.exp() * (target - student)).sum(-1)
-        expected = divergence.mean() + 3.0 * divergence[0, 5:7].mean()
+
+        def divergence(states, of_student):
+            target = adapter.head(states).log_softmax(-1)
+            return (target.exp() * (target - of_student)).sum(-1).mean()
+
+        expected = divergence(teacher["b"], student[1, :8]) + 3.0 * divergence(teacher["a"], student[0, 5:7])
         actual = EndToEndModule(adapter, teacher, answer_weight=3.0).batch_loss(batch)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,38 @@
+"""Which tokens see which, where several questions share one image.
+
+A sample may hold several conversations about the same image. They branch off behind the image: every token sees the
+shared start and its own branch, as if each conversation stood alone, but the image is computed once.
+
+Shapes: B batch, T sequence.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["additive_mask", "visible_pairs"]
+
+
+def visible_pairs(batch: Mapping[str, Any]) -> Tensor:
+    """(B, T, T) bool, [b, q, k] is True where token q may look at token k: not behind it, not in another branch.
+
+    Args:
+        batch: `input_ids` (B, T) and, where conversations share an image, `branches` (B, T): 0 in the shared start,
+            then the number of the conversation, -1 at padding.
+    """
+    length = batch["input_ids"].shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=batch["input_ids"].device).tril()
+    branches = batch.get("branches")
+    if branches is None:
+        return causal.expand(len(batch["input_ids"]), length, length)
+    query, key = branches[:, :, None], branches[:, None, :]
+    visible: Tensor = ((key == 0) | (key == query)) & causal
+    return visible
+
+
+def additive_mask(batch: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
+    """`visible_pairs` as what attention adds to its scores: (B, 1, T, T), 0 or the least number of `dtype`."""
+    hidden = ~visible_pairs(batch)[:, None]
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, torch.finfo(dtype).min)

@@ -1,0 +1,70 @@
+"""The beam search, compiled and in torch, against exhaustive search and against each other, at even and odd sizes."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from casp_pl.kernels.beam_search import beam_search, beam_search_reference
+from casp_pl.kernels.compiled import compiled_search, search_path
+
+
+def _problem(codebooks: int, entries: int, length: int, vectors: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x (D, O), M (D, D), codebooks (K, C, D) and their norms and images."""
+    generator = torch.Generator().manual_seed(entries + vectors)
+    books = torch.randn(codebooks, entries, length, generator=generator)
+    root = torch.randn(length, length, generator=generator)
+    metric = root @ root.T + 0.1 * torch.eye(length)
+    images = (books @ metric).transpose(1, 2).contiguous()
+    norms = (images.transpose(1, 2) * books).sum(2)
+    return torch.randn(length, vectors, generator=generator), metric, books, norms, images
+
+
+def _score(x: Tensor, metric: Tensor, books: Tensor, codes: Tensor) -> Tensor:
+    """|x - sum|_M^2 - |x|_M^2 of every vector."""
+    total = sum(books[k][codes[k]].T for k in range(len(books)))
+    return ((x - total) * (metric @ (x - total))).sum(0) - (x * (metric @ x)).sum(0)
+
+
+SIZES = [(1, 256, 8, 33), (2, 256, 8, 577), (3, 64, 8, 1), (4, 16, 5, 70), (2, 2, 1, 9), (3, 256, 3, 31)]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("width", [1, 4, 16])
+def test_both_paths_find_the_same_sums(sizes: tuple[int, int, int, int], width: int) -> None:
+    x, metric, books, norms, images = _problem(*sizes)
+    codes, scores = beam_search(metric @ x, books, norms, images, width)
+    others, expected = beam_search_reference(metric @ x, books, norms, images, width)
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(_score(x, metric, books, codes), scores, rtol=1e-3, atol=1e-3)
+    assert (codes == others).float().mean() > 0.99  # equal but for ties in rounding
+
+
+def test_a_beam_of_all_partial_sums_is_exhaustive() -> None:
+    x, metric, books, norms, images = _problem(2, 8, 4, 21)
+    for search in (beam_search, beam_search_reference):
+        _, scores = search(metric @ x, books, norms, images, 8)
+        pairs = itertools.product(range(8), range(8))
+        every = torch.stack([_score(x, metric, books, torch.tensor(pair)[:, None].expand(2, 21)) for pair in pairs])
+        torch.testing.assert_close(scores, every.amin(0), rtol=1e-4, atol=1e-4)
+
+
+def test_the_result_does_not_depend_on_the_threads() -> None:
+    x, metric, books, norms, images = _problem(2, 256, 8, 1000)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 2, 2):
+            torch.set_num_threads(count)
+            results.append(beam_search(metric @ x, books, norms, images, 4))
+    finally:
+        torch.set_num_threads(threads)
+    for codes, scores in results[1:]:
+        assert torch.equal(codes, results[0][0])
+        assert torch.equal(scores, results[0][1])
+
+
+def test_float64_and_other_devices_stay_with_torch() -> None:
+    assert compiled_search(torch.empty(1, dtype=torch.float64)) is None
+    assert compiled_search(torch.empty(1, device="meta")) is None
+    assert search_path() == "numba", "the tests run with the extra `cpu`"

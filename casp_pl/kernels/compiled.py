@@ -31,8 +31,9 @@ def _load() -> Callable[..., None] | None:
     try:
         import numba
 
-        from casp_pl.kernels.numba_search import search
+        from casp_pl.kernels import numba_search
 
+        search: Any = numba_search.search  # a Dispatcher, whose type says nothing of its arguments
         probe = [torch.ones(*shape) for shape in ((1, 1), (1, 1, 2), (1, 2), (1, 1, 2))]
         results = torch.empty(1, 1, dtype=torch.int64), torch.empty(1)
         search(*_arrays(*probe), 1, *_arrays(*results))
@@ -40,7 +41,8 @@ def _load() -> Callable[..., None] | None:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         _LOG.info("codes are searched by torch, which takes longer: numba does not run here (%s)", reason)
         return None
-    most = numba.config.NUMBA_NUM_THREADS
+    config: Any = numba.config
+    most = config.NUMBA_NUM_THREADS
 
     def run(*arguments: Any) -> None:
         numba.set_num_threads(min(most, torch.get_num_threads()))

@@ -67,7 +67,7 @@ def first_block_batches(adapter: ModelAdapter, batches: Iterable[Mapping[str, An
     try:
         for batch in batches:
             try:
-                adapter.model(**model_inputs(batch), use_cache=False)
+                adapter.model(**model_inputs(batch, adapter.model.dtype), use_cache=False)
             except _StopForwardError:
                 hidden, arguments = caught.pop()
             real = batch["attention_mask"].bool()
@@ -77,12 +77,12 @@ def first_block_batches(adapter: ModelAdapter, batches: Iterable[Mapping[str, An
     return result
 
 
-def model_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The part of a collated batch that a model's forward takes."""
+def model_inputs(batch: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The part of a collated batch that the forward of a model of this dtype takes."""
     keys = ("input_ids", "attention_mask", "position_ids", "pixel_values")
     inputs = {key: batch[key] for key in keys if batch.get(key) is not None}
     if "branches" in batch:
-        inputs["attention_mask"] = additive_mask(batch, torch.get_default_dtype())
+        inputs["attention_mask"] = additive_mask(batch, dtype)
     return inputs
 
 

@@ -65,7 +65,7 @@ class CalibrationModule(pl.LightningModule):
         self.adapter.decoder.set_attn_implementation("eager" if self._watch_attention else before)
         try:
             # the decoder's output is enough: logits of every token would cost a quarter more
-            getattr(self.model, "model", self.model)(**model_inputs(batch), use_cache=False)
+            getattr(self.model, "model", self.model)(**model_inputs(batch, self.model.dtype), use_cache=False)
         finally:
             self.adapter.decoder.set_attn_implementation(before)
 

@@ -55,6 +55,7 @@ class AQLMQuantizer(Quantizer):
 
     name = "aqlm"
     levels = tuple(DEFAULT_FORMATS)
+    layer = AdditiveLinear
 
     def __init__(
         self,
@@ -94,15 +95,8 @@ class AQLMQuantizer(Quantizer):
         self.seed = seed
         self.rank_grain = max(layout.group_length for ladder in self.formats.values() for layout in ladder)
 
-    def layer_spec(self, out_features: int, in_features: int, *, bits: int, bias: bool = False) -> dict[str, Any]:
-        """See `Quantizer.layer_spec`."""
-        return {
-            "kind": AdditiveLinear.kind,
-            "in_features": in_features,
-            "out_features": out_features,
-            "bias": bias,
-            **self._format(out_features, in_features, bits)._asdict(),
-        }
+    def _structure(self, out_features: int, in_features: int, bits: int) -> dict[str, Any]:
+        return self._format(out_features, in_features, bits)._asdict()
 
     @torch.no_grad()
     def quantize(

@@ -20,11 +20,13 @@ class Quantizer(ABC):
     Attributes:
         name: what plans and reports call it.
         levels: the bits per weight it can do, ascending.
+        layer: the class of layer that it returns.
         rank_grain: ranks of low-rank factors are rounded down to a multiple of it.
     """
 
     name: ClassVar[str]
     levels: ClassVar[tuple[int, ...]]
+    layer: ClassVar[type[QuantizedLinear]]
     rank_grain: int
 
     @abstractmethod
@@ -52,9 +54,19 @@ class Quantizer(ABC):
             NumericsError: the weight or the second moment holds NaN or infinity.
         """
 
-    @abstractmethod
     def layer_spec(self, out_features: int, in_features: int, *, bits: int, bias: bool = False) -> dict[str, Any]:
-        """What `spec()` of the layer that `quantize` returns will say. `build_layer` makes the empty layer from it."""
+        """What `spec()` of the layer that `quantize` returns will say. `build_layer` makes the empty layer from it.
+
+        Raises:
+            ConfigError: the method cannot do `bits`.
+        """
+        self._check_bits(bits)
+        common = {"kind": self.layer.kind, "in_features": in_features, "out_features": out_features, "bias": bias}
+        return common | self._structure(out_features, in_features, bits)
+
+    @abstractmethod
+    def _structure(self, out_features: int, in_features: int, bits: int) -> dict[str, Any]:
+        """What `structure()` of that layer will say."""
 
     def storage_bits(self, out_features: int, in_features: int, *, bits: int) -> int:
         """Bits that such a weight takes in all: codes, codebooks, scales and zeros."""

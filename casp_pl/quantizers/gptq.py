@@ -49,6 +49,7 @@ class GPTQQuantizer(Quantizer):
 
     name = "gptq"
     levels = (2, 3, 4, 8)
+    layer = UniformLinear
 
     def __init__(
         self,
@@ -99,18 +100,9 @@ class GPTQQuantizer(Quantizer):
             *found[:3], bits=bits, group_size=self.group_size, column_groups=column_groups, bias=bias
         )
 
-    def layer_spec(self, out_features: int, in_features: int, *, bits: int, bias: bool = False) -> dict[str, Any]:
-        """See `Quantizer.layer_spec`."""
-        self._check_bits(bits)
-        spec = {
-            "kind": UniformLinear.kind,
-            "in_features": in_features,
-            "out_features": out_features,
-            "bias": bias,
-            "bits": bits,
-            "group_size": self.group_size,
-        }
-        return spec | ({"regrouped": True} if self._regroups(in_features) else {})
+    def _structure(self, out_features: int, in_features: int, bits: int) -> dict[str, Any]:
+        regrouped = {"regrouped": True} if self._regroups(in_features) else {}
+        return {"bits": bits, "group_size": self.group_size, **regrouped}
 
     def _regroups(self, in_features: int) -> bool:
         """Whether groups are other than runs of columns and have to be stored."""

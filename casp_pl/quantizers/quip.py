@@ -48,6 +48,7 @@ class QuIPSharpQuantizer(Quantizer):
 
     name = "quip"
     levels = tuple(LATTICE_STAGES)
+    layer = LatticeLinear
 
     def __init__(
         self,
@@ -77,16 +78,8 @@ class QuIPSharpQuantizer(Quantizer):
         self.seed = seed
         self.rank_grain = GROUP_LENGTH
 
-    def layer_spec(self, out_features: int, in_features: int, *, bits: int, bias: bool = False) -> dict[str, Any]:
-        """See `Quantizer.layer_spec`."""
-        self._check_bits(bits)
-        return {
-            "kind": LatticeLinear.kind,
-            "in_features": in_features,
-            "out_features": out_features,
-            "bias": bias,
-            "bits": bits,
-        }
+    def _structure(self, out_features: int, in_features: int, bits: int) -> dict[str, Any]:
+        return {"bits": bits}
 
     @torch.no_grad()
     def quantize(

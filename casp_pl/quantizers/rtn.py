@@ -26,6 +26,7 @@ class RTNQuantizer(Quantizer):
 
     name = "rtn"
     levels = (2, 3, 4, 8)
+    layer = UniformLinear
 
     def __init__(self, *, group_size: int = 64) -> None:
         if group_size < 1:
@@ -47,17 +48,8 @@ class RTNQuantizer(Quantizer):
         codes, zeros, scales = round_to_grid(weight.detach().to(torch.float32), bits, self.group_size)
         return UniformLinear.from_codes(codes, zeros, scales, bits=bits, group_size=self.group_size, bias=bias)
 
-    def layer_spec(self, out_features: int, in_features: int, *, bits: int, bias: bool = False) -> dict[str, Any]:
-        """See `Quantizer.layer_spec`."""
-        self._check_bits(bits)
-        return {
-            "kind": UniformLinear.kind,
-            "in_features": in_features,
-            "out_features": out_features,
-            "bias": bias,
-            "bits": bits,
-            "group_size": self.group_size,
-        }
+    def _structure(self, out_features: int, in_features: int, bits: int) -> dict[str, Any]:
+        return {"bits": bits, "group_size": self.group_size}
 
 
 def round_to_grid(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:

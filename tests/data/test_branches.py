@@ -11,6 +11,7 @@ from casp_pl.data.tokenize import encode_sample
 from casp_pl.models.adapter import adapt
 from casp_pl.models.branches import visible_pairs
 from casp_pl.models.streams import first_block_batches, model_inputs, run_blocks
+from casp_pl.models.tiny import load_tiny
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def conversations(tiny, llava_folder):
 
 @torch.no_grad()
 def hidden(model, batch):
-    return model.model(**model_inputs(batch), use_cache=False).last_hidden_state
+    return model.model(**model_inputs(batch, model.dtype), use_cache=False).last_hidden_state
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -50,6 +51,16 @@ def test_a_joined_sample_computes_what_its_members_compute(tiny, conversations, 
         torch.testing.assert_close(together[1, : len(text)], hidden(model, collator([text]))[0])
     finally:
         model.set_attn_implementation("sdpa")
+
+
+def test_half_precision_models_take_joined_samples_too(tiny, conversations):
+    processor = tiny[1]
+    model = load_tiny()[0]
+    batch = Collator(processor)(join_branches(conversations, processor.image_token_id))
+    expected = hidden(model, batch)
+    (stream,) = first_block_batches(adapt(model.to(torch.bfloat16)), [batch])
+    assert stream.arguments["attention_mask"].dtype == stream.hidden.dtype == torch.bfloat16
+    torch.testing.assert_close(hidden(model, batch).float(), expected, rtol=0.1, atol=0.1)
 
 
 def test_blocks_one_by_one_are_the_model(tiny, conversations):

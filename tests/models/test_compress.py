@@ -10,24 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from casp_pl.allocation import ModulePlan
-from casp_pl.layers import LowRankLinear, QuantizedLinear
+from casp_pl.layers import LowRankLinear, QuantizedLinear, UniformLinear
 from casp_pl.models import ModelAdapter
 from casp_pl.models.compress import BlockQuantization, collect_moments, round_to_nearest
 from casp_pl.models.streams import BlockBatch, first_block_batches, run_block, run_blocks, run_blocks_seeing
-from casp_pl.quantizers import AQLMQuantizer, Quantizer, RTNQuantizer
+from casp_pl.quantizers import AQLMQuantizer, RTNQuantizer
 
 BITS = {"q_proj": 3, "k_proj": 4, "v_proj": 2, "o_proj": 8, "gate_proj": 2, "up_proj": 3, "down_proj": 2}
 
 
-class Recorder(Quantizer):
+class Recorder(RTNQuantizer):
     """Rounds to nearest and remembers what it was given."""
 
-    name = "recorder"
-    levels = RTNQuantizer.levels
-    rank_grain = 1
-
     def __init__(self) -> None:
-        self.rtn = RTNQuantizer(group_size=12)
+        super().__init__(group_size=12)
+        self.rank_grain = 1
         self.calls: list[tuple[Tensor, Tensor, int]] = []
 
     def quantize(
@@ -38,13 +35,10 @@ class Recorder(Quantizer):
         bits: int,
         bias: Tensor | None = None,
         generator: torch.Generator | None = None,
-    ) -> QuantizedLinear:
+    ) -> UniformLinear:
         assert generator is not None
         self.calls.append((weight.clone(), second_moment.clone(), generator.initial_seed()))
-        return self.rtn.quantize(weight, second_moment, bits=bits, bias=bias)
-
-    def layer_spec(self, out_features: int, in_features: int, *, bits: int, bias: bool = False) -> dict[str, Any]:
-        return self.rtn.layer_spec(out_features, in_features, bits=bits, bias=bias)
+        return super().quantize(weight, second_moment, bits=bits, bias=bias)
 
 
 def _plans(adapter: ModelAdapter, number: int, ranks: dict[str, int] | None = None, **bits: int) -> list[ModulePlan]:

@@ -19,6 +19,7 @@ from typing import Any
 import lightning.pytorch as pl
 import yaml
 from jsonargparse import ArgumentError, Namespace
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import LightningArgumentParser
 
 from casp_pl.callbacks import BitAllocation, CodebookUpdate, LowRankAllocation
@@ -100,8 +101,9 @@ def _recipe_parser(name: str, text: str) -> LightningArgumentParser:
     kwargs_only: dict[str, Any] = {"instantiate": False}
     parser.add_class_arguments(CalibrationModule, "calibration", skip={"adapter", "measure_rounding"}, **kwargs_only)
     parser.add_class_arguments(
-        BlockwiseModule, "block_tuning", skip={"block", "train", "held_back", "number"}, **kwargs_only
+        BlockwiseModule, "block_tuning", skip={"blocks", "train", "held_back", "first"}, **kwargs_only
     )
+    parser.add_argument("--block_tuning.window", type=PositiveInt, default=1, help="blocks that are tuned together")
     parser.add_class_arguments(EndToEndModule, "end_to_end", skip={"adapter", "teacher"}, **kwargs_only)
     parser.add_class_arguments(CodebookUpdate, "codebook_update", **kwargs_only)
     parser.add_class_arguments(pl.Trainer, "trainer", fail_untyped=False, **kwargs_only)

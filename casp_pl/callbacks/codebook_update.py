@@ -63,7 +63,8 @@ class CodebookUpdate(pl.Callback):
         if self.fraction <= 0 or step % self.every or is_last:
             return
         layers = [layer for layer in _additive_layers(pl_module) if layer.weight_gradient is not None]
-        changed = self._try_update(pl_module, layers, batch)
+        with trainer.precision_plugin.forward_context():
+            changed = self._try_update(pl_module, layers, batch)
         for layer in layers:
             layer.weight_gradient = None
         self.changed += changed

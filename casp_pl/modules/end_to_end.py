@@ -13,7 +13,7 @@ from casp_pl.data.tokenize import IGNORE
 from casp_pl.kernels import head_divergence
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.streams import model_inputs
-from casp_pl.modules.parameters import relative_groups, trainable_parameters
+from casp_pl.modules.parameters import relative_groups, trainable_parameters, warmed_cosine
 
 __all__ = ["EndToEndModule", "answer_mask", "final_states", "target_mask", "teacher_states"]
 
@@ -79,7 +79,7 @@ class EndToEndModule(pl.LightningModule):
         *,
         lr: float = 3e-4,
         steps: int = 40,
-        warmup: float = 0.1,
+        warmup: float = 0.3,
         answer_weight: float = 1.0,
         update_codes: bool = False,
     ) -> None:
@@ -117,13 +117,10 @@ class EndToEndModule(pl.LightningModule):
         self.log("end_to_end/held_back_answer_kl", answers)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Adam with relative steps, a short warm-up, then linear decay."""
+        """Adam with relative steps, a warm-up, then half a cosine."""
         parameters = [p for p in self.blocks.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(relative_groups(parameters, self.lr), betas=(0.9, 0.95))
-        rise = max(1, round(self.warmup * self.steps))
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / rise, max(0.05, 1 - (step - rise) / max(1, self.steps - rise)))
-        )
+        schedule = warmed_cosine(optimizer, self.steps, self.warmup)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def batch_loss(self, batch: dict[str, Any]) -> Tensor:

@@ -1,12 +1,15 @@
 """Which tensors of a compressed model are trained, and how fast each may move."""
 
+import math
 from collections.abc import Iterable
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from casp_pl.layers import LowRankLinear, QuantizedLinear
 
-__all__ = ["relative_groups", "trainable_parameters"]
+__all__ = ["relative_groups", "trainable_parameters", "warmed_cosine"]
 
 
 def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -30,6 +33,23 @@ def relative_groups(parameters: Iterable[nn.Parameter], lr: float) -> list[dict[
     size would be too small for one or too large for the other.
     """
     return [{"params": [parameter], "lr": lr * _size(parameter)} for parameter in parameters]
+
+
+def warmed_cosine(optimizer: Optimizer, steps: int, warmup: float, floor: float = 0.05) -> LambdaLR:
+    """Learning rate that rises over a share `warmup` of the steps, then falls along half a cosine to `floor`.
+
+    The rise matters where Adam moves thousands of small tables at once: over 4 of 40 steps instead of 12 the first ten
+    steps of end-to-end training tripled the held-back loss of the answers.
+    """
+    rise = max(1, round(warmup * steps))
+
+    def factor(step: int) -> float:
+        if step < rise:
+            return (step + 1) / rise
+        progress = min(1.0, (step - rise) / max(1, steps - rise))
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return LambdaLR(optimizer, factor)
 
 
 def _size(parameter: nn.Parameter) -> float:

@@ -106,36 +106,44 @@ def tune_blocks(
     train: Batches,
     held_back: Batches,
     *,
+    window: int,
     tuning: dict[str, Any],
     update: dict[str, Any],
     seed: int,
-    block_done: Callable[[int, dict[str, float]], None],
+    window_done: Callable[[range, dict[str, float]], None],
 ) -> list[nn.Module]:
-    """Fine-tune block after block towards the original's outputs; files tuned/NNN.safetensors."""
+    """Fine-tune window after window of blocks towards the original's outputs; files tuned/NNN.safetensors."""
     blocks: list[nn.Module] = []
     teacher = student = first_block_batches(adapter, [*train, *held_back])
-    for number, original in enumerate(adapter.blocks):
-        name = f"tuned/{number:03d}.safetensors"
-        teacher = run_blocks(original, teacher)
-        if run.has(name):
-            block, losses = load_block(run, name, original)
+    for first in range(0, len(adapter.blocks), window):
+        numbers = range(first, min(first + window, len(adapter.blocks)))
+        originals = [adapter.blocks[number] for number in numbers]
+        held_back_targets = []
+        for original in originals:
+            teacher = run_blocks(original, teacher)
+            held_back_targets.append([batch.hidden for batch in teacher[len(train) :]])
+        names = [f"tuned/{number:03d}.safetensors" for number in numbers]
+        if all(run.has(name) for name in names):
+            loaded = [load_block(run, name, original) for name, original in zip(names, originals, strict=True)]
+            tuned, losses = [block for block, _ in loaded], loaded[-1][1]
         else:
-            block = copy.deepcopy(quantized[number])
-            pairs = [(batch, target.hidden) for batch, target in zip(student, teacher, strict=True)]
-            pl.seed_everything(seed * 1000 + number, verbose=False)
-            module = BlockwiseModule(block, pairs[: len(train)], pairs[len(train) :], number=number, **tuning)
-            losses = _fit_block(module, trainers, update)
-            round_to_storage(block)
-            block.eval().requires_grad_(False)
-            save_block(run, name, block, **losses)
-        block_done(number, losses)
-        blocks.append(block)
-        if number + 1 < len(adapter.blocks):
+            tuned = [copy.deepcopy(quantized[number]) for number in numbers]
+            pairs = [(batch, target.hidden) for batch, target in zip(student, teacher[: len(train)], strict=False)]
+            held = list(zip(student[len(train) :], zip(*held_back_targets, strict=True), strict=True))
+            pl.seed_everything(seed * 1000 + first, verbose=False)
+            losses = _fit_window(BlockwiseModule(tuned, pairs, held, first=first, **tuning), trainers, update)
+            for name, block in zip(names, tuned, strict=True):
+                round_to_storage(block)
+                block.eval().requires_grad_(False)
+                save_block(run, name, block, **losses)
+        window_done(numbers, losses)
+        blocks += tuned
+        for block in tuned if numbers[-1] + 1 < len(adapter.blocks) else ():
             student = run_through(block, student)
     return blocks
 
 
-def _fit_block(module: BlockwiseModule, trainers: TrainerFactory, update: dict[str, Any]) -> dict[str, float]:
+def _fit_window(module: BlockwiseModule, trainers: TrainerFactory, update: dict[str, Any]) -> dict[str, float]:
     best = BestState()
     callbacks = [best, CodebookUpdate(**update), EarlyStopping("val_loss", patience=module.patience, min_delta=0.0)]
     trainer = trainers.make(
@@ -144,6 +152,7 @@ def _fit_block(module: BlockwiseModule, trainers: TrainerFactory, update: dict[s
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         gradient_clip_val=1.0,
+        precision=trainers.tuning_precision,
     )
     trainer.validate(module, verbose=False)  # the state before training competes for the best
     trainer.fit(module)

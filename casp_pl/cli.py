@@ -1,4 +1,4 @@
-"""The command line: `python -m casp_pl {fit,plan,validate,test,predict,verify}`.
+"""The command line: `python -m casp_pl {fit,plan,validate,test,predict,verify,export}`.
 
 Built on Lightning's argument parser: the arguments are the constructor arguments of the classes that do the work, so
 their docstrings are the help and a recipe is checked against the real signatures. One fit is several LightningModules
@@ -27,6 +27,7 @@ from casp_pl.console import setup_logging
 from casp_pl.data import CalibrationData
 from casp_pl.data.evaluation import EvaluationData
 from casp_pl.errors import CaspError, ConfigError, InputError
+from casp_pl.export import EXPORT_DTYPES, EXPORT_FORMATS
 from casp_pl.models.compress import BlockQuantization
 from casp_pl.models.load import ModelSource
 from casp_pl.modules import BlockwiseModule, CalibrationModule, EndToEndModule
@@ -73,6 +74,15 @@ def build_parser(recipes: Mapping[str, LightningArgumentParser] | None = None) -
     verify.add_argument("directory", type=Path, help="runs/NAME or runs/NAME/model")
     verify.add_argument("--verbose", action="store_true", help="show tracebacks")
     subcommands.add_subcommand("verify", verify, help="check hashes and structure of a run or model directory")
+    export = _new_parser("Write a compressed model in the layout of another tool.")
+    export.add_argument("directory", type=Path, help="runs/NAME or runs/NAME/model")
+    export.add_argument("--format", choices=EXPORT_FORMATS, required=True, help="the layout")
+    export.add_argument("--out", type=Path, required=True, help="a new directory")
+    export.add_argument(
+        "--dtype", choices=EXPORT_DTYPES, help="of everything but codes; default: float16 where that loses nothing"
+    )
+    export.add_argument("--verbose", action="store_true", help="show tracebacks")
+    subcommands.add_subcommand("export", export, help="write a compressed model in the layout of another tool")
     return parser
 
 
@@ -172,6 +182,9 @@ def _run(arguments: list[str], verbose: bool) -> int:
         command = config.subcommand
         if command == "verify":
             return commands.verify(config.verify.directory)
+        if command == "export":
+            chosen = config.export
+            return commands.export(chosen.directory, chosen.out, chosen.format, dtype=chosen.dtype)
         settings = settings_from(recipes[command], config[command])
     except (ArgumentError, argparse.ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(_short_reason(str(error), recipes, arguments)) from error

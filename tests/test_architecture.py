@@ -22,6 +22,7 @@ FLOORS = (
     "console",
     "models",
     "checkpoint",
+    "export",
     "data",
     "evaluation",
     "modules",

@@ -1,8 +1,6 @@
 """Compressed models as ordinary Hugging Face directories: save, load, nothing but JSON and safetensors."""
 
 import logging
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,14 +10,15 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from casp_pl.checkpoint.atomic import remove_leftovers, resource_error, sync_directory, temporary_path, write_text
-from casp_pl.checkpoint.manifest import MANIFEST_NAME, Manifest, describe
+from casp_pl.checkpoint.atomic import write_json, write_text
+from casp_pl.checkpoint.directory import write_directory
+from casp_pl.checkpoint.manifest import MANIFEST_NAME, Manifest
 from casp_pl.checkpoint.model_directory import CONFIG_NAME, check_layout, is_compressed_model
 from casp_pl.checkpoint.reading import read_json
-from casp_pl.errors import InputError, IntegrityError, ResourceError
+from casp_pl.errors import InputError, IntegrityError
 from casp_pl.models.surgery import layer_specs
 
-__all__ = ["load_compressed", "save_compressed"]
+__all__ = ["load_compressed", "save_compressed", "save_plain"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,20 +37,32 @@ def save_compressed(model: nn.Module, processor: Any, out_dir: Path | str, *, ca
     Raises:
         ResourceError: the disk is full, the place cannot be written, or something else lies there.
     """
-    target = Path(out_dir)
-    _check_target(target)
-    temporary = temporary_path(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(target.parent, target.name)
-        temporary.mkdir()
-        _write(model, processor, temporary, card)
-        _put_in_place(temporary, target)
-    except (OSError, SafetensorError) as error:
-        size = sum(tensor.nbytes for tensor in model.state_dict().values())
-        raise resource_error(error, target, size) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    write_directory(out_dir, lambda directory: _write(model, processor, directory, card), size=_size(model))
+
+
+def save_plain(
+    model: nn.Module, processor: Any, out_dir: Path | str, *, card: str, quantization_config: dict[str, Any] | None
+) -> None:
+    """Write a model directory for other tools; it is absent or complete.
+
+    float32 tensors that float16 holds exactly are stored so, and the config keeps float32.
+
+    Args:
+        model: a Hugging Face model that holds its tensors under the names in which the other tool reads them. What it
+            knew of an earlier quantization is forgotten.
+        processor: its processor or tokenizer, saved beside it; None for none.
+        out_dir: a new directory.
+        card: text of README.md, the model card.
+        quantization_config: what config.json says of the layout; None for a dense model.
+
+    Raises:
+        ResourceError: the disk is full, the place cannot be written, or something else lies there.
+    """
+    write_directory(
+        out_dir,
+        lambda directory: _write_plain(model, processor, directory, card, quantization_config),
+        size=_size(model),
+    )
 
 
 def load_compressed(path: Path | str, *, device: str | torch.device = "cpu") -> tuple[Any, Any]:
@@ -78,47 +89,35 @@ def load_compressed(path: Path | str, *, device: str | torch.device = "cpu") -> 
     return model.to(device).eval(), _load_processor(directory)
 
 
-def _check_target(target: Path) -> None:
-    if target.is_dir() and (not any(target.iterdir()) or is_compressed_model(target)):
-        return
-    if target.exists():
-        raise ResourceError(f"{target} exists and is no compressed model: it is not overwritten.\nGive another place.")
-
-
 def _write(model: Any, processor: Any, directory: Path, card: str) -> None:
     with _announced_as_compressed(model), _without_progress_bars():
         model.save_pretrained(directory)
+    _write_beside(processor, directory, card)
+
+
+def _write_plain(
+    model: Any, processor: Any, directory: Path, card: str, quantization_config: dict[str, Any] | None
+) -> None:
+    from casp_pl.checkpoint.registration import compact_state_dict
+
+    if (quantizer := vars(model).get("hf_quantizer")) is not None:
+        quantizer.remove_quantization_config(model)
+    with _without_progress_bars():
+        model.save_pretrained(directory, state_dict=compact_state_dict(model))
+    if quantization_config is not None:
+        config = read_json(directory / CONFIG_NAME)
+        write_json(directory / CONFIG_NAME, config | {"quantization_config": quantization_config})
+    _write_beside(processor, directory, card)
+
+
+def _write_beside(processor: Any, directory: Path, card: str) -> None:
     if processor is not None:
         processor.save_pretrained(directory)
     write_text(directory / "README.md", card)
-    _seal(directory)
 
 
-def _seal(directory: Path) -> None:
-    """Sync every file and write the manifest of their hashes."""
-    mode = (directory / CONFIG_NAME).stat().st_mode  # safetensors makes files that only their owner may read
-    manifest = Manifest()
-    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-        path.chmod(mode)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        manifest.artifacts[path.relative_to(directory).as_posix()] = describe(path)
-    manifest.save(directory)
-
-
-def _put_in_place(temporary: Path, target: Path) -> None:
-    """Rename; a model that is already there steps aside first, so that `target` never holds half of each."""
-    old = temporary_path(target)
-    if target.exists():
-        os.rename(target, old)
-    try:
-        os.rename(temporary, target)
-    except BaseException:
-        if old.exists():
-            os.rename(old, target)
-        raise
-    sync_directory(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+def _size(model: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in model.state_dict().values())
 
 
 @contextmanager

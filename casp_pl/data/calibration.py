@@ -24,6 +24,7 @@ from casp_pl.errors import ConfigError, InputError
 
 __all__ = ["CalibrationData"]
 
+_PAD_TO_MULTIPLE_OF = 16
 _Split: TypeAlias = tuple[list[Encoded], list[Encoded], list[Encoded]]
 """Kept, held back, and for fine-tuning alone."""
 
@@ -126,7 +127,7 @@ class CalibrationData(pl.LightningDataModule):
         rank, world_size = self._ranks()
         return StatefulLoader(
             self._kept + self._more,
-            Collator(self._processor),
+            self._collator,
             batch_size=self.batch_size,
             kind=_has_image,
             seed=self.seed,
@@ -137,6 +138,10 @@ class CalibrationData(pl.LightningDataModule):
     def val_dataloader(self) -> FixedLoader[Encoded]:
         """The samples held back, in a fixed order; empty with holdout 0."""
         return self._fixed(self._set_up()._held_back)
+
+    @property
+    def _collator(self) -> Collator:
+        return Collator(self._processor, pad_to_multiple_of=_PAD_TO_MULTIPLE_OF)
 
     @property
     def counts(self) -> dict[str, Any]:
@@ -203,7 +208,7 @@ class CalibrationData(pl.LightningDataModule):
         order = deal([[n for n in by_length if _has_image(samples[n]) == kind] for kind in (True, False)])
         rank, world_size = self._ranks()
         batches = rank_batches(order, self.batch_size, rank=rank, world_size=world_size)
-        return FixedLoader([[samples[number] for number in batch] for batch in batches], Collator(self._processor))
+        return FixedLoader([[samples[number] for number in batch] for batch in batches], self._collator)
 
     def _ranks(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)

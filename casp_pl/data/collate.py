@@ -23,11 +23,17 @@ class Collator:
 
     Where conversations share an image also `branches`, -1 at padding, and `position_ids` (B, T), see `visible_pairs`.
     `sample_ids` lists the B ids. Other tensors of the image processor, such as image_sizes, are passed on.
+
+    Args:
+        processor: of the model.
+        pad_to_multiple_of: T is rounded up to a multiple of it. Libraries compile and keep a matrix product for every
+            shape that they meet (oneDNN: 370 of them a step of end-to-end training, 0.1 GB for every new T).
     """
 
-    def __init__(self, processor: Processor) -> None:
+    def __init__(self, processor: Processor, *, pad_to_multiple_of: int = 1) -> None:
         self.processor = processor
         self.pad_id = pad_token_id(processor)
+        self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, samples: Sequence[Encoded]) -> dict[str, Any]:
         """The batch of `samples`, their images decoded now.
@@ -36,22 +42,25 @@ class Collator:
             ImageRefusedError: an image that was readable when the data was set up no longer is.
         """
         batch: dict[str, Any] = {
-            "input_ids": pad_right([sample.input_ids for sample in samples], self.pad_id),
-            "attention_mask": pad_right([(1,) * len(sample) for sample in samples], 0),
-            "labels": pad_right([sample.labels for sample in samples], IGNORE),
+            "input_ids": self._padded([sample.input_ids for sample in samples], self.pad_id),
+            "attention_mask": self._padded([(1,) * len(sample) for sample in samples], 0),
+            "labels": self._padded([sample.labels for sample in samples], IGNORE),
             "sample_ids": [sample.id for sample in samples],
         }
         if any(sample.branches for sample in samples):
             branches = [sample.branches or (0,) * len(sample) for sample in samples]
-            batch["branches"] = pad_right(branches, PADDING)
-            batch["position_ids"] = pad_right([positions(row) for row in branches], 0)
+            batch["branches"] = self._padded(branches, PADDING)
+            batch["position_ids"] = self._padded([positions(row) for row in branches], 0)
         return batch | load_pixels(samples, self.processor)
 
+    def _padded(self, rows: Sequence[Sequence[int]], value: int) -> Tensor:
+        return pad_right(rows, value, multiple=self.pad_to_multiple_of)
 
-def pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """B rows of at most T numbers as one int64 tensor (B, T), filled up with `value` on the right."""
-    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+
+def pad_right(rows: Sequence[Sequence[int]], value: int, *, multiple: int = 1) -> Tensor:
+    """Rows of numbers as one int64 tensor (B, T), filled up with `value` on the right to a multiple of `multiple`."""
+    width = -(-max(map(len, rows)) // multiple) * multiple
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.int64)
 
 
 def load_pixels(samples: Sequence[Encoded], processor: Processor) -> dict[str, Tensor]:

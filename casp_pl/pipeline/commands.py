@@ -17,6 +17,7 @@ from casp_pl.console import RunProgress, make_console, print_table
 from casp_pl.data.evaluation import EvaluationData
 from casp_pl.errors import InputError, ResourceError
 from casp_pl.evaluation import StageFigures
+from casp_pl.export import export_model
 from casp_pl.models.adapter import adapt
 from casp_pl.modules.evaluation import EvaluationModule
 from casp_pl.pipeline.estimate import planned_estimate, stage_weights
@@ -28,7 +29,7 @@ from casp_pl.pipeline.run import CompressionRun
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import TrainerFactory
 
-__all__ = ["fit", "plan", "predict", "test", "validate", "verify"]
+__all__ = ["export", "fit", "plan", "predict", "test", "validate", "verify"]
 
 
 def fit(settings: RunSettings, *, override_memory: bool = False) -> int:
@@ -123,6 +124,14 @@ def verify(directory: Path) -> int:
         print(problem)
     print(f"{directory}: {'whole' if not problems else f'{len(problems)} problems'}")
     return 6 if problems else 0
+
+
+def export(directory: Path, out: Path, format: str, *, dtype: str | None = None) -> int:
+    """Write a compressed model in another tool's layout."""
+    inner = directory / "model"
+    export_model(inner if inner.is_dir() else directory, out, format, dtype=dtype)
+    print(f"{out}: {format}, {size(sum(path.stat().st_size for path in out.glob('*.safetensors')))} of weights")
+    return 0
 
 
 def _side_by_side(settings: RunSettings, file: str) -> int:

@@ -1,3 +1,5 @@
+from itertools import islice
+
 import pytest
 import torch
 
@@ -132,10 +134,21 @@ def test_too_many_broken_images_end_the_run(make, llava_folder):
 def test_too_long_conversations_are_cut_or_skipped(make):
     with pytest.raises(InputError, match="no answer within max_length = 40"):
         make(max_length=40, text_ratio=0).setup()
-    longest = max(batch["input_ids"].shape[1] for batch in make().calibration_dataloader())
+
+    def longest_of(data):
+        return max(int(batch["attention_mask"].sum(1).max()) for batch in data.calibration_dataloader())
+
+    longest = longest_of(make())
     data = make(max_length=longest - 5)
-    assert max(batch["input_ids"].shape[1] for batch in data.calibration_dataloader()) == longest - 5
+    assert longest_of(data) == longest - 5
     assert data.counts["skipped"] == []
+
+
+def test_batches_come_in_few_widths(make):
+    batches = [*make().calibration_dataloader(), *islice(make().train_dataloader(), 4)]
+    assert {batch["input_ids"].shape[1] % 16 for batch in batches} == {0}
+    for batch in batches:
+        assert batch["input_ids"].shape[1] - int(batch["attention_mask"].sum(1).max()) < 16
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""One finished fit of the tiny model, shared by the tests of this folder."""
+"""One finished fit of the tiny model, shared by all tests."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 
 from casp_pl.cli import main
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 RECIPE = ["--config", str(ROOT / "configs/llava_aqlm.yaml"), "--config", str(ROOT / "configs/models/tiny.yaml")]
 
 

@@ -1,0 +1,64 @@
+"""Whole-model figures without fine-tuning: every quantizer, with and without CASP's steps and error propagation.
+
+usage: python -m benchmarks.whole_model [--out runs/whole_model] [--samples 128] [--methods gptq quip aqlm]
+
+Every row is a `casp_pl fit` of SmolLM2-135M on text with the same calibration and the same held-out text; a row that is
+there already is not computed again. The rows with CASP (low-rank W_q and W_k, bits by block) may spend, everything
+counted, what the plain row of their quantizer spends.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from casp_pl.cli import main as casp_pl
+from casp_pl.console import make_console, print_table
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+PLAIN = ["--low_rank.mode", "off", "--bits.score", "uniform"]
+NAMES = {"gptq": "GPTQ g64", "quip": "QuIP#", "aqlm": "AQLM"}
+
+
+def fit(folder: Path, method: str, samples: int, *overrides: str) -> dict[str, Any]:
+    """Stage name -> its figures, of one run without fine-tuning."""
+    command = ["fit", "--config", str(CONFIGS / f"llama_{method}.yaml"), "--run_dir", str(folder)]
+    command += ["--block_tuning.epochs", "0", "--end_to_end.steps", "0", "--data.samples", str(samples), *overrides]
+    if casp_pl(command) != 0:
+        raise SystemExit(f"{folder}: the run failed")
+    return {stage["name"]: stage for stage in json.loads((folder / "report.json").read_text())["stages"]}
+
+
+def row(name: str, casp: str, propagation: str, stage: dict[str, Any]) -> list[str]:
+    """One line of the table."""
+    kl = "" if stage["kl"] is None else f"{stage['kl']:.3f}"
+    return [name, casp, propagation, f"{stage['bits_per_weight_total']:.3f}", f"{stage['perplexity']:,.2f}", kl]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/whole_model"))
+    parser.add_argument("--samples", type=int, default=128, help="windows of 256 tokens to calibrate on")
+    parser.add_argument("--methods", nargs="+", choices=NAMES, default=list(NAMES))
+    options = parser.parse_args()
+    rows: list[list[str]] = []
+    for method in options.methods:
+        for propagation in ("0.0", "0.5"):
+            aim = ["--quantization.propagation", propagation]
+            plain = fit(options.out / f"{method}_{propagation}", method, options.samples, *PLAIN, *aim)
+            budget = str(plain["quantized"]["bits_per_weight_total"])
+            casp = fit(
+                options.out / f"{method}_{propagation}_casp", method, options.samples, *aim,
+                "--bits.counts", "total", "--bits.budget", budget, "--baseline", "null",
+            )  # fmt: skip
+            if not rows:
+                rows += [row("original", "", "", plain["original"]), row("RTN g64", "no", "no", plain["rtn"])]
+            on = "no" if propagation == "0.0" else "yes"
+            rows.append(row(NAMES[method], "no", on, plain["quantized"]))
+            rows.append(row(NAMES[method], "yes", on, casp["quantized"]))
+    print_table(["quantizer", "CASP", "propagation", "bits in all", "perplexity", "KL"], rows, make_console())
+
+
+if __name__ == "__main__":
+    main()

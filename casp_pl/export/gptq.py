@@ -1,0 +1,93 @@
+"""The layout of GPTQ, which gptqmodel and, through it, transformers load (arXiv 2210.17323).
+
+A linear is `qweight` (I bits / 32, O) and `qzeros` (G, O bits / 32) of int32 words, each column or row a little-endian
+bit stream, `scales` (G, O), `g_idx` (I,), the group of every column, and `bias`. Version 1 stores every zero point less
+one and adds the one back while reading, by words; version 2 stores them as they are.
+"""
+
+import re
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from casp_pl.errors import ConfigError
+from casp_pl.export.tensors import StoredTensors, halved, layers_of_kind
+from casp_pl.kernels.packing import pack
+from casp_pl.layers import UniformLinear
+
+__all__ = ["to_gptq"]
+
+_WIDTHS = (2, 3, 4, 8)
+_WORD = 32
+
+
+def to_gptq(model: Any, *, version: int) -> dict[str, Any]:
+    """Replace all uniform layers by their tensors in GPTQ's layout, in place; returns the quantization_config.
+
+    Layers that differ from the most frequent bits and group size are named in `dynamic`.
+
+    Args:
+        model: the compressed model.
+        version: 1 or 2, of the zero points.
+
+    Raises:
+        ConfigError: a layer of another kind, or of bits or a shape that fills no whole 32-bit words.
+    """
+    layers = layers_of_kind(model, UniformLinear, "gptq", "GPTQQuantizer")
+    for name, layer in layers.items():
+        _check_words(name, layer)
+    sizes = {name: (layer.bits, layer.group_size) for name, layer in layers.items()}
+    (bits, group_size), _ = Counter(sizes.values()).most_common(1)[0]
+    others = {name: size for name, size in sizes.items() if size != (bits, group_size)}
+    regrouped = any(layer.column_groups is not None for layer in layers.values())
+    for name, layer in layers.items():
+        model.set_submodule(name, StoredTensors(_tensors(layer, version)))
+    config: dict[str, Any] = {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": group_size,
+        "desc_act": regrouped,
+        "sym": False,
+        "lm_head": False,
+        "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
+    }
+    if others:
+        config["dynamic"] = {f"+:^{re.escape(name)}$": _named(*size) for name, size in others.items()}
+    return config
+
+
+def _named(bits: int, group_size: int) -> dict[str, int]:
+    return {"bits": bits, "group_size": group_size}
+
+
+def _check_words(name: str, layer: UniformLinear) -> None:
+    rows, columns, bits = layer.out_features, layer.in_features, layer.bits
+    if bits not in _WIDTHS:
+        raise ConfigError(
+            f"{name} has {bits} bits; gptq stores {', '.join(map(str, _WIDTHS))}. Export as dense or casp."
+        )
+    if rows * bits % _WORD or columns * bits % _WORD:
+        raise ConfigError(
+            f"{name} is {rows} x {columns}: at {bits} bits that fills no whole 32-bit words.\nExport as dense or casp."
+        )
+
+
+def _tensors(layer: UniformLinear, version: int) -> dict[str, Tensor | None]:
+    zeros = layer.zeros_unpacked().T.contiguous()
+    words = _words(zeros, layer.bits)
+    if version == 1:
+        words = words - _words(torch.ones_like(zeros), layer.bits)
+    return {
+        "qweight": _words(layer.codes_unpacked(), layer.bits).T,
+        "qzeros": words,
+        "scales": halved(layer.scales).T,
+        "g_idx": layer.column_groups_unpacked().to(torch.int32),
+        "bias": layer.bias,
+    }
+
+
+def _words(codes: Tensor, bits: int) -> Tensor:
+    """(N, M) -> int32 (N, M bits / 32), every row a little-endian bit stream."""
+    return pack(codes, bits).view(torch.int32).view(len(codes), -1)

@@ -1,0 +1,56 @@
+"""What the layouts of other tools have in common: modules that only hold tensors, and reasons for a refusal."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from casp_pl.errors import ConfigError
+from casp_pl.layers import QuantizedLinear
+from casp_pl.models.surgery import compressed_layers
+
+__all__ = ["StoredTensors", "halved", "layers_of_kind"]
+
+Layer = TypeVar("Layer", bound=QuantizedLinear)
+
+
+class StoredTensors(nn.Module):
+    """Stands at a layer's place and gives the state dict its names."""
+
+    def __init__(self, tensors: Mapping[str, Tensor | None]) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, None if tensor is None else tensor.detach().contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Not for computing."""
+        raise NotImplementedError("this model was converted for writing; load what was written")
+
+
+def layers_of_kind(model: Any, kind: type[Layer], layout: str, quantizer: str) -> dict[str, Layer]:
+    """All compressed layers, which must be of one kind.
+
+    Args:
+        model: the compressed model.
+        kind: class of layer that the layout can hold.
+        layout: its name, for the message.
+        quantizer: that makes such layers, for the message.
+
+    Raises:
+        ConfigError: a layer of another kind.
+    """
+    layers = {}
+    for name, layer in compressed_layers(model).items():
+        if not isinstance(layer, kind):
+            raise ConfigError(
+                f"the {layout} layout has no place for {name}, a layer of kind {layer.kind}.\n"
+                f"Export as dense or casp, or compress with {quantizer} and --low_rank.mode off."
+            )
+        layers[name] = layer
+    return layers
+
+
+def halved(tensor: Tensor) -> Tensor:
+    """The tensor in float16, in which tables are stored."""
+    return tensor.detach().to(torch.float16)

@@ -1,0 +1,245 @@
+"""Exports are read by the tools they are for, each in a fresh process without this package, and give our logits."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from casp_pl.checkpoint import load_compressed, save_compressed, verify
+from casp_pl.cli import main
+from casp_pl.errors import ConfigError, ResourceError
+from casp_pl.export import export_model
+from casp_pl.layers import AdditiveLinear, UniformLinear
+from casp_pl.models import adapt, load_model
+
+IDS = torch.tensor([[1, 5, 9, 33, 2, 17, 40]])
+
+
+def make_llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, attention_bias=True, dtype="float32",
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def additive(linear, generator, *, entries=256):
+    rows, columns = linear.weight.shape
+    return AdditiveLinear.from_codes(
+        torch.randint(0, entries, (rows, columns // 8, 2), generator=generator),
+        0.1 * torch.randn(2, entries, 8, generator=generator),
+        0.5 + torch.rand(rows, 1, generator=generator),
+        in_features=columns,
+        bias=linear.bias,
+    )
+
+
+def uniform(linear, generator, *, bits=2, group_size=32, regrouped=False):
+    rows, columns = linear.weight.shape
+    groups = columns // group_size
+    order = torch.randperm(columns, generator=generator)
+    return UniformLinear.from_codes(
+        torch.randint(0, 2**bits, (rows, columns), generator=generator),
+        torch.randint(0, 2**bits, (rows, groups), generator=generator),
+        0.1 * (0.5 + torch.rand(rows, groups, generator=generator)) / 2**bits,
+        bits=bits,
+        group_size=group_size,
+        column_groups=torch.empty_like(order).scatter_(0, order, torch.arange(columns) // group_size)
+        if regrouped
+        else None,
+        bias=linear.bias,
+    )
+
+
+def compressed(folder, make_layer, model=None, processor=None):
+    """A model with `make_layer` at every decoder linear, saved; its directory and logits."""
+    model = make_llama() if model is None else model
+    generator = torch.Generator().manual_seed(2)
+    adapter = adapt(model)
+    for number, block in enumerate(adapter.blocks):
+        for name in adapter.linear_names:
+            block.set_submodule(name, make_layer(block.get_submodule(name), generator, number))
+        for layer in block.modules():
+            if hasattr(layer, "round_to_storage"):
+                layer.round_to_storage()
+    save_compressed(model, processor, folder / "model", card="")
+    with torch.no_grad():
+        return folder / "model", load_compressed(folder / "model")[0](input_ids=IDS).logits
+
+
+def logits_of_stock_transformers(directory, *, multimodal=False, dtype="float32"):
+    """Logits of a fresh process that does not know casp_pl."""
+    script = f"""
+import sys, torch, transformers
+torch.set_num_threads(1)
+factory = transformers.{"AutoModelForImageTextToText" if multimodal else "AutoModelForCausalLM"}
+model, info = factory.from_pretrained({str(directory)!r}, dtype=torch.{dtype}, output_loading_info=True)
+assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+assert not any(name.startswith("casp_pl") for name in sys.modules)
+with torch.no_grad():
+    logits = model(input_ids=torch.tensor({IDS.tolist()})).logits.float()
+torch.save(logits, {str(directory / "logits.pt")!r})
+"""
+    # aqlm's CPU kernel adds from several threads into one vector: right at one thread only
+    environment = os.environ | {"NUMBA_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-P", "-c", script], check=True, timeout=300, cwd="/", env=environment)
+    return torch.load(directory / "logits.pt", weights_only=True)
+
+
+def gptq_weight(tensors, bits, version):
+    """Dequantized as the format is described, one bit at a time, in Python integers."""
+    qweight, qzeros = (tensors[name].numpy().view("uint32").astype(object) for name in ("qweight", "qzeros"))
+    columns, rows = len(tensors["g_idx"]), qweight.shape[1]
+    weight = torch.empty(rows, columns)
+    zeros = []
+    for words in qzeros:
+        stream = 0
+        for place, word in enumerate(words):
+            stream |= int(word) << (32 * place)
+        if version == 1:  # a one is added to every field, word by word
+            ones = sum(1 << (bits * o) for o in range(rows))
+            halves = [((stream >> 32 * p) + (ones >> 32 * p & 0xFFFFFFFF)) % 2**32 for p in range(len(words))]
+            stream = sum(((half & 0xFFFFFFFF) << (32 * p)) for p, half in enumerate(halves))
+        zeros.append([(stream >> (bits * o)) % 2**bits for o in range(rows)])
+    for o in range(rows):
+        stream = sum(int(word) << (32 * place) for place, word in enumerate(qweight[:, o]))
+        for i in range(columns):
+            group = int(tensors["g_idx"][i])
+            code = (stream >> (bits * i)) % 2**bits
+            weight[o, i] = float(tensors["scales"][group, o]) * (code - zeros[group][o])
+    return weight
+
+
+@pytest.mark.parametrize("entries", [256, 16])
+def test_aqlm_layout_in_stock_transformers(entries: int, tmp_path: Path) -> None:
+    source, expected = compressed(tmp_path, lambda linear, g, _: additive(linear, g, entries=entries))
+    export_model(source, tmp_path / "out", "aqlm")
+    torch.testing.assert_close(logits_of_stock_transformers(tmp_path / "out"), expected, rtol=0, atol=1e-4)
+
+
+def test_aqlm_layout_of_a_llava_leaves_tower_and_head_alone(tmp_path: Path) -> None:
+    model, processor = load_model("tiny")
+    source, expected = compressed(tmp_path, lambda linear, g, _: additive(linear, g), model, processor)
+    export_model(source, tmp_path / "out", "aqlm")
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert set(config["linear_weights_not_to_quantize"]) == {
+        "lm_head", "model.vision_tower", "model.multi_modal_projector"
+    }  # fmt: skip
+    logits = logits_of_stock_transformers(tmp_path / "out", multimodal=True)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(("bits", "regrouped"), [(2, False), (3, False), (4, True), (8, False)])
+def test_gptq_layout_bit_by_bit(bits: int, regrouped: bool, version: int, tmp_path: Path) -> None:
+    source, _ = compressed(tmp_path, lambda linear, g, _: uniform(linear, g, bits=bits, regrouped=regrouped))
+    export_model(source, tmp_path / "out", "gptq" if version == 1 else "gptq_v2")
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    model, _ = load_compressed(source)
+    for name in ("self_attn.k_proj", "mlp.down_proj"):
+        layer = model.model.layers[1].get_submodule(name)
+        prefix = f"model.layers.1.{name}."
+        own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        torch.testing.assert_close(gptq_weight(own, bits, version), layer.dequantize().detach(), rtol=1e-6, atol=1e-7)
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert (config["bits"], config["group_size"], config["desc_act"]) == (bits, 32, regrouped)
+
+
+def test_gptq_names_the_modules_that_differ(tmp_path: Path) -> None:
+    def mixed(linear, generator, number):
+        return uniform(linear, generator, bits=4 if number == 1 and linear.out_features == 96 else 2)
+
+    source, _ = compressed(tmp_path, mixed)
+    export_model(source, tmp_path / "out", "gptq")
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert config["bits"] == 2
+    pattern = re.compile("|".join(key.removeprefix("+:") for key in config["dynamic"]))
+    names = [name for name, layer in make_llama().named_modules() if isinstance(layer, nn.Linear)]
+    found = {name for name in names if pattern.match(name)}
+    assert found == {"model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"}
+    assert all(entry == {"bits": 4, "group_size": 32} for entry in config["dynamic"].values())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gptqmodel") is None, reason="gptqmodel is not installed")
+@pytest.mark.parametrize("layout", ["gptq", "gptq_v2"])
+def test_gptq_layout_in_gptqmodel(layout: str, tmp_path: Path) -> None:
+    source, expected = compressed(tmp_path, lambda linear, g, _: uniform(linear, g, bits=4))
+    export_model(source, tmp_path / "out", layout)
+    torch.testing.assert_close(logits_of_stock_transformers(tmp_path / "out"), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-5), ("float16", 0.02), ("bfloat16", 0.1)])
+def test_dense_in_stock_transformers(dtype: str | None, tolerance: float, tmp_path: Path) -> None:
+    source, expected = compressed(tmp_path, lambda linear, g, _: uniform(linear, g))
+    export_model(source, tmp_path / "out", "dense", dtype=dtype)
+    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
+    logits = logits_of_stock_transformers(tmp_path / "out")
+    torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance)
+
+
+def test_own_layout_is_whole_and_equal(tmp_path: Path) -> None:
+    source, expected = compressed(tmp_path, lambda linear, g, _: uniform(linear, g, bits=3))
+    assert main(["export", str(source), "--format", "casp", "--out", str(tmp_path / "out")]) == 0
+    assert verify(tmp_path / "out") == []
+    with torch.no_grad():
+        assert torch.equal(load_compressed(tmp_path / "out")[0](input_ids=IDS).logits, expected)
+
+
+@pytest.mark.parametrize("layout", ["aqlm", "gptq", "gptq_v2"])
+def test_low_rank_layers_are_refused_with_a_way_out(
+    layout: str, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["export", str(finished_run), "--format", layout, "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    message = capsys.readouterr().err
+    assert "low_rank" in message
+    assert "dense" in message
+    assert len(message.splitlines()) <= 3
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_real_run_exports_as_dense(finished_run: Path, tmp_path: Path) -> None:
+    assert main(["export", str(finished_run), "--format", "dense", "--out", str(tmp_path / "out")]) == 0
+    with torch.no_grad():
+        expected = load_compressed(finished_run / "model")[0](input_ids=IDS).logits
+    logits = logits_of_stock_transformers(tmp_path / "out", multimodal=True)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+def test_what_cannot_be_expressed_says_why(tmp_path: Path) -> None:
+    source, _ = compressed(tmp_path, lambda linear, g, number: additive(linear, g, entries=256 if number else 16))
+    with pytest.raises(ConfigError, match="one format for all layers"):
+        export_model(source, tmp_path / "out", "aqlm")
+    with pytest.raises(ConfigError, match="kind additive"):
+        export_model(source, tmp_path / "out", "gptq")
+    with pytest.raises(ConfigError, match="formats are"):
+        export_model(source, tmp_path / "out", "gguf")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/precious.txt").write_text("mine")
+    with pytest.raises(ResourceError, match="not overwritten"):
+        export_model(source, tmp_path / "out", "dense")
+    assert (tmp_path / "out/precious.txt").read_text() == "mine"
+
+
+def test_odd_widths_are_refused_by_gptq(tmp_path: Path) -> None:
+    model = nn.Module()
+    model.layer = uniform(nn.Linear(48, 31, bias=False), torch.Generator(), bits=3, group_size=16)
+    from casp_pl.export.gptq import to_gptq
+
+    with pytest.raises(ConfigError, match="31 x 48"):
+        to_gptq(model, version=2)

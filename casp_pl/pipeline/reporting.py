@@ -1,7 +1,5 @@
 """The report of a run, put together from its artifacts; the model card; the examples."""
 
-from pathlib import Path
-
 from casp_pl.allocation import CompressionPlan
 from casp_pl.callbacks.environment import package_versions, peak_memory_bytes, source_commit
 from casp_pl.callbacks.report import (
@@ -17,12 +15,11 @@ from casp_pl.checkpoint import RunDirectory
 from casp_pl.data.evaluation import EvaluationData
 from casp_pl.models.compress import LinearReport
 from casp_pl.modules import CalibrationStatistics
+from casp_pl.pipeline.examples import choose_examples
 from casp_pl.pipeline.measure import Measurement
 from casp_pl.pipeline.settings import RunSettings
 
 __all__ = ["build_report", "model_card"]
-
-_EXAMPLES = 8
 
 
 def build_report(
@@ -92,24 +89,20 @@ def model_card(report: CompressionReport) -> str:
 
 
 def _examples(data: EvaluationData, measurement: Measurement, stage: str) -> tuple[Example, ...]:
-    """Questions of different images; those that both models answer alike and those they do not, as they come."""
-    samples = data.samples
-    if not samples:
+    if not data.samples:
         return ()
     original, compressed = measurement.outputs("original"), measurement.outputs(stage)
     answers = {
         name: (before, after)
         for name, before, after in zip(original.sample_ids, original.answers, compressed.answers, strict=True)
     }
-    seen: set[Path | None] = set()
-    result: list[Example] = []
-    for sample in samples:
-        if sample.id in answers and sample.image not in seen and len(result) < _EXAMPLES:
-            seen.add(sample.image)
-            before, after = answers[sample.id]
-            turn = sample.turns[0]
-            image = None if sample.image is None else str(sample.image)
-            result.append(
-                Example(question=turn.question, original=before, compressed=after, reference=turn.answer, image=image)
-            )
-    return tuple(result)
+    return tuple(
+        Example(
+            question=sample.turns[0].question,
+            original=answers[sample.id][0],
+            compressed=answers[sample.id][1],
+            reference=sample.turns[0].answer,
+            image=None if sample.image is None else str(sample.image),
+        )
+        for sample in choose_examples(data.samples, answers)
+    )

@@ -8,19 +8,18 @@ Losses are relative proxy losses. Formats of different total cost are compared b
 
 import argparse
 import math
-import pydoc_data.topics
 from collections import defaultdict
 
 import torch
 from torch import Tensor
 
+from benchmarks.matrices import real_matrices
 from casp_pl.linalg.losses import relative_proxy_loss
 from casp_pl.linalg.whitening import low_rank_factors, whitened_svd
-from casp_pl.models.demo.language import load_language_model, load_tokenizer
 from casp_pl.quantizers import AQLMQuantizer
 from casp_pl.quantizers.low_rank import refit_output_factor
 
-KEEP_RATIO, GRAIN, WINDOW = 0.25, 8, 512
+KEEP_RATIO, GRAIN = 0.25, 8
 FORMATS = {
     2: [[2, 256, 8], [1, 256, 4], [4, 16, 8], [2, 16, 4], [1, 16, 2], [1, 4, 1]],
     3: [[3, 256, 8], [4, 64, 8], [2, 64, 4], [3, 16, 4], [1, 64, 2], [2, 8, 2], [1, 8, 1]],
@@ -28,29 +27,16 @@ FORMATS = {
 }
 
 
-@torch.inference_mode()
 def load_cases(blocks: list[int], tokens: int) -> dict[str, list[tuple[Tensor, Tensor]]]:
     """Matrices (O, I) with their second moments (I, I), by kind, one of each kind from every block."""
-    model, tokenizer = load_language_model(), load_tokenizer()
-    prose = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
-    windows = tokenizer(prose, return_tensors="pt").input_ids[0, :tokens].view(-1, WINDOW)
-    layers, moments = model.model.layers, dict.fromkeys(blocks, torch.zeros(()))
-
-    def add(block: int, x: Tensor) -> None:
-        moments[block] = moments[block] + x.flatten(0, 1).T @ x.flatten(0, 1)
-
-    for block in blocks:
-        layers[block].self_attn.q_proj.register_forward_pre_hook(lambda _, inputs, block=block: add(block, inputs[0]))
-    for window in windows:
-        model(window[None])
     cases = defaultdict(list)
-    for block, moment in moments.items():
-        for name in ("q", "k", "v"):
-            weight = layers[block].self_attn.get_submodule(f"{name}_proj").weight.detach().clone()
-            cases[f"{name} {tuple(weight.shape)}"].append((weight, moment.clone()))
-            if name != "v":
-                for factor, seen in factors_of(weight, moment):
-                    cases[f"{name} factor {tuple(factor.shape)}"].append((factor, seen))
+    for (_, linear), (weight, moment) in real_matrices(blocks, tokens).items():
+        name = linear.removeprefix("self_attn.").removesuffix("_proj")
+        if name in ("q", "k", "v"):
+            cases[f"{name} {tuple(weight.shape)}"].append((weight, moment))
+        if name in ("q", "k"):
+            for factor, seen in factors_of(weight, moment):
+                cases[f"{name} factor {tuple(factor.shape)}"].append((factor, seen))
     return cases
 
 

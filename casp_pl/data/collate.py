@@ -26,8 +26,9 @@ class Collator:
 
     Args:
         processor: of the model.
-        pad_to_multiple_of: T is rounded up to a multiple of it. Libraries compile and keep a matrix product for every
-            shape that they meet (oneDNN: 370 of them a step of end-to-end training, 0.1 GB for every new T).
+        pad_to_multiple_of: T is rounded up to a multiple of it. The allocator and oneDNN keep memory for every shape
+            that they meet: end-to-end training of the embedded model peaked at 7.6 GB with any T, at 6.3 GB with
+            multiples of 16.
     """
 
     def __init__(self, processor: Processor, *, pad_to_multiple_of: int = 1) -> None:

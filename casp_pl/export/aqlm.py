@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from casp_pl.errors import ConfigError
-from casp_pl.export.tensors import StoredTensors, halved, layers_of_kind
+from casp_pl.export.tensors import StoredTensors, layers_of_kind
 from casp_pl.layers import AdditiveLinear
 
 __all__ = ["to_aqlm"]
@@ -34,8 +34,8 @@ def to_aqlm(model: Any) -> dict[str, Any]:
         codes = layer.codes_unpacked().to(torch.int16)
         tensors = {
             "codes": torch.where(codes >= entries // 2, codes - entries, codes).to(torch.int8),
-            "codebooks": halved(layer.codebooks).unsqueeze(2),
-            "scales": halved(layer.scales)[:, :, None, None],
+            "codebooks": layer.codebooks.unsqueeze(2),
+            "scales": layer.scales[:, :, None, None],
             "bias": layer.bias,
         }
         model.set_submodule(name, StoredTensors(tensors))

@@ -33,7 +33,7 @@ _CONVERTERS: dict[str, Converter] = {
     "gptq_v2": partial(to_gptq, version=2),
 }
 EXPORT_FORMATS = (*_CONVERTERS, "casp")
-EXPORT_DTYPES = ("float16", "bfloat16", "float32")
+EXPORT_DTYPES = ("float16", "bfloat16")
 
 
 def export_model(source: Path | str, out: Path | str, format: str, *, dtype: str | None = None) -> None:
@@ -43,8 +43,8 @@ def export_model(source: Path | str, out: Path | str, format: str, *, dtype: str
         source: what `save_compressed` wrote.
         out: a new directory.
         format: one of `EXPORT_FORMATS`.
-        dtype: float16, bfloat16 or float32, of everything but codes; None keeps float32 values that float16 does not
-            hold, and with them the logits.
+        dtype: float16 or bfloat16, of everything but codes; None keeps float32 where float16 does not hold all values,
+            and with them the logits.
 
     Raises:
         ConfigError: an unknown format or dtype, or a model that the format cannot hold; the message says what would.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from casp_pl.errors import ConfigError
-from casp_pl.export.tensors import StoredTensors, halved, layers_of_kind
+from casp_pl.export.tensors import StoredTensors, layers_of_kind
 from casp_pl.kernels.packing import pack
 from casp_pl.layers import UniformLinear
 
@@ -82,7 +82,7 @@ def _tensors(layer: UniformLinear, version: int) -> dict[str, Tensor | None]:
     return {
         "qweight": _words(layer.codes_unpacked(), layer.bits).T,
         "qzeros": words,
-        "scales": halved(layer.scales).T,
+        "scales": layer.scales.T,
         "g_idx": layer.column_groups_unpacked().to(torch.int32),
         "bias": layer.bias,
     }

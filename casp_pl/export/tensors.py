@@ -3,29 +3,28 @@
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from casp_pl.errors import ConfigError
 from casp_pl.layers import QuantizedLinear
 from casp_pl.models.surgery import compressed_layers
 
-__all__ = ["StoredTensors", "halved", "layers_of_kind"]
+__all__ = ["StoredTensors", "layers_of_kind"]
 
 Layer = TypeVar("Layer", bound=QuantizedLinear)
 
 
 class StoredTensors(nn.Module):
-    """Stands at a layer's place and gives the state dict its names."""
+    """Stands at a layer's place and gives the state dict its names; it holds tensors and computes nothing.
+
+    Args:
+        tensors: name to tensor; None is left out of the state dict.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor | None]) -> None:
         super().__init__()
         for name, tensor in tensors.items():
             self.register_buffer(name, None if tensor is None else tensor.detach().contiguous())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Not for computing."""
-        raise NotImplementedError("this model was converted for writing; load what was written")
 
 
 def layers_of_kind(model: Any, kind: type[Layer], layout: str, quantizer: str) -> dict[str, Layer]:
@@ -49,8 +48,3 @@ def layers_of_kind(model: Any, kind: type[Layer], layout: str, quantizer: str) -
             )
         layers[name] = layer
     return layers
-
-
-def halved(tensor: Tensor) -> Tensor:
-    """The tensor in float16, in which tables are stored."""
-    return tensor.detach().to(torch.float16)

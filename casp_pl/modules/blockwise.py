@@ -5,7 +5,7 @@ work, at the same cost a pass: a window of blocks is run, forward and backward, 
 BRECQ arXiv 2102.05426, CBQ arXiv 2312.07950).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -42,8 +42,9 @@ class BlockwiseModule(pl.LightningModule):
         epochs: passes over the cached batches; early stopping ends sooner.
         warmup: share of the steps over which the learning rate rises.
         patience: validations without a better loss before the window is done.
-        image_weight: what an image token counts beside a token of text. Fisher information says less and less the
-            deeper the block: a tenth in the first third of the embedded model, a thousandth in the last.
+        image_weight: what an image token counts beside a token of text. The trace of the Fisher information of a
+            relative error says less the deeper the block: about 1/8 in blocks 1 to 11 of the embedded model, 1/50 in
+            block 20, 1/2000 in block 28.
     """
 
     def __init__(
@@ -91,9 +92,9 @@ class BlockwiseModule(pl.LightningModule):
     def validation_step(self, batch: tuple[BlockBatch, Sequence[Tensor]], batch_idx: int) -> None:
         """Relative error of a held-back batch behind every block; early stopping watches the last as `val_loss`."""
         inputs, targets = batch
-        for number, (block, target) in enumerate(zip(self.blocks, targets, strict=True), start=self.first):
-            inputs = inputs.with_hidden(run_block(block, inputs))
-            loss = relative_error(inputs.hidden, target, self._weight(inputs))
+        outputs = self._outputs(inputs)
+        for number, (output, target) in enumerate(zip(outputs, targets, strict=True), start=self.first):
+            loss = relative_error(output, target, self._weight(inputs))
             self.log(f"block_tuning/held_back_{number:03d}", loss, batch_size=1)
         self.log("val_loss", loss, batch_size=1, logger=False)
 
@@ -107,9 +108,14 @@ class BlockwiseModule(pl.LightningModule):
     def batch_loss(self, batch: tuple[BlockBatch, Tensor]) -> Tensor:
         """Relative error of one batch behind the last block, a scalar."""
         inputs, target = batch
+        *_, output = self._outputs(inputs)
+        return relative_error(output, target, self._weight(inputs))
+
+    def _outputs(self, inputs: BlockBatch) -> Iterator[Tensor]:
+        """Output (B, T, I) of every block in turn."""
         for block in self.blocks:
             inputs = inputs.with_hidden(run_block(block, inputs))
-        return relative_error(inputs.hidden, target, self._weight(inputs))
+            yield inputs.hidden
 
     def _weight(self, batch: BlockBatch) -> Tensor:
         """(B, T): 1 for text, `image_weight` for image patches, 0 for padding."""

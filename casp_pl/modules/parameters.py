@@ -38,8 +38,9 @@ def relative_groups(parameters: Iterable[nn.Parameter], lr: float) -> list[dict[
 def warmed_cosine(optimizer: Optimizer, steps: int, warmup: float, floor: float = 0.05) -> LambdaLR:
     """Learning rate that rises over a share `warmup` of the steps, then falls along half a cosine to `floor`.
 
-    The rise matters where Adam moves thousands of small tables at once: over 4 of 40 steps instead of 12 the first ten
-    steps of end-to-end training tripled the held-back loss of the answers.
+    The rise matters where Adam moves thousands of small tables at once: with a relative rate of 8e-4 reached after 4 of
+    40 steps the held-back KL of the answers had tripled after ten steps of end-to-end training; with 5e-4 reached after
+    12 steps it had hardly moved.
     """
     rise = max(1, round(warmup * steps))
 

@@ -114,6 +114,7 @@ def tune_blocks(
 ) -> list[nn.Module]:
     """Fine-tune window after window of blocks towards the original's outputs; files tuned/NNN.safetensors."""
     blocks: list[nn.Module] = []
+    count = len(train)
     teacher = student = first_block_batches(adapter, [*train, *held_back])
     for first in range(0, len(adapter.blocks), window):
         numbers = range(first, min(first + window, len(adapter.blocks)))
@@ -121,15 +122,15 @@ def tune_blocks(
         held_back_targets = []
         for original in originals:
             teacher = run_blocks(original, teacher)
-            held_back_targets.append([batch.hidden for batch in teacher[len(train) :]])
+            held_back_targets.append([batch.hidden for batch in teacher[count:]])
         names = [f"tuned/{number:03d}.safetensors" for number in numbers]
         if all(run.has(name) for name in names):
             loaded = [load_block(run, name, original) for name, original in zip(names, originals, strict=True)]
             tuned, losses = [block for block, _ in loaded], loaded[-1][1]
         else:
             tuned = [copy.deepcopy(quantized[number]) for number in numbers]
-            pairs = [(batch, target.hidden) for batch, target in zip(student, teacher[: len(train)], strict=False)]
-            held = list(zip(student[len(train) :], zip(*held_back_targets, strict=True), strict=True))
+            pairs = [(batch, target.hidden) for batch, target in zip(student[:count], teacher[:count], strict=True)]
+            held = list(zip(student[count:], zip(*held_back_targets, strict=True), strict=True))
             pl.seed_everything(seed * 1000 + first, verbose=False)
             losses = _fit_window(BlockwiseModule(tuned, pairs, held, first=first, **tuning), trainers, update)
             for name, block in zip(names, tuned, strict=True):

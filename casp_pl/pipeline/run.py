@@ -147,6 +147,7 @@ class CompressionRun:
     def _tune(self, blocks: Sequence[nn.Module], train: Batches, held_back: Batches) -> list[nn.Module]:
         start = time.monotonic()
         tuning = dict(self.settings.block_tuning)
+        window = tuning.pop("window")
 
         def done(numbers: range, losses: dict[str, float]) -> None:
             before, after = losses["held_back_before"], losses["held_back_after"]
@@ -164,7 +165,7 @@ class CompressionRun:
                 self.trainers,
                 train,
                 held_back,
-                window=tuning.pop("window"),
+                window=window,
                 tuning=tuning,
                 update=self.settings.codebook_update,
                 seed=self.settings.seed,

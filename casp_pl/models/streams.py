@@ -4,7 +4,7 @@ Shapes: B batch, T sequence, I in_features.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from casp_pl.models.branches import additive_mask
 
 __all__ = [
     "BlockBatch",
+    "autocast_to",
     "first_block_batches",
     "linear_inputs",
     "model_inputs",
@@ -35,12 +36,14 @@ class BlockBatch:
         image: (B, T) bool, True at image patches.
         arguments: the block's other keyword arguments (attention mask, rotary embeddings, positions); the same for all
             blocks.
+        autocast: what blocks multiply matrices in (`torch.autocast`); None for the dtype of their weights.
     """
 
     hidden: Tensor
     real: Tensor
     image: Tensor
     arguments: Mapping[str, Any]
+    autocast: torch.dtype | None = None
 
     def with_hidden(self, hidden: Tensor) -> "BlockBatch":
         """The same batch further along."""
@@ -52,8 +55,10 @@ class _StopForwardError(Exception):
 
 
 @torch.no_grad()
-def first_block_batches(adapter: ModelAdapter, batches: Iterable[Mapping[str, Any]]) -> list[BlockBatch]:
-    """Run embeddings, vision tower and projector, and catch what block 0 is given."""
+def first_block_batches(
+    adapter: ModelAdapter, batches: Iterable[Mapping[str, Any]], autocast: torch.dtype | None = None
+) -> list[BlockBatch]:
+    """Run embeddings, vision tower and projector, and catch what block 0 is given; see `BlockBatch.autocast`."""
     caught: list[tuple[Tensor, dict[str, Any]]] = []
 
     def catch(_: nn.Module, positional: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
@@ -71,10 +76,16 @@ def first_block_batches(adapter: ModelAdapter, batches: Iterable[Mapping[str, An
             except _StopForwardError:
                 hidden, arguments = caught.pop()
             real = batch["attention_mask"].bool()
-            result.append(BlockBatch(hidden, real, adapter.image_mask(batch["input_ids"]) & real, arguments))
+            image = adapter.image_mask(batch["input_ids"]) & real
+            result.append(BlockBatch(hidden, real, image, arguments, autocast))
     finally:
         handle.remove()
     return result
+
+
+def autocast_to(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[None]:
+    """Inside, matrices are multiplied in this dtype; with None nothing changes."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def model_inputs(batch: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -88,7 +99,8 @@ def model_inputs(batch: Mapping[str, Any], dtype: torch.dtype = torch.float32) -
 
 def run_block(block: nn.Module, batch: BlockBatch) -> Tensor:
     """The block's output (B, T, I)."""
-    output = block(batch.hidden, **batch.arguments)
+    with autocast_to(batch.autocast, batch.hidden.device):
+        output = block(batch.hidden, **batch.arguments)
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 

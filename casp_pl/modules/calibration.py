@@ -110,7 +110,8 @@ class CalibrationModule(pl.LightningModule):
         def linear_reads(name: str) -> Any:
             def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
                 x = inputs[0][self._real].float()
-                self._moments[name] = self._moments.get(name, 0) + x.T @ x
+                with torch.autocast(x.device.type, enabled=False):  # whatever the model computes in
+                    self._moments[name] = self._moments.get(name, 0) + x.T @ x
 
             return hook
 

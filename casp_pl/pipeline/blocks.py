@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
 
@@ -61,11 +62,12 @@ def quantize_blocks(
     quantizer: Quantizer,
     batches: Batches,
     block_done: BlockDone,
+    autocast: torch.dtype | None = None,
 ) -> list[nn.Module]:
     """Quantize block after block, each behind the compressed ones before it; files blocks/NNN.safetensors."""
     blocks: list[nn.Module] = []
     complete = all(run.has(_quantized_name(number)) for number in range(len(adapter.blocks)))
-    teacher = student = [] if complete else first_block_batches(adapter, batches)  # no block is missing: no activations
+    teacher = student = [] if complete else first_block_batches(adapter, batches, autocast)  # or nothing to do
     for number, original in enumerate(adapter.blocks):
         name = _quantized_name(number)
         if run.has(name):
@@ -115,7 +117,7 @@ def tune_blocks(
     """Fine-tune window after window of blocks towards the original's outputs; files tuned/NNN.safetensors."""
     blocks: list[nn.Module] = []
     count = len(train)
-    teacher = student = first_block_batches(adapter, [*train, *held_back])
+    teacher = student = first_block_batches(adapter, [*train, *held_back], trainers.autocast)
     for first in range(0, len(adapter.blocks), window):
         numbers = range(first, min(first + window, len(adapter.blocks)))
         originals = [adapter.blocks[number] for number in numbers]
@@ -153,7 +155,7 @@ def _fit_window(module: BlockwiseModule, trainers: TrainerFactory, update: dict[
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         gradient_clip_val=1.0,
-        precision=trainers.tuning_precision,
+        precision=trainers.working_precision,
     )
     trainer.validate(module, verbose=False)  # the state before training competes for the best
     trainer.fit(module)

@@ -1,8 +1,11 @@
 """The estimate of a recipe's run, and the weights of its progress bar."""
 
-from casp_pl.pipeline.planning import RunEstimate, estimate_run, gemm_rate
+import torch
+
+from casp_pl.pipeline.planning import RunEstimate, Workload, effective_rate, estimate_run
 from casp_pl.pipeline.prepare import Prepared
 from casp_pl.pipeline.settings import RunSettings
+from casp_pl.pipeline.trainers import TrainerFactory
 
 __all__ = ["planned_estimate", "stage_weights"]
 
@@ -11,20 +14,26 @@ _QUESTION_TOKENS = 24  # a question's own tokens; the image prefix is shared
 
 def planned_estimate(settings: RunSettings, prepared: Prepared) -> RunEstimate:
     """Memory and time of this recipe on this machine."""
+    dtype = TrainerFactory(settings.trainer, None).autocast or torch.float32
+    rates = {kind: effective_rate(kind, prepared.device) for kind in {dtype, torch.float32}}
+    return estimate_run(prepared.adapter, _workload(settings), dtype=dtype, rates=rates)
+
+
+def _workload(settings: RunSettings) -> Workload:
     counts, wanted = settings.data.counts, settings.evaluation.counts
     tokens = counts["image_tokens"] + counts["text_tokens"]
-    held_back = tokens * counts["held_back_samples"] // max(1, counts["samples"])
+    a_sample = tokens / max(1, counts["samples"])
     per_image = counts["image_tokens"] // max(1, counts["image_samples"])
     asked = wanted["questions"] * _QUESTION_TOKENS + wanted["images"] * per_image
-    return estimate_run(
-        prepared.adapter,
+    return Workload(
         tokens=tokens,
-        held_back_tokens=held_back,
+        held_back_tokens=round(a_sample * counts["held_back_samples"]),
+        batch_tokens=round(a_sample * settings.data.batch_size),
         evaluation_tokens=asked + wanted["text_tokens"],
+        evaluations=len(_evaluated(settings)),
         tuning_epochs=settings.block_tuning.get("epochs", 0),
+        tuning_window=settings.block_tuning.get("window", 1),
         steps=settings.end_to_end.get("steps", 0),
-        stages=len(_evaluated(settings)),
-        rate=gemm_rate(),
     )
 
 

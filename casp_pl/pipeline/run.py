@@ -27,6 +27,7 @@ from casp_pl.modules import CalibrationModule, CalibrationStatistics, EndToEndMo
 from casp_pl.modules.end_to_end import teacher_states
 from casp_pl.pipeline.blocks import Batches, load_blocks, quantize_blocks, save_block, tune_blocks
 from casp_pl.pipeline.measure import Measurement
+from casp_pl.pipeline.memory import release_memory
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import TrainerFactory, as_loader
 
@@ -74,10 +75,10 @@ class CompressionRun:
         self._measure("original", list(self.adapter.blocks))
         if self.settings.baseline is not None:
             self._baseline(self.settings.baseline)
+        if self.trainers.working_precision is not None:
+            self.progress.say(f"everything but evaluation computes in {self.trainers.working_precision}")
         plan = self.plan(calibration)
         blocks = self._quantize(plan, calibration)
-        if self.trainers.tuning_precision is not None:
-            self.progress.say(f"fine-tuning computes in {self.trainers.tuning_precision}")
         if self.settings.block_tuning.get("epochs", 0) > 0:
             blocks = self._tune(blocks, calibration, held_back)
         if self.settings.end_to_end.get("steps", 0) > 0:
@@ -94,7 +95,7 @@ class CompressionRun:
                 self.adapter, measure_rounding=settings.bits.score == "proxy_loss", **settings.calibration
             )
             callbacks = [settings.low_rank, settings.bits, Advance(self.progress.advance, loop="validation")]
-            trainer = self.trainers.make(callbacks=callbacks, logger=False)
+            trainer = self.trainers.make(callbacks=callbacks, logger=False, precision=self.trainers.working_precision)
             trainer.validate(module, dataloaders=as_loader(calibration), verbose=False)
         if module.statistics is None or settings.bits.plan is None:
             raise InputError("The calibration pass saw no sample: give data.samples a larger number.")
@@ -139,7 +140,14 @@ class CompressionRun:
 
         with self.progress.stage("quantize", len(self.adapter.blocks)):
             blocks = quantize_blocks(
-                self.run, self.adapter, plan, self.settings.quantization, self.settings.quantizer, calibration, done
+                self.run,
+                self.adapter,
+                plan,
+                self.settings.quantization,
+                self.settings.quantizer,
+                calibration,
+                done,
+                self.trainers.autocast,
             )
         self._measure("quantized", blocks, start)
         return blocks
@@ -201,7 +209,7 @@ class CompressionRun:
             check_val_every_n_epoch=None,
             log_every_n_steps=1,
             gradient_clip_val=1.0,
-            precision=self.trainers.tuning_precision,
+            precision=self.trainers.working_precision,
         )
         with trainer.precision_plugin.forward_context():
             teacher = teacher_states(self.adapter, chain(_first(data.train_dataloader(), steps), held_back))
@@ -220,6 +228,7 @@ class CompressionRun:
         begun = time.monotonic() if start is None else start
         with self.progress.stage(f"evaluate {name}", self.measurement.steps):
             row = self.measurement.measure(name, self.adapter, blocks, self.progress.advance, started=begun)
+        release_memory()
         self.run.write_json(f"stages/{name}.json", asdict(row))
         self.progress.say(_sentence(row))
 

@@ -29,9 +29,10 @@ class TrainerFactory:
         self.callbacks = tuple(callbacks)
 
     @property
-    def tuning_precision(self) -> Any:
-        """Precision of fine-tuning: the user's `trainer.precision`; else bf16-mixed on a CPU that multiplies bf16.
+    def working_precision(self) -> Any:
+        """Precision of all but evaluation: `trainer.precision`; without it bf16-mixed on a CPU that multiplies bf16.
 
+        What is computed from activations (moments, spectra, codes, losses) stays in float32 in any case.
         There a training step takes half the time of fp32, and its gradient points the same way (cosine 0.9997 on the
         embedded model). CPUs without these instructions take seven to ten times as long in bf16 as in fp32.
         """
@@ -42,6 +43,11 @@ class TrainerFactory:
         capabilities = torch.cpu.get_capabilities()
         has_bf16 = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
         return "bf16-mixed" if on_cpu and has_bf16 else None
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """What `working_precision` multiplies matrices in; None for the dtype of the weights."""
+        return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(self.working_precision))
 
     def make(self, *, callbacks: Sequence[pl.Callback] = (), **overrides: Any) -> pl.Trainer:
         """A Trainer without Lightning's own progress bar, summary and checkpoints: the run has its own.

@@ -115,6 +115,17 @@ def test_moments_are_those_of_all_tokens_together(adapter: ModelAdapter, batches
     torch.testing.assert_close(moments.cross, x.T @ seen / len(seen), rtol=1e-4, atol=1e-5)
 
 
+def test_moments_of_bf16_inputs_are_summed_in_float32(adapter: ModelAdapter, batches: list[dict[str, Any]]) -> None:
+    streams, block = first_block_batches(adapter, batches, torch.bfloat16), adapter.blocks[0]
+    name = "mlp.down_proj"
+    inputs = [seen[name] for seen in run_blocks_seeing(block, streams, [name])[1]]
+    assert {x.dtype for x in inputs} == {torch.bfloat16}
+    moments, x = collect_moments(block, streams, inputs, name), torch.cat(inputs).double()
+    expected = (x.T @ x / len(x)).float()
+    for moment in (moments.second, moments.cross):
+        torch.testing.assert_close(moment, expected, rtol=1e-4, atol=1e-6 * float(expected.diagonal().mean()))
+
+
 def test_propagation_aims_at_the_output_of_the_original(adapter: ModelAdapter, batches: list[dict[str, Any]]) -> None:
     teacher = first_block_batches(adapter, batches)
     student, original = _damaged(teacher), adapter.blocks[0]

@@ -92,3 +92,13 @@ def test_the_pass_ends_once_all_is_seen_and_leaves_no_hook(
     assert late
     handle.remove()
     assert torch.equal(adapter.model(**model_inputs(batches[0])).logits, before)
+
+
+def test_autocast_streams_multiply_in_bf16_and_stay_close(adapter: ModelAdapter, batches: list[dict[str, Any]]) -> None:
+    exact, half = first_block_batches(adapter, batches), first_block_batches(adapter, batches, torch.bfloat16)
+    block = adapter.blocks[0]
+    assert linear_inputs(block, half[0], ["mlp.down_proj"])["mlp.down_proj"].dtype == torch.bfloat16
+    for a, b in zip(run_blocks(block, exact), run_blocks(block, half), strict=True):
+        assert b.hidden.dtype == torch.float32, "the residual stream keeps full precision"
+        error = (a.hidden - b.hidden)[a.real].norm() / a.hidden[a.real].norm()
+        assert 0 < error < 0.01

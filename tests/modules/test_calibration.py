@@ -1,5 +1,7 @@
 """Statistics of the calibration pass against dense maths on what transformers itself returns."""
 
+from typing import Any
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -12,6 +14,10 @@ from casp_pl.modules import CalibrationModule, CalibrationStatistics
 
 @pytest.fixture(scope="module")
 def measured() -> tuple[CalibrationStatistics, dict[str, torch.Tensor], nn.Module]:
+    return _measured("32-true")
+
+
+def _measured(precision: Any) -> tuple[CalibrationStatistics, dict[str, torch.Tensor], nn.Module]:
     model, _ = load_model("tiny")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 200, (3, 23), generator=generator)
@@ -22,7 +28,7 @@ def measured() -> tuple[CalibrationStatistics, dict[str, torch.Tensor], nn.Modul
     batch = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
     module = CalibrationModule(adapt(model), measure_rounding=True)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = pl.Trainer(accelerator="cpu", enable_model_summary=False, **quiet)
+    trainer = pl.Trainer(accelerator="cpu", precision=precision, enable_model_summary=False, **quiet)
     trainer.validate(module, dataloaders=DataLoader([batch], batch_size=None, num_workers=0), verbose=False)
     assert module.statistics is not None
     return module.statistics, batch, model
@@ -87,3 +93,13 @@ def test_round_trip(measured: tuple[CalibrationStatistics, dict[str, torch.Tenso
     torch.testing.assert_close(again.attention_sparsity, statistics.attention_sparsity, equal_nan=True)
     assert again.rounding == pytest.approx(statistics.rounding)
     assert (again.tokens, sorted(again.spectra)) == (statistics.tokens, sorted(statistics.spectra))
+
+
+def test_half_precision_changes_the_statistics_little(
+    measured: tuple[CalibrationStatistics, dict[str, torch.Tensor], nn.Module],
+) -> None:
+    exact, half = measured[0], _measured("bf16-mixed")[0]
+    torch.testing.assert_close(half.block_influence, exact.block_influence, rtol=0.02, atol=0)
+    assert not torch.equal(half.block_influence, exact.block_influence), "bf16 was not used"
+    for name, spectrum in exact.spectra.items():
+        torch.testing.assert_close(half.spectra[name], spectrum, rtol=0, atol=0.01 * float(spectrum.max()), msg=name)

@@ -109,6 +109,7 @@ def _count(value: int | None) -> str:
 def _value(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    if isinstance(value, list | tuple) and len(value) > 3:
-        return f"{len(value):,}: {json.dumps(list(value[:3]))} ..."
+    if isinstance(value, list | tuple):
+        first, more = json.dumps(list(value[:3])), " ..." if len(value) > 3 else ""
+        return f"{len(value):,}: {first}{more}" if value else "0"
     return value if isinstance(value, str) else json.dumps(value)

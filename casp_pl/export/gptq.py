@@ -2,7 +2,12 @@
 
 A linear is `qweight` (I bits / 32, O) and `qzeros` (G, O bits / 32) of int32 words, each column or row a little-endian
 bit stream, `scales` (G, O), `g_idx` (I,), the group of every column, and `bias`. Version 1 stores every zero point less
-one and adds the one back while reading, by words; version 2 stores them as they are.
+one. Readers add the one back in whole words, where a zero borrows from its neighbours; at 3 bits, whose fields cross
+words, in every field modulo 8. Version 2 stores zero points as they are.
+
+Bits and group sizes by module (`dynamic`) are understood by gptqmodel's own loader; transformers' ignores them. That
+loader takes version 1 with zero points only from itself. So version 2 is for gptqmodel, 1 for transformers and older
+tools.
 """
 
 import re
@@ -75,17 +80,21 @@ def _check_words(name: str, layer: UniformLinear) -> None:
 
 
 def _tensors(layer: UniformLinear, version: int) -> dict[str, Tensor | None]:
-    zeros = layer.zeros_unpacked().T.contiguous()
-    words = _words(zeros, layer.bits)
-    if version == 1:
-        words = words - _words(torch.ones_like(zeros), layer.bits)
     return {
         "qweight": _words(layer.codes_unpacked(), layer.bits).T,
-        "qzeros": words,
+        "qzeros": _zero_words(layer.zeros_unpacked().T.contiguous(), layer.bits, version),
         "scales": layer.scales.T,
         "g_idx": layer.column_groups_unpacked().to(torch.int32),
         "bias": layer.bias,
     }
+
+
+def _zero_words(zeros: Tensor, bits: int, version: int) -> Tensor:
+    """Zero points (G, O) -> int32 (G, O bits / 32)."""
+    if version == 1 and bits == 3:
+        return _words((zeros.int() - 1) % 8, bits)
+    words = _words(zeros, bits)
+    return words - _words(torch.ones_like(zeros), bits) if version == 1 else words
 
 
 def _words(codes: Tensor, bits: int) -> Tensor:

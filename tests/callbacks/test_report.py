@@ -62,7 +62,7 @@ def report(image):
             BlockFigures(block=0, score=1.5, attention_sparsity=sparsity_by_modality([[0.5, math.nan], [0.25, 1.0]])),
             BlockFigures(block=3),
         ),
-        data={"calibration": {"image_samples": 1234}, "skipped": [{"id": "a", "reason": "b | c"}]},
+        data={"calibration": {"image_samples": 1234, "skipped": []}, "skipped": [{"id": "a", "reason": "b | c"}]},
         examples=(
             Example(question="what $x$ is it?", original="red", compressed="", reference="red", image=image),
             Example(question="gone", original="a", compressed="a", image=image + ".missing"),
@@ -154,6 +154,8 @@ def test_markdown_table(report):
     assert rows[4][7:] == ["0.0123", "n/a", "1.5 s"]
     assert "Wall time 100.0 min, peak memory 1.23 GB" in text
     assert "| calibration: image samples | 1,234 |" in text
+    assert "| calibration: skipped | 0 |" in text
+    assert '| skipped | 1: [{"id": "a", "reason": "b \\| c"}] |' in text
     assert "b \\| c" in text
     assert "![Example questions](examples.png)" in text
     assert text.isascii()

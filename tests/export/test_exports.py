@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from casp_pl.checkpoint import load_compressed, save_compressed, verify
 from casp_pl.cli import main
@@ -111,11 +114,12 @@ def gptq_weight(tensors, bits, version):
         stream = 0
         for place, word in enumerate(words):
             stream |= int(word) << (32 * place)
-        if version == 1:  # a one is added to every field, word by word
+        if version == 1 and bits != 3:  # a one is added to every field, word by word
             ones = sum(1 << (bits * o) for o in range(rows))
             halves = [((stream >> 32 * p) + (ones >> 32 * p & 0xFFFFFFFF)) % 2**32 for p in range(len(words))]
             stream = sum(((half & 0xFFFFFFFF) << (32 * p)) for p, half in enumerate(halves))
-        zeros.append([(stream >> (bits * o)) % 2**bits for o in range(rows)])
+        one = int(version == 1 and bits == 3)  # there it is added field by field
+        zeros.append([((stream >> (bits * o)) + one) % 2**bits for o in range(rows)])
     for o in range(rows):
         stream = sum(int(word) << (32 * place) for place, word in enumerate(qweight[:, o]))
         for i in range(columns):
@@ -175,12 +179,42 @@ def test_gptq_names_the_modules_that_differ(tmp_path: Path) -> None:
     assert all(entry == {"bits": 4, "group_size": 32} for entry in config["dynamic"].values())
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gptqmodel") is None, reason="gptqmodel is not installed")
+needs_gptqmodel = pytest.mark.skipif(
+    importlib.util.find_spec("gptqmodel") is None or importlib.util.find_spec("optimum") is None,
+    reason="needs gptqmodel and optimum, and a torch that they take",
+)
+
+
+@needs_gptqmodel
 @pytest.mark.parametrize("layout", ["gptq", "gptq_v2"])
-def test_gptq_layout_in_gptqmodel(layout: str, tmp_path: Path) -> None:
-    source, expected = compressed(tmp_path, lambda linear, g, _: uniform(linear, g, bits=4))
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptq_layout_in_transformers_with_gptqmodel(bits: int, layout: str, tmp_path: Path) -> None:
+    source, expected = compressed(tmp_path, lambda linear, g, _: uniform(linear, g, bits=bits))
     export_model(source, tmp_path / "out", layout)
     torch.testing.assert_close(logits_of_stock_transformers(tmp_path / "out"), expected, rtol=0, atol=1e-3)
+
+
+@needs_gptqmodel
+def test_mixed_bits_in_gptqmodel(tmp_path: Path) -> None:
+    def mixed(linear, generator, number):
+        return uniform(linear, generator, bits=4 if number == 1 and linear.out_features == 96 else 2)
+
+    source, expected = compressed(tmp_path, mixed)
+    export_model(source, tmp_path / "out", "gptq_v2")  # its loader takes version 1 with zero points from itself alone
+    words = Tokenizer(WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(tmp_path / "out")  # it wants one
+    script = f"""
+import torch
+from gptqmodel import BACKEND, GPTQModel
+torch.set_num_threads(1)
+model = GPTQModel.load({str(tmp_path / "out")!r}, device="cpu", dtype=torch.float16, backend=BACKEND.TORCH)
+with torch.no_grad():
+    logits = model(input_ids=torch.tensor({IDS.tolist()})).logits.float()
+torch.save(logits, {str(tmp_path / "logits.pt")!r})
+"""
+    subprocess.run([sys.executable, "-P", "-c", script], check=True, timeout=300, cwd="/")
+    logits = torch.load(tmp_path / "logits.pt", weights_only=True)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0.01)  # its torch kernel takes no float32
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-5), ("float16", 0.02), ("bfloat16", 0.1)])

@@ -7,6 +7,9 @@ Letters: O out, G groups a row, K codebooks, C entries a codebook, D group lengt
 Both directions are sums over bags of rows, which `embedding_bag` does in one pass and in a fixed order: forward over
 the K entries of a group, backward over the groups that share an entry, found by one stable sort of the codes. The
 sort outlives the call in an `AdditiveIndex`, since codes change seldom and codebooks at every step.
+
+A few tokens are multiplied without the weight (`multiply_additive`): the products of their groups with all entries are
+fewer than the products with all weights, and the codes only choose which of them to add.
 """
 
 from functools import cached_property
@@ -17,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["AdditiveIndex", "dequantize_additive", "dequantize_additive_reference"]
+from casp_pl.kernels.compiled import compiled_lookup
+
+__all__ = ["AdditiveIndex", "dequantize_additive", "dequantize_additive_reference", "multiply_additive"]
 
 
 def dequantize_additive_reference(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
@@ -87,6 +92,29 @@ def dequantize_additive(codes: Tensor | AdditiveIndex, codebooks: Tensor, scales
     index = codes if isinstance(codes, AdditiveIndex) else AdditiveIndex(codes, codebooks.shape[1])
     weight: Tensor = _Dequantize.apply(codebooks, scales, index)  # type: ignore[no-untyped-call]
     return weight
+
+
+@torch.no_grad()
+def multiply_additive(codes: Tensor, codebooks: Tensor, scales: Tensor, x: Tensor) -> Tensor:
+    """X W^T of additive codes, for few tokens: time grows with every token. Not differentiable.
+
+    Args:
+        codes: below C (O, G, K), uint8.
+        codebooks: (K, C, D), float32.
+        scales: (O, 1), float32.
+        x: (N, G * D), float32 on a CPU where `compiled_lookup` is there, else anything.
+
+    Returns:
+        (N, O).
+    """
+    lookup = compiled_lookup(x)
+    if lookup is None:
+        return F.linear(x, dequantize_additive(codes, codebooks, scales))
+    books, entries, length = codebooks.shape
+    products = x.reshape(-1, length) @ codebooks.view(-1, length).T
+    sums = torch.empty(len(x), len(codes))
+    lookup(products.view(len(x), -1, entries), codes.view(len(codes), -1), sums)
+    return sums.mul_(scales.view(-1))
 
 
 class _Dequantize(torch.autograd.Function):

@@ -10,12 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from casp_pl.errors import ConfigError
-from casp_pl.kernels.additive import AdditiveIndex, dequantize_additive
+from casp_pl.kernels.additive import AdditiveIndex, dequantize_additive, multiply_additive
+from casp_pl.kernels.compiled import compiled_lookup
 from casp_pl.kernels.packing import pack, packed_size, unpack
 from casp_pl.layers.base import STORED_FLOAT_BITS, QuantizedLinear
 from casp_pl.layers.cache import CodesCache
 
 __all__ = ["AdditiveLinear"]
+
+_FEW_TOKENS = 4  # to look products up takes time for every token, the dense weight takes it once
 
 
 class AdditiveLinear(QuantizedLinear):
@@ -66,6 +69,7 @@ class AdditiveLinear(QuantizedLinear):
         self.codebooks = nn.Parameter(torch.zeros(num_codebooks, entries, group_length, device=device, dtype=dtype))
         self.scales = nn.Parameter(torch.zeros(out_features, 1, device=device, dtype=dtype))
         self._index: CodesCache[AdditiveIndex] = CodesCache()
+        self._bytes: CodesCache[Tensor] = CodesCache()
 
     @classmethod
     def from_codes(
@@ -101,8 +105,7 @@ class AdditiveLinear(QuantizedLinear):
 
     def codes_unpacked(self) -> Tensor:
         """The codes (O, G, K) as uint8, a copy."""
-        flat = unpack(self.codes, self._code_count, self._code_width)
-        return flat.view(self._code_shape).clone()
+        return self._unpacked().clone()
 
     def set_codes(self, codes: Tensor) -> None:
         """Replaces all codes (O, G, K), in place.
@@ -123,8 +126,13 @@ class AdditiveLinear(QuantizedLinear):
         return weight if weight.shape[1] == self.in_features else weight[:, : self.in_features].contiguous()
 
     def multiply(self, x: Tensor) -> Tensor:
-        """By way of the dense weight."""
-        return F.linear(x, self.dequantize(), self.bias)
+        """By look-up for a few tokens that no gradient is wanted of, else by way of the dense weight."""
+        if x.numel() > _FEW_TOKENS * self.in_features or not self._can_look_up(x):
+            return F.linear(x, self.dequantize(), self.bias)
+        codes = self._bytes.get(self._unpacked, self.codes)
+        padded = F.pad(x.reshape(-1, self.in_features), (0, self.groups * self.group_length - self.in_features))
+        y = multiply_additive(codes, self.codebooks, self.scales, padded).view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
 
     @property
     def code_bits(self) -> int:
@@ -147,6 +155,15 @@ class AdditiveLinear(QuantizedLinear):
     def free_cache(self) -> None:
         """Drops the unpacked codes."""
         self._index.clear()
+        self._bytes.clear()
+
+    def _can_look_up(self, x: Tensor) -> bool:
+        plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
+        return plain and self.codebooks.dtype == torch.float32 and compiled_lookup(x) is not None
+
+    def _unpacked(self) -> Tensor:
+        """The codes (O, G, K) as uint8; codes of 8 bits are not copied."""
+        return unpack(self.codes, self._code_count, self._code_width).view(self._code_shape)
 
     @property
     def _code_shape(self) -> torch.Size:

@@ -7,6 +7,7 @@ from typing import Any
 import psutil
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from casp_pl.callbacks import Advance
 from casp_pl.callbacks.report import CompressionReport, StageRow
 from casp_pl.callbacks.report_files import write_report
 from casp_pl.callbacks.stage_table import print_stages, size
@@ -14,7 +15,6 @@ from casp_pl.callbacks.tensorboard import log_report
 from casp_pl.checkpoint import RunDirectory, load_compressed, save_compressed, write_text
 from casp_pl.checkpoint import verify as find_problems
 from casp_pl.console import RunProgress, make_console, print_table
-from casp_pl.data.evaluation import EvaluationData
 from casp_pl.errors import InputError, ResourceError
 from casp_pl.evaluation import StageFigures
 from casp_pl.export import export_model
@@ -137,11 +137,12 @@ def export(directory: Path, out: Path, format: str, *, dtype: str | None = None)
 def _side_by_side(settings: RunSettings, file: str) -> int:
     directory = _model_directory(settings)
     prepared = prepare(settings)
-    trainers = TrainerFactory(settings.trainer, None)
-    original, outputs = _evaluate(prepared.adapter.model, prepared.processor, settings.evaluation, trainers, None)
-    compressed, processor = load_compressed(directory, device=prepared.device)
-    settings.evaluation.attach(processor)
-    tuned, _ = _evaluate(compressed, processor, settings.evaluation, trainers, outputs)
+    with RunProgress({"evaluate original": 1.0, "evaluate compressed": 1.0}) as progress:
+        model, processor = prepared.adapter.model, prepared.processor
+        original, outputs = _evaluate("original", model, processor, settings, None, progress)
+        compressed, processor = load_compressed(directory, device=prepared.device)
+        settings.evaluation.attach(processor)
+        tuned, _ = _evaluate("compressed", compressed, processor, settings, outputs, progress)
     adapter = adapt(compressed)
     codes, total = bits_per_weight(adapter, list(adapter.blocks))
     rows = [
@@ -154,10 +155,12 @@ def _side_by_side(settings: RunSettings, file: str) -> int:
 
 
 def _evaluate(
-    model: Any, processor: Any, data: EvaluationData, trainers: TrainerFactory, reference: Any
+    name: str, model: Any, processor: Any, settings: RunSettings, reference: Any, progress: RunProgress
 ) -> tuple[StageFigures, Any]:
     module = EvaluationModule(model, processor, reference=reference)
-    trainers.make().test(module, datamodule=data, verbose=False)
+    trainer = TrainerFactory(settings.trainer, None).make(callbacks=[Advance(progress.advance, loop="test")])
+    with progress.stage(f"evaluate {name}", sum(map(len, settings.evaluation.test_dataloader()))):
+        trainer.test(module, datamodule=settings.evaluation, verbose=False)
     if module.figures is None:
         raise InputError("evaluation: there is nothing to evaluate; set evaluation.questions or text_tokens.")
     return module.figures, module.outputs

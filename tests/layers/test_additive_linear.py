@@ -41,6 +41,19 @@ def test_computes_with_the_formula(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("lead", [(1,), (1, 3), (2, 1, 2), (5,)])
+def test_few_and_many_tokens_give_the_same_products(shape: tuple[int, ...], lead: tuple[int, ...]) -> None:
+    layer, _ = _random_layer(shape)
+    x = torch.randn(*lead, shape[1], generator=torch.Generator().manual_seed(1))
+    expected = nn.functional.linear(x, layer.dequantize(), layer.bias)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+        layer.set_codes(layer.codes_unpacked().flip(0))
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.dequantize(), layer.bias))
+    assert layer(x).requires_grad, "with gradients the tables must be reached"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_gradients_equal_those_of_the_formula(shape: tuple[int, ...]) -> None:
     layer, codes = _random_layer(shape)
     x = torch.randn(9, shape[1], generator=torch.Generator().manual_seed(1), requires_grad=True)
@@ -116,9 +129,10 @@ def test_state_holds_packed_codes_and_tables_only() -> None:
 
 def test_training_works_after_inference_mode() -> None:
     layer, _ = _random_layer()
-    x = torch.ones(2, 13)
+    x = torch.ones(9, 13)
     with torch.inference_mode():
         expected = layer(x).clone()
+        layer(x[:1])
     output = layer(x)
     output.sum().backward()
     assert torch.equal(output.detach(), expected)

@@ -89,10 +89,13 @@ def test_predict_answers_with_both_models(
     assert "none.png: no such file" in capsys.readouterr().err
 
 
-def test_validate_agrees_with_the_report(recipe: list[str], finished_run: Path) -> None:
+def test_validate_agrees_with_the_report(
+    recipe: list[str], finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import json
 
     assert main(["validate", *recipe, "--run_dir", str(finished_run)]) == 0
+    assert "100% evaluate compressed" in capsys.readouterr().out
     validated = json.loads((finished_run / "validate.json").read_text())
     report = json.loads((finished_run / "report.json").read_text())
     for key in ("vqa_accuracy", "perplexity", "kl", "flip_rate"):

@@ -158,8 +158,9 @@ class AdditiveLinear(QuantizedLinear):
         self._bytes.clear()
 
     def _can_look_up(self, x: Tensor) -> bool:
-        plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
-        return plain and self.codebooks.dtype == torch.float32 and compiled_lookup(x) is not None
+        if torch.is_grad_enabled() or self.codebooks.dtype != torch.float32 or compiled_lookup(x) is None:
+            return False
+        return not torch.is_autocast_enabled(x.device.type)
 
     def _unpacked(self) -> Tensor:
         """The codes (O, G, K) as uint8; codes of 8 bits are not copied."""

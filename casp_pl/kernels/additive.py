@@ -12,6 +12,7 @@ A few tokens are multiplied without the weight (`multiply_additive`): the produc
 fewer than the products with all weights, and the codes only choose which of them to add.
 """
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -19,8 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from casp_pl.kernels.compiled import compiled_lookup
 
 __all__ = ["AdditiveIndex", "dequantize_additive", "dequantize_additive_reference", "multiply_additive"]
 
@@ -95,21 +94,21 @@ def dequantize_additive(codes: Tensor | AdditiveIndex, codebooks: Tensor, scales
 
 
 @torch.no_grad()
-def multiply_additive(codes: Tensor, codebooks: Tensor, scales: Tensor, x: Tensor) -> Tensor:
-    """X W^T of additive codes, for few tokens: time grows with every token. Not differentiable.
+def multiply_additive(
+    lookup: Callable[..., None], codes: Tensor, codebooks: Tensor, scales: Tensor, x: Tensor
+) -> Tensor:
+    """X W^T of additive codes, for few tokens: time grows with every token. float32 on a CPU; not differentiable.
 
     Args:
+        lookup: what `compiled_lookup` gives for x.
         codes: below C (O, G, K), uint8.
-        codebooks: (K, C, D), float32.
-        scales: (O, 1), float32.
-        x: (N, G * D), float32 on a CPU where `compiled_lookup` is there, else anything.
+        codebooks: (K, C, D).
+        scales: (O, 1).
+        x: (N, G * D).
 
     Returns:
         (N, O).
     """
-    lookup = compiled_lookup(x)
-    if lookup is None:
-        return F.linear(x, dequantize_additive(codes, codebooks, scales))
     books, entries, length = codebooks.shape
     products = x.reshape(-1, length) @ codebooks.view(-1, length).T
     sums = torch.empty(len(x), len(codes))

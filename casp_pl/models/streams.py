@@ -16,7 +16,6 @@ from casp_pl.models.branches import additive_mask
 
 __all__ = [
     "BlockBatch",
-    "autocast_to",
     "first_block_batches",
     "linear_inputs",
     "model_inputs",
@@ -83,7 +82,7 @@ def first_block_batches(
     return result
 
 
-def autocast_to(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[None]:
+def _autocast_to(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[None]:
     """Inside, matrices are multiplied in this dtype; with None nothing changes."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
@@ -99,7 +98,7 @@ def model_inputs(batch: Mapping[str, Any], dtype: torch.dtype = torch.float32) -
 
 def run_block(block: nn.Module, batch: BlockBatch) -> Tensor:
     """The block's output (B, T, I)."""
-    with autocast_to(batch.autocast, batch.hidden.device):
+    with _autocast_to(batch.autocast, batch.hidden.device):
         output = block(batch.hidden, **batch.arguments)
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden

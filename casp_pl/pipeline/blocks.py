@@ -67,7 +67,8 @@ def quantize_blocks(
     """Quantize block after block, each behind the compressed ones before it; files blocks/NNN.safetensors."""
     blocks: list[nn.Module] = []
     complete = all(run.has(_quantized_name(number)) for number in range(len(adapter.blocks)))
-    teacher = student = [] if complete else first_block_batches(adapter, batches, autocast)  # or nothing to do
+    # where no block is missing, nothing reads activations
+    teacher = student = [] if complete else first_block_batches(adapter, batches, autocast)
     for number, original in enumerate(adapter.blocks):
         name = _quantized_name(number)
         if run.has(name):

@@ -1,6 +1,7 @@
 """What a run will cost, told before it starts: memory and time from shapes, counts and measured GEMM rates.
 
-The constants were fitted to whole runs on the embedded model (2 cores, AQLM), whose stages they meet within a fifth.
+The constants were fitted to whole runs on the embedded model (2 cores, AQLM): stages and peak memory are met within a
+fifth.
 """
 
 import time
@@ -14,12 +15,12 @@ __all__ = ["RunEstimate", "Workload", "effective_rate", "estimate_run"]
 
 _BYTES = 4
 _PROCESS_BYTES = 900 << 20  # Python with torch, lightning and transformers, before any weight
-_HEAP_SLACK = 1.2  # what the heap takes for what is in it
+_HEAP_SLACK = 1.5  # what the heap takes for what is in it
 # what a model gets of the rate of one large product; norms, attention and softmax gain nothing from half precision
 _SHARE = {torch.float32: 0.75, torch.bfloat16: 0.5, torch.float16: 0.5}
 _SEARCH_OPERATIONS = 185_000.0  # a weight, for the search of its codes
 _DEQUANTIZING_OPERATIONS = 1_300.0  # a weight and training step, forward and backward
-_LOGITS_AT_ONCE = 256
+_LOGITS_AT_ONCE = 256  # tokens, see `head_divergence`
 
 
 @dataclass(frozen=True)
@@ -96,16 +97,14 @@ def _stage_seconds(adapter: ModelAdapter, work: Workload, rate: float, exact_rat
     squares = blocks * sum(widths[group[0]][1] ** 2 for group in adapter.linear_groups)
     all_tokens = work.tokens + work.held_back_tokens
     dequantizing = _DEQUANTIZING_OPERATIONS * weights / exact_rate
+    tuning = 2 * all_tokens + work.tuning_epochs * (3 * work.tokens + work.held_back_tokens)
     passes = work.tuning_epochs * -(-work.tokens // work.batch_tokens)
     moments = 4.0 * squares * work.tokens  # second and cross
     return {
         "evaluation": work.evaluations * work.evaluation_tokens * forward / exact_rate,
         "calibration": 1.5 * work.tokens * forward / rate,
         "quantization": 3.6 * work.tokens * forward / rate + (moments + _SEARCH_OPERATIONS * weights) / exact_rate,
-        "block tuning": (2 * all_tokens + work.tuning_epochs * (3 * work.tokens + work.held_back_tokens))
-        * forward
-        / rate
-        + passes * dequantizing,
+        "block tuning": tuning * forward / rate + passes * dequantizing,
         "end to end": work.steps * (work.batch_tokens * (4 * forward + 3 * head) / rate + dequantizing)
         + 6 * work.held_back_tokens * forward / rate,
     }

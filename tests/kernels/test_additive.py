@@ -1,5 +1,7 @@
 """The additive kernel against its plain formula, and the formula against a loop."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -116,6 +118,12 @@ def test_float32_gradients_are_the_same_at_every_call() -> None:
     assert torch.equal(first, second)
 
 
+def _lookup() -> Callable[..., None]:
+    lookup = compiled_lookup(torch.empty(0))
+    assert lookup is not None, "numba belongs to the extra of the tests"
+    return lookup
+
+
 LOOKUP_SHAPES = [*SHAPES, (65, 40, 2, 256, 8), (3, 300, 1, 16, 8), (200, 1, 3, 2, 4)]
 
 
@@ -125,8 +133,7 @@ def test_products_by_look_up_are_those_of_the_dense_weight(shape: tuple[int, ...
     codes, codebooks, scales = _random(shape)
     x = torch.randn(tokens, shape[1] * shape[4], dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     expected = x @ dequantize_additive_reference(codes, codebooks, scales).T
-    assert compiled_lookup(x.float()) is not None, "numba belongs to the extra of the tests"
-    actual = multiply_additive(codes, codebooks.float(), scales.float(), x.float())
+    actual = multiply_additive(_lookup(), codes, codebooks.float(), scales.float(), x.float())
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
 
 
@@ -136,14 +143,6 @@ def test_look_up_is_the_same_at_any_number_of_threads() -> None:
     before, results = torch.get_num_threads(), []
     for threads in [1] + [2] * 400:
         torch.set_num_threads(threads)
-        results.append(multiply_additive(codes, codebooks, scales, x))
+        results.append(multiply_additive(_lookup(), codes, codebooks, scales, x))
     torch.set_num_threads(before)
     assert all(torch.equal(result, results[0]) for result in results)
-
-
-def test_without_the_compiled_loop_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
-    codes, codebooks, scales = _random((5, 3, 2, 16, 8), torch.float32)
-    x = torch.randn(2, 24, generator=torch.Generator().manual_seed(4))
-    compiled = multiply_additive(codes, codebooks, scales, x)
-    monkeypatch.setattr("casp_pl.kernels.additive.compiled_lookup", lambda _: None)
-    torch.testing.assert_close(multiply_additive(codes, codebooks, scales, x), compiled)

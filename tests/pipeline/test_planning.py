@@ -67,5 +67,5 @@ def test_memory_holds_the_model_and_grows_with_batch_and_data(adapter: ModelAdap
     assert memory(replace(WORK, tokens=10_000_000)) > memory(WORK)
 
 
-def test_rates_are_measured(adapter: ModelAdapter) -> None:
+def test_rates_are_measured() -> None:
     assert 1e8 < effective_rate(torch.float32, torch.device("cpu"), seconds=0.02) < 1e14

@@ -19,6 +19,7 @@ QUANTIZERS: dict[str, Quantizer] = {
     "GPTQ g64 act-order": GPTQQuantizer(group_size=64, order="activation"),
     "QuIP# E8P": QuIPSharpQuantizer(),
     "AQLM": AQLMQuantizer(),
+    "AQLM 2x8": AQLMQuantizer(formats={2: [[2, 256, 8]]}),
 }
 
 

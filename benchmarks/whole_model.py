@@ -1,6 +1,6 @@
 """Whole-model figures without fine-tuning: every quantizer, with and without CASP's steps and error propagation.
 
-usage: python -m benchmarks.whole_model [--out runs/whole_model] [--samples 128] [--methods gptq quip aqlm]
+usage: python -m benchmarks.whole_model [--out runs/whole_model] [--samples 128] [--methods gptq quip aqlm aqlm_2x8]
 
 Every row is a `casp_pl fit` of SmolLM2-135M on text with the same calibration and the same held-out text; a row that is
 there already is not computed again. The rows with CASP (low-rank W_q and W_k, bits by block) may spend, everything
@@ -17,12 +17,18 @@ from casp_pl.console import make_console, print_table
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PLAIN = ["--low_rank.mode", "off", "--bits.score", "uniform"]
-NAMES = {"gptq": "GPTQ g64", "quip": "QuIP#", "aqlm": "AQLM"}
+METHODS: dict[str, tuple[str, str, list[str]]] = {  # name -> (heading, config, what differs from it)
+    "gptq": ("GPTQ g64 act-order", "llama_gptq.yaml", []),
+    "quip": ("QuIP# E8P", "llama_quip.yaml", []),
+    "aqlm": ("AQLM", "llama_aqlm.yaml", []),
+    "aqlm_2x8": ("AQLM 2x8", "llama_aqlm.yaml", ["--quantizer.init_args.formats", "{2: [[2, 256, 8]]}"]),
+}
 
 
 def fit(folder: Path, method: str, samples: int, *overrides: str) -> dict[str, Any]:
     """Stage name -> its figures, of one run without fine-tuning."""
-    command = ["fit", "--config", str(CONFIGS / f"llama_{method}.yaml"), "--run_dir", str(folder)]
+    _, config, differs = METHODS[method]
+    command = ["fit", "--config", str(CONFIGS / config), "--run_dir", str(folder), *differs]
     command += ["--block_tuning.epochs", "0", "--end_to_end.steps", "0", "--data.samples", str(samples), *overrides]
     if casp_pl(command) != 0:
         raise SystemExit(f"{folder}: the run failed")
@@ -32,7 +38,8 @@ def fit(folder: Path, method: str, samples: int, *overrides: str) -> dict[str, A
 def row(name: str, casp: str, propagation: str, stage: dict[str, Any]) -> list[str]:
     """One line of the table."""
     kl = "" if stage["kl"] is None else f"{stage['kl']:.3f}"
-    return [name, casp, propagation, f"{stage['bits_per_weight_total']:.3f}", f"{stage['perplexity']:,.2f}", kl]
+    bits = f"{stage['bits_per_weight_total']:.3f}"
+    return [name, casp, propagation, bits, f"{stage['perplexity']:,.2f}", kl, f"{stage['seconds']:.0f}"]
 
 
 def main() -> None:
@@ -40,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/whole_model"))
     parser.add_argument("--samples", type=int, default=128, help="windows of 256 tokens to calibrate on")
-    parser.add_argument("--methods", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     options = parser.parse_args()
     rows: list[list[str]] = []
     for method in options.methods:
@@ -55,9 +62,11 @@ def main() -> None:
             if not rows:
                 rows += [row("original", "", "", plain["original"]), row("RTN g64", "no", "no", plain["rtn"])]
             on = "no" if propagation == "0.0" else "yes"
-            rows.append(row(NAMES[method], "no", on, plain["quantized"]))
-            rows.append(row(NAMES[method], "yes", on, casp["quantized"]))
-    print_table(["quantizer", "CASP", "propagation", "bits in all", "perplexity", "KL"], rows, make_console())
+            rows.append(row(METHODS[method][0], "no", on, plain["quantized"]))
+            rows.append(row(METHODS[method][0], "yes", on, casp["quantized"]))
+    print_table(
+        ["quantizer", "CASP", "propagation", "bits in all", "perplexity", "KL", "seconds"], rows, make_console()
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,98 @@
+"""What other tools make of the same model: 2 bits, group size 64, the calibration and held-out text of `whole_model`.
+
+usage: python -m benchmarks.peers gptqmodel
+       python -m benchmarks.peers auto-round
+
+Either tool is installed by hand (`pip install gptqmodel optimum`, `pip install auto-round`): the project does not need
+them. A line counts 2 bits of codes, a float16 scale and a zero point of 2 bits a group; embeddings stay as they are.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from casp_pl.data.calibration import CalibrationData
+from casp_pl.data.evaluation import EvaluationData
+from casp_pl.evaluation.figures import StageFigures
+from casp_pl.evaluation.reference import ReferenceOutputs
+from casp_pl.models.demo.language import load_language_model, load_tokenizer
+from casp_pl.modules.evaluation import EvaluationModule
+
+GROUP = 64
+BITS = 2
+
+
+def gptqmodel(windows: list[Tensor]) -> Any:
+    """GPTQ with act-order, asymmetric, as gptqmodel does it, loaded again by transformers."""
+    from gptqmodel import GPTQModel, QuantizeConfig
+    from transformers import AutoModelForCausalLM
+
+    config = QuantizeConfig(bits=BITS, group_size=GROUP, desc_act=True, sym=False, device="cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "source", Path(folder) / "target"
+        load_language_model().save_pretrained(source)
+        load_tokenizer().save_pretrained(source)
+        model = GPTQModel.load(str(source), config, device="cpu")
+        model.quantize([{"input_ids": ids, "attention_mask": ids.new_ones(ids.shape)} for ids in windows], batch_size=8)
+        model.save(str(target))
+        return AutoModelForCausalLM.from_pretrained(target, device_map="cpu").float()
+
+
+def auto_round(windows: list[Tensor]) -> Any:
+    """AutoRound, asymmetric, 40 iterations a block; its own dequantized weights."""
+    from auto_round import AutoRound
+
+    model, length = load_language_model(), windows[0].shape[-1]
+    tool = AutoRound(
+        model, load_tokenizer(), scheme=f"W{BITS}A16", group_size=GROUP, sym=False, iters=40, dataset=windows,
+        nsamples=len(windows), seqlen=length, batch_size=8, device_map="cpu", enable_torch_compile=False,
+    )  # fmt: skip
+    return tool.quantize()[0]
+
+
+PEERS: dict[str, Callable[[list[Tensor]], Any]] = {"gptqmodel": gptqmodel, "auto-round": auto_round}
+
+
+def calibration_windows() -> list[Tensor]:
+    """Token ids (1, 256) of the windows that `configs/llama_*.yaml` calibrate on."""
+    data = CalibrationData(samples=128, text_ratio=1.0, text_length=256, batch_size=1)
+    data.attach(load_tokenizer())
+    return [batch["input_ids"] for batch in data.calibration_dataloader()]
+
+
+def evaluate(model: Any, reference: ReferenceOutputs | None = None) -> tuple[StageFigures, ReferenceOutputs]:
+    """Figures on the held-out text, and the outputs that others are compared with."""
+    data = EvaluationData(questions=0)
+    data.attach(load_tokenizer())
+    module = EvaluationModule(model.eval(), load_tokenizer(), reference=reference)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.test(module, datamodule=data, verbose=False)
+    if module.figures is None or module.outputs is None:
+        raise RuntimeError("the test run ended without figures")
+    return module.figures, module.outputs
+
+
+def main() -> None:
+    """Print one line of a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("peer", choices=PEERS)
+    peer = parser.parse_args().peer
+    original, outputs = evaluate(load_language_model())
+    start = time.process_time()
+    model = PEERS[peer](calibration_windows())
+    seconds = time.process_time() - start
+    figures, _ = evaluate(model, outputs)
+    bits = BITS + (16 + BITS) / GROUP
+    print(f"original: perplexity {original.perplexity:.2f}")
+    print("| tool | bits in all | perplexity | KL | CPU s |\n|---|---|---|---|---|")
+    print(f"| {peer} | {bits:.3f} | {figures.perplexity:,.2f} | {figures.kl:.3f} | {seconds:.0f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from casp_pl.allocation import ModulePlan
 from casp_pl.layers import LowRankLinear, QuantizedLinear
-from casp_pl.linalg import propagation_target, relative_proxy_loss
+from casp_pl.linalg import full_width_products, propagation_target, relative_proxy_loss
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.streams import BlockBatch, linear_inputs
 from casp_pl.quantizers import Quantizer
@@ -126,8 +126,9 @@ def collect_moments(
     tokens = 0
     for batch, reference in zip(student, references, strict=True):
         inputs = linear_inputs(block, batch, [name])[name].float()
-        second = second + inputs.T @ inputs
-        cross = cross + reference.float().T @ inputs
+        with full_width_products():
+            second = second + inputs.T @ inputs
+            cross = cross + reference.float().T @ inputs
         tokens += len(inputs)
     return Moments(second / tokens, cross / tokens)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from casp_pl.errors import NumericsError
-from casp_pl.linalg import relative_proxy_loss, whitened_svd
+from casp_pl.linalg import full_width_products, relative_proxy_loss, whitened_svd
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.branches import visible_pairs
 from casp_pl.models.streams import model_inputs
@@ -110,7 +110,7 @@ class CalibrationModule(pl.LightningModule):
         def linear_reads(name: str) -> Any:
             def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
                 x = inputs[0][self._real].float()
-                with torch.autocast(x.device.type, enabled=False):  # whatever the model computes in
+                with torch.autocast(x.device.type, enabled=False), full_width_products():  # whatever the model computes in
                     self._moments[name] = self._moments.get(name, 0) + x.T @ x
 
             return hook

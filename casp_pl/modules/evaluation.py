@@ -15,6 +15,7 @@ from casp_pl.evaluation.reference import ReferenceOutputs
 from casp_pl.evaluation.text import chunked_logits, predicting_hidden
 from casp_pl.evaluation.vqa import answer_questions, decode_answers, end_token_ids
 from casp_pl.layers import materialized
+from casp_pl.linalg import full_width_products
 
 __all__ = ["EvaluationModule"]
 
@@ -56,7 +57,7 @@ class EvaluationModule(pl.LightningModule):
         self.answer_kl = KLDivergence(sync_on_compute=False)
         self.figures: StageFigures | None = None
         self.outputs: ReferenceOutputs | None = None
-        self._dense = ExitStack()
+        self._fast = ExitStack()
         self._answers: dict[int, tuple[str, str, Tensor]] = {}
         self._windows: dict[int, Tensor] = {}
         self._start = 0.0
@@ -68,7 +69,8 @@ class EvaluationModule(pl.LightningModule):
         self._answers, self._windows = {}, {}
         for metric in (self.accuracy, self.flips, self.perplexity, self.text_kl, self.answer_kl):
             metric.reset()
-        self._dense.enter_context(materialized(self.model))
+        self._fast.enter_context(materialized(self.model))
+        self._fast.enter_context(full_width_products())
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """A batch of questions or of text windows, told apart by what it holds."""
@@ -79,7 +81,7 @@ class EvaluationModule(pl.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Figures out of the metrics; those that apply are logged under `test/`."""
-        self._dense.close()
+        self._fast.close()
         self.outputs = ReferenceOutputs.collect(self._answers, self._windows)
         self.figures = self._compute_figures()
         logged = {name: value for name, value in self.figures.to_dict().items() if isinstance(value, float)}

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from casp_pl.checkpoint import load_compressed
+from casp_pl.data.images import load_image
 from casp_pl.data.sources import EasyVQA, PydocProse
 from casp_pl.data.tokenize import encode_windows, takes_images
 from casp_pl.export import export_model
@@ -55,10 +55,10 @@ def make_inputs(processor: Any) -> list[dict[str, Tensor]]:
     windows = list(encode_windows(PydocProse().load("test"), processor, length=WINDOW))[:4]
     inputs = [{"input_ids": torch.tensor([window.input_ids for window in windows])}]
     if takes_images(processor):
-        sample = next(iter(EasyVQA().load("test")))
+        sample = EasyVQA().load("test")[0]
         content = [{"type": "image"}, {"type": "text", "text": sample.turns[0].question}]
         prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        inputs.append(dict(processor(images=Image.open(sample.image), text=prompt, return_tensors="pt")))
+        inputs.append(dict(processor(images=load_image(Path(str(sample.image))), text=prompt, return_tensors="pt")))
     return inputs
 
 

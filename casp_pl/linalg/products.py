@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -18,7 +19,8 @@ def full_width_products() -> Iterator[None]:
     only where it finds AMX, so there, and without AVX-512, nothing is changed.
     """
     capabilities = torch.cpu.get_capabilities()
-    settings = torch.backends.mkldnn.matmul
+    mkldnn: Any = torch.backends.mkldnn  # a module that replaces itself, so mypy does not know its attributes
+    settings = mkldnn.matmul
     before = settings.fp32_precision
     if capabilities.get("avx512_f", False) and not capabilities.get("amx_tile", False):
         settings.fp32_precision = "bf16"

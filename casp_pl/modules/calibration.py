@@ -110,7 +110,8 @@ class CalibrationModule(pl.LightningModule):
         def linear_reads(name: str) -> Any:
             def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
                 x = inputs[0][self._real].float()
-                with torch.autocast(x.device.type, enabled=False), full_width_products():  # whatever the model computes in
+                # in fp32, whatever the model computes in
+                with torch.autocast(x.device.type, enabled=False), full_width_products():
                     self._moments[name] = self._moments.get(name, 0) + x.T @ x
 
             return hook

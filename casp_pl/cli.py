@@ -109,7 +109,9 @@ def _recipe_parser(name: str, text: str) -> LightningArgumentParser:
     parser.add_class_arguments(BitAllocation, "bits")
     parser.add_class_arguments(BlockQuantization, "quantization", skip={"seed"})
     kwargs_only: dict[str, Any] = {"instantiate": False}
-    parser.add_class_arguments(CalibrationModule, "calibration", skip={"adapter", "measure_rounding"}, **kwargs_only)
+    parser.add_class_arguments(
+        CalibrationModule, "calibration", skip={"adapter", "measure_rounding", "sensitivity"}, **kwargs_only
+    )
     parser.add_class_arguments(
         BlockwiseModule, "block_tuning", skip={"blocks", "train", "held_back", "first"}, **kwargs_only
     )

@@ -5,7 +5,13 @@ from casp_pl.allocation.bits import BitItem, allocate_bits, allocate_bits_greedi
 from casp_pl.allocation.build import Granularity, ModuleShape, build_plan
 from casp_pl.allocation.plan import CompressionPlan, Counts, ModulePlan
 from casp_pl.allocation.ranks import explicit_ranks, spectral_ranks, uniform_rank
-from casp_pl.allocation.scores import block_influence_scores, explicit_scores, first_last_scores, proxy_loss_scores
+from casp_pl.allocation.scores import (
+    block_influence_scores,
+    explicit_scores,
+    first_last_scores,
+    proxy_loss_scores,
+    sensitivity_scores,
+)
 
 __all__ = [
     "BitCosts",
@@ -26,6 +32,7 @@ __all__ = [
     "first_last_scores",
     "module_bits",
     "proxy_loss_scores",
+    "sensitivity_scores",
     "spectral_ranks",
     "uniform_rank",
 ]

@@ -4,11 +4,11 @@ Every function returns positive floats; only their ratios matter to the allocati
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from casp_pl.errors import ConfigError, NumericsError
 
-__all__ = ["block_influence_scores", "explicit_scores", "first_last_scores", "proxy_loss_scores"]
+__all__ = ["block_influence_scores", "explicit_scores", "first_last_scores", "proxy_loss_scores", "sensitivity_scores"]
 
 _FLOOR = 1e-12  # keeps a block that changes nothing in the game, behind every other block
 
@@ -39,6 +39,19 @@ def proxy_loss_scores(losses: Sequence[float]) -> list[float]:
         NumericsError: a value is not finite.
     """
     return _positive(losses, "proxy loss")
+
+
+def sensitivity_scores(sensitivities: Mapping[str, float]) -> dict[str, float]:
+    """By linear: the KL divergence that rounding it causes, over 2^(-2 b) at b bits.
+
+    Args:
+        sensitivities: full name of a linear to nats.
+
+    Raises:
+        NumericsError: a value is not finite.
+    """
+    values = _positive(list(sensitivities.values()), "sensitivity")
+    return dict(zip(sensitivities, values, strict=True))
 
 
 def first_last_scores(blocks: int) -> list[float]:

@@ -12,6 +12,7 @@ from casp_pl.allocation import (
     explicit_scores,
     first_last_scores,
     proxy_loss_scores,
+    sensitivity_scores,
 )
 from casp_pl.callbacks.low_rank_allocation import LowRankAllocation
 from casp_pl.errors import ConfigError
@@ -30,8 +31,9 @@ class BitAllocation(pl.Callback):
         budget: bits per original weight of the compressed linears.
         counts: what the budget counts: `codes` alone (the paper's convention) or the `total` with every table.
         score: how much a block's distortion counts: `block_influence` (1 - cosine of its input and output),
-            `proxy_loss` (a quick rounding of the block), `first_last` (the first blocks and the last), `uniform` (all
-            alike), `explicit`.
+            `sensitivity` (the KL that an error in each linear causes, from gradients of the original), `proxy_loss` (a
+            quick rounding of the block), `first_last` (the first blocks and the last), `uniform` (all alike),
+            `explicit`.
         granularity: whether the linears of a block share their bits.
         factor_bits: bits of the low-rank factors.
         scores: one number per block, for `explicit`.
@@ -42,7 +44,9 @@ class BitAllocation(pl.Callback):
         *,
         budget: float = 2.0,
         counts: Literal["codes", "total"] = "codes",
-        score: Literal["block_influence", "proxy_loss", "first_last", "uniform", "explicit"] = "block_influence",
+        score: Literal[
+            "block_influence", "sensitivity", "proxy_loss", "first_last", "uniform", "explicit"
+        ] = "block_influence",
         granularity: Literal["block", "linear"] = "block",
         factor_bits: int = 3,
         scores: list[float] | None = None,
@@ -107,5 +111,7 @@ class BitAllocation(pl.Callback):
             return first_last_scores(blocks)
         if self.score == "block_influence":
             return block_influence_scores(statistics.block_influence.tolist())
+        if self.score == "sensitivity":
+            return sensitivity_scores(statistics.sensitivity)
         losses = proxy_loss_scores([statistics.rounding[module.name] for module in modules])
         return {module.name: loss for module, loss in zip(modules, losses, strict=True)}

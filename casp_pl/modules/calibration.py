@@ -26,6 +26,7 @@ class CalibrationModule(pl.LightningModule):
         sparsity_batches: batches on which attention is measured; these run with eager attention, which is slower.
         measure_rounding: also round every linear quickly and record its relative proxy loss (needed by the bit score
             `proxy_loss`; costs second moments of every linear's input).
+        sensitivity: what was measured before (`linear_sensitivities`), to stand beside the rest.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class CalibrationModule(pl.LightningModule):
         sparsity_threshold: float = 1e-3,
         sparsity_batches: int = 4,
         measure_rounding: bool = False,
+        sensitivity: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.adapter = adapter
@@ -42,6 +44,7 @@ class CalibrationModule(pl.LightningModule):
         self.sparsity_threshold = sparsity_threshold
         self.sparsity_batches = sparsity_batches
         self.measure_rounding = measure_rounding
+        self.sensitivity = sensitivity or {}
         self.statistics: CalibrationStatistics | None = None
 
     def on_validation_start(self) -> None:
@@ -89,6 +92,7 @@ class CalibrationModule(pl.LightningModule):
             spectra={n: whitened_svd(weights[n], moments[self._source(n)]).S.float() for n in weights if n in low_rank},
             attention_sparsity=(sparsity[..., 0] / sparsity[..., 1]).float(),
             rounding=self._rounding(weights, moments) if self.measure_rounding else {},
+            sensitivity=self.sensitivity,
             tokens=int(sums[0]),
             image_tokens=int(sums[1]),
         )

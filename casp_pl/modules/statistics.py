@@ -18,6 +18,8 @@ class CalibrationStatistics:
         attention_sparsity: (L, 2, 2) share of attention probabilities below the threshold; query text/image x key
             text/image; NaN where no such pair was seen.
         rounding: full name of a linear -> relative proxy loss of a quick rounding; empty unless asked for.
+        sensitivity: full name of a linear -> nats of KL that rounding it costs, over 2^(-2 b) at b bits; empty unless
+            asked for.
         tokens: real tokens seen.
         image_tokens: of these, image patches.
     """
@@ -26,6 +28,7 @@ class CalibrationStatistics:
     spectra: dict[str, Tensor]
     attention_sparsity: Tensor
     rounding: dict[str, float]
+    sensitivity: dict[str, float]
     tokens: int
     image_tokens: int
 
@@ -34,7 +37,8 @@ class CalibrationStatistics:
         result = {"block_influence": self.block_influence, "attention_sparsity": self.attention_sparsity}
         result["tokens"] = torch.tensor([self.tokens, self.image_tokens])
         result |= {f"spectrum.{name}": value for name, value in self.spectra.items()}
-        result |= {f"rounding.{name}": torch.tensor(value) for name, value in self.rounding.items()}
+        for kind, figures in (("rounding", self.rounding), ("sensitivity", self.sensitivity)):
+            result |= {f"{kind}.{name}": torch.tensor(value) for name, value in figures.items()}
         return result
 
     @classmethod
@@ -45,7 +49,8 @@ class CalibrationStatistics:
             block_influence=tensors["block_influence"],
             spectra=_with_prefix(tensors, "spectrum."),
             attention_sparsity=tensors["attention_sparsity"],
-            rounding={name: value.item() for name, value in _with_prefix(tensors, "rounding.").items()},
+            rounding=_numbers(tensors, "rounding."),
+            sensitivity=_numbers(tensors, "sensitivity."),
             tokens=tokens,
             image_tokens=image_tokens,
         )
@@ -53,3 +58,7 @@ class CalibrationStatistics:
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _numbers(tensors: dict[str, Tensor], prefix: str) -> dict[str, float]:
+    return {name: value.item() for name, value in _with_prefix(tensors, prefix).items()}

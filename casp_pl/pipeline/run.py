@@ -25,6 +25,7 @@ from casp_pl.models.compress import LinearReport, round_to_nearest
 from casp_pl.models.surgery import round_to_storage
 from casp_pl.modules import CalibrationModule, CalibrationStatistics, EndToEndModule
 from casp_pl.modules.end_to_end import teacher_states
+from casp_pl.modules.sensitivity import linear_sensitivities
 from casp_pl.pipeline.blocks import Batches, load_blocks, quantize_blocks, save_block, tune_blocks
 from casp_pl.pipeline.measure import Measurement
 from casp_pl.pipeline.memory import release_memory
@@ -32,6 +33,8 @@ from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import TrainerFactory, as_loader
 
 __all__ = ["CompressionRun"]
+
+_SENSITIVITY_BATCHES = 4  # of the calibration: squares of gradients need fewer tokens than second moments
 
 
 class CompressionRun:
@@ -92,7 +95,10 @@ class CompressionRun:
             return CompressionPlan.from_json(self.run.read_json("plan.json"))
         with self.progress.stage("calibration", len(calibration)):
             module = CalibrationModule(
-                self.adapter, measure_rounding=settings.bits.score == "proxy_loss", **settings.calibration
+                self.adapter,
+                measure_rounding=settings.bits.score == "proxy_loss",
+                sensitivity=self._sensitivity(calibration) if settings.bits.score == "sensitivity" else None,
+                **settings.calibration,
             )
             callbacks = [settings.low_rank, settings.bits, Advance(self.progress.advance, loop="validation")]
             trainer = self.trainers.make(callbacks=callbacks, logger=False, precision=self.trainers.working_precision)
@@ -102,6 +108,10 @@ class CompressionRun:
         self.run.write_tensors("calibration.safetensors", module.statistics.tensors(), {})
         self.run.write_json("plan.json", settings.bits.plan.to_json())
         return settings.bits.plan
+
+    def _sensitivity(self, calibration: Batches) -> dict[str, float]:
+        chosen, autocast = calibration[:_SENSITIVITY_BATCHES], self.trainers.autocast
+        return linear_sensitivities(self.adapter, chosen, seed=self.settings.seed, autocast=autocast)
 
     def statistics(self) -> CalibrationStatistics:
         """What the calibration pass found."""

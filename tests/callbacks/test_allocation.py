@@ -10,6 +10,7 @@ from casp_pl.errors import ConfigError
 from casp_pl.models import adapt, load_model
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.modules import CalibrationModule
+from casp_pl.modules.sensitivity import linear_sensitivities
 from casp_pl.pipeline.trainers import as_loader
 from casp_pl.quantizers import AQLMQuantizer
 
@@ -19,10 +20,12 @@ def calibrated() -> tuple[ModelAdapter, CalibrationModule]:
     model, processor = load_model("tiny")
     data = CalibrationData(samples=8, text_length=24, batch_size=4)
     data.attach(processor)
-    module = CalibrationModule(adapt(model), measure_rounding=True)
+    adapter, batches = adapt(model), list(data.calibration_dataloader())
+    sensitivity = linear_sensitivities(adapter, batches, seed=0)
+    module = CalibrationModule(adapter, measure_rounding=True, sensitivity=sensitivity)
     settings = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "accelerator": "cpu"}
     trainer = pl.Trainer(enable_model_summary=False, **settings)
-    trainer.validate(module, dataloaders=as_loader(list(data.calibration_dataloader())), verbose=False)
+    trainer.validate(module, dataloaders=as_loader(batches), verbose=False)
     return module.adapter, module
 
 
@@ -56,7 +59,7 @@ def test_ranks_keep_the_share_of_parameters(calibrated: tuple[ModelAdapter, Cali
         )
 
 
-@pytest.mark.parametrize("score", ["block_influence", "proxy_loss", "first_last", "uniform"])
+@pytest.mark.parametrize("score", ["block_influence", "sensitivity", "proxy_loss", "first_last", "uniform"])
 @pytest.mark.parametrize("counts", ["codes", "total"])
 def test_the_budget_is_kept_and_spent(
     calibrated: tuple[ModelAdapter, CalibrationModule], score: str, counts: str
@@ -85,6 +88,19 @@ def test_scores_follow_the_measured_block_influence(calibrated: tuple[ModelAdapt
     assert plan is not None
     scores = torch.tensor([sum(module.score for module in plan.of_block(block)) for block in plan.blocks])
     torch.testing.assert_close(scores, statistics.block_influence, rtol=1e-4, atol=0)
+
+
+def test_sensitive_linears_get_the_bits(calibrated: tuple[ModelAdapter, CalibrationModule]) -> None:
+    statistics = calibrated[1].statistics
+    assert statistics is not None
+    sensitive = {"score": "sensitivity", "granularity": "linear", "budget": 2.5}
+    plan = _choose(calibrated, LowRankAllocation(mode="off"), **sensitive).plan
+    assert plan is not None
+    assert {module.name: module.score for module in plan.modules} == pytest.approx(statistics.sensitivity)
+    for shape in {module.shape for module in plan.modules}:  # among linears of one cost the more sensitive have more
+        alike = sorted((module for module in plan.modules if module.shape == shape), key=lambda module: -module.score)
+        assert [module.bits for module in alike] == sorted((module.bits for module in alike), reverse=True)
+    assert len({module.bits for module in plan.modules}) > 1
 
 
 @pytest.mark.parametrize("wrong", [{"budget": 0.0}, {"budget": 1.0}])

@@ -1,5 +1,6 @@
 """Statistics of the calibration pass against dense maths on what transformers itself returns."""
 
+import dataclasses
 from typing import Any
 
 import lightning.pytorch as pl
@@ -89,7 +90,9 @@ def test_rounding_is_measured_for_every_linear(
 
 def test_round_trip(measured: tuple[CalibrationStatistics, dict[str, torch.Tensor], nn.Module]) -> None:
     statistics, _, _ = measured
+    statistics = dataclasses.replace(statistics, sensitivity={"layers.0.mlp.up_proj": 0.25})
     again = CalibrationStatistics.from_tensors(statistics.tensors())
+    assert again.sensitivity == statistics.sensitivity
     torch.testing.assert_close(again.attention_sparsity, statistics.attention_sparsity, equal_nan=True)
     assert again.rounding == pytest.approx(statistics.rounding)
     assert (again.tokens, sorted(again.spectra)) == (statistics.tokens, sorted(statistics.spectra))

@@ -7,12 +7,8 @@ Letters: O out, G groups a row, K codebooks, C entries a codebook, D group lengt
 Both directions are sums over bags of rows, which `embedding_bag` does in one pass and in a fixed order: forward over
 the K entries of a group, backward over the groups that share an entry, found by one stable sort of the codes. The
 sort outlives the call in an `AdditiveIndex`, since codes change seldom and codebooks at every step.
-
-A few tokens are multiplied without the weight (`multiply_additive`): the products of their groups with all entries are
-fewer than the products with all weights, and the codes only choose which of them to add.
 """
 
-from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["AdditiveIndex", "dequantize_additive", "dequantize_additive_reference", "multiply_additive"]
+__all__ = ["AdditiveIndex", "dequantize_additive", "dequantize_additive_reference"]
 
 
 def dequantize_additive_reference(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
@@ -91,29 +87,6 @@ def dequantize_additive(codes: Tensor | AdditiveIndex, codebooks: Tensor, scales
     index = codes if isinstance(codes, AdditiveIndex) else AdditiveIndex(codes, codebooks.shape[1])
     weight: Tensor = _Dequantize.apply(codebooks, scales, index)  # type: ignore[no-untyped-call]
     return weight
-
-
-@torch.no_grad()
-def multiply_additive(
-    lookup: Callable[..., None], codes: Tensor, codebooks: Tensor, scales: Tensor, x: Tensor
-) -> Tensor:
-    """X W^T of additive codes, for few tokens: time grows with every token. float32 on a CPU; not differentiable.
-
-    Args:
-        lookup: what `compiled_lookup` gives for x.
-        codes: below C (O, G, K), uint8.
-        codebooks: (K, C, D).
-        scales: (O, 1).
-        x: (N, G * D).
-
-    Returns:
-        (N, O).
-    """
-    books, entries, length = codebooks.shape
-    products = x.reshape(-1, length) @ codebooks.view(-1, length).T
-    sums = torch.empty(len(x), len(codes))
-    lookup(products.view(len(x), -1, entries), codes.view(len(codes), -1), sums)
-    return sums.mul_(scales.view(-1))
 
 
 class _Dequantize(torch.autograd.Function):

@@ -31,7 +31,9 @@ __all__ = [
     "e8_residual",
     "e8p_even_patterns",
     "e8p_patterns",
+    "e8p_pairs",
     "e8p_points",
+    "pairs_of",
     "pack_lattice",
     "unpack_lattice",
 ]
@@ -71,6 +73,21 @@ def e8p_points(device: torch.device) -> Tensor:
         minus = torch.cat([minus[:, None].expand(-1, _PATTERNS, -1), eighth[:, :, None]], dim=2)
         lattice = (1 - 2 * minus) * (e8p_patterns(device) / QUARTER)  # (128, 256, 8)
         return torch.stack([lattice + 1, lattice - 1]).view(-1, GROUP_LENGTH).to(torch.int8)
+
+
+@lru_cache(maxsize=8)
+def e8p_pairs(device: torch.device) -> Tensor:
+    """What two neighbouring coordinates of a point of E8P can be (72, 2), int8 quarters: 6 x 6 for each shift."""
+    with torch.inference_mode(False):
+        values = torch.tensor([-10, -6, -2, 2, 6, 10], dtype=torch.int8, device=device)
+        return torch.cat([torch.cartesian_prod(values, values) + shift for shift in (1, -1)])
+
+
+def pairs_of(points: Tensor) -> Tensor:
+    """Numbers in `e8p_pairs` of the pairs of neighbouring coordinates: int8 quarters (..., P) -> uint8 (..., P / 2)."""
+    shift = (points & 3 == 3).to(torch.int8) * 2 - 1  # 2, 6, 10, -2 ... are 2 modulo 4
+    first, second = ((points - shift + 10) // 4).unflatten(-1, (-1, 2)).unbind(-1)
+    return ((shift[..., ::2] < 0) * 36 + first * 6 + second).to(torch.uint8)
 
 
 @lru_cache(maxsize=8)

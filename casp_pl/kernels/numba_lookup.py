@@ -1,53 +1,81 @@
-"""Sums of table entries that codes choose, compiled by numba (optional package; extra `cpu`): the heart of decoding.
+"""Products with codes by look-up, compiled by numba (optional package; extra `cpu`): the heart of decoding on a CPU.
 
-A thread owns rows, so sums are added in one order whatever the number of threads. Tables are walked in pieces that stay
-in a core's first cache, and every piece serves many rows.
+The products of a group of inputs with all entries of a codebook are fewer than the products with all weights; the codes
+only choose which of them to add. A thread owns rows, so sums are added in one order whatever the number of threads.
+Tables are walked in pieces that stay in a core's first cache, and every piece serves many rows.
 
 Importing this module compiles nothing; the first call does, and numba keeps the result in a cache on disk.
 
-Letters: N tokens, O rows, M positions of a row's codes, C entries of a position.
+Letters: N tokens, O rows, G groups of inputs, D inputs a group, K codebooks, C entries a codebook, M = G K positions of
+a row's codes, S spans of positions, each with scales of its own.
 """
 
 import numpy as np
 from numba import njit, prange
 
-__all__ = ["lookup"]
+__all__ = ["lookup", "multiply_group"]
 
 _ROWS = 64  # of a piece of work that one thread does
 _FLOATS = 8192  # of a table in a piece: 32 KiB
 _ZERO = np.float32(0)
 
 
+@njit(inline="always", fastmath=True)
+def multiply_group(x, book, products):  # type: ignore[no-untyped-def]
+    """products[c] = <x, entry c> with x (D,) and book (D, C). Returns the largest magnitude."""
+    length, entries = book.shape
+    for c in range(entries):
+        products[c] = x[0] * book[0, c]
+    for d in range(1, length):
+        for c in range(entries):
+            products[c] += x[d] * book[d, c]
+    largest = _ZERO
+    for c in range(entries):
+        largest = max(largest, abs(products[c]))
+    return largest
+
+
 @njit(parallel=True, nogil=True, cache=True)
-def lookup(tables, codes, sums):  # type: ignore[no-untyped-def]
-    """sums[n, o] = sum_m tables[n, m, codes[o, m]].
+def lookup(x, books, codes, weights, span, sums):  # type: ignore[no-untyped-def]
+    """sums[n, o] = sum_s weights[s, o] * sum over positions m = (g, k) of span s: <x[n, g], books[k, :, codes[o, m]]>.
 
     Args:
-        tables: float32 (N, M, C).
+        x: float32 (N, G, D).
+        books: float32 (K, D, C).
         codes: uint8 (O, M), all below C.
+        weights: float32 (S, O).
+        span: positions of a span; the last may be shorter.
         sums: float32 (N, O), written.
     """
-    tokens, positions, entries = tables.shape
-    rows = codes.shape[0]
+    tokens, groups, _ = x.shape
+    codebooks, _, entries = books.shape
+    rows, positions = codes.shape
+    tables = np.empty((tokens, positions, entries), dtype=np.float32)
+    for work in prange(tokens * groups):
+        n, g = work // groups, work % groups
+        for k in range(codebooks):
+            multiply_group(x[n, g], books[k], tables[n, g * codebooks + k])
     step = max(4, _FLOATS // entries)
     for piece in prange((rows + _ROWS - 1) // _ROWS):
         first, last = piece * _ROWS, min(rows, (piece + 1) * _ROWS)
         for n in range(tokens):
             for o in range(first, last):
                 sums[n, o] = _ZERO
-        for start in range(0, positions, step):
-            stop = min(positions, start + step)
-            whole = start + (stop - start) // 4 * 4
-            for n in range(tokens):
-                table = tables[n]
-                for o in range(first, last):
-                    row = codes[o]
-                    sum0 = sum1 = sum2 = sum3 = _ZERO
-                    for m in range(start, whole, 4):  # four sums: the next need not wait for the last
-                        sum0 += table[m, row[m]]
-                        sum1 += table[m + 1, row[m + 1]]
-                        sum2 += table[m + 2, row[m + 2]]
-                        sum3 += table[m + 3, row[m + 3]]
-                    for m in range(whole, stop):
-                        sum0 += table[m, row[m]]
-                    sums[n, o] += (sum0 + sum1) + (sum2 + sum3)
+        for s in range(weights.shape[0]):
+            end = min(positions, (s + 1) * span)
+            for start in range(s * span, end, step):
+                stop = min(end, start + step)
+                whole = start + (stop - start) // 4 * 4
+                for n in range(tokens):
+                    table = tables[n]
+                    for o in range(first, last):
+                        row = codes[o]
+                        sum0 = sum1 = sum2 = sum3 = _ZERO
+                        for m in range(start, whole, 4):  # four sums: the next need not wait for the last
+                            sum0 += table[m, row[m]]
+                            sum1 += table[m + 1, row[m + 1]]
+                            sum2 += table[m + 2, row[m + 2]]
+                            sum3 += table[m + 3, row[m + 3]]
+                        for m in range(whole, stop):
+                            sum0 += table[m, row[m]]
+                        sums[n, o] += weights[s, o] * ((sum0 + sum1) + (sum2 + sum3))

@@ -5,10 +5,34 @@
 Letters: O out, I in, G groups a row (the last may be short), D group length.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["dequantize_uniform", "uniform_steps"]
+__all__ = ["byte_codebook", "bytes_of_codes", "codes_per_byte", "dequantize_uniform", "uniform_steps"]
+
+_BYTE = 8
+
+
+def codes_per_byte(bits: int) -> int:
+    """How many neighbouring codes of `bits` bits are looked up as one byte."""
+    return _BYTE // bits
+
+
+def byte_codebook(bits: int) -> Tensor:
+    """The codes that a byte stands for (1, C, `codes_per_byte`), float32."""
+    count = codes_per_byte(bits)
+    entries = torch.arange(1 << bits * count, device="cpu")
+    return (entries[:, None] >> torch.arange(count, device="cpu") * bits & (1 << bits) - 1).float().unsqueeze(0)
+
+
+def bytes_of_codes(codes: Tensor, bits: int, group_size: int) -> Tensor:
+    """Bytes of neighbouring codes, every group filled up with zeros: codes (O, I) -> uint8 (O, bytes of all groups)."""
+    count = codes_per_byte(bits)
+    padded = F.pad(codes, (0, -codes.shape[1] % group_size)).unflatten(1, (-1, group_size))
+    parts = F.pad(padded, (0, -group_size % count)).unflatten(2, (-1, count)).int()
+    places = torch.arange(count, dtype=torch.int32, device=codes.device) * bits
+    return (parts << places).sum(dim=3).to(torch.uint8).flatten(1)
 
 
 def uniform_steps(codes: Tensor, zeros: Tensor, group_size: int) -> Tensor:

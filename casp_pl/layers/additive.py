@@ -3,7 +3,6 @@
 Letters: O out, I in, G = ceil(I / D) groups a row, K codebooks, C entries a codebook, D group length.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,17 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from casp_pl.errors import ConfigError
-from casp_pl.kernels.additive import AdditiveIndex, dequantize_additive, multiply_additive
-from casp_pl.kernels.compiled import compiled_lookup
+from casp_pl.kernels.additive import AdditiveIndex, dequantize_additive
+from casp_pl.kernels.lookup import CodeRows, loop_for
 from casp_pl.kernels.packing import pack, packed_size, unpack
 from casp_pl.layers.base import STORED_FLOAT_BITS, QuantizedLinear
 from casp_pl.layers.cache import CodesCache
 
 __all__ = ["AdditiveLinear"]
-
-# Looking products up takes time for every token, the dense weight takes it once. Two tokens are faster looked up from
-# 576 x 576 to 11008 x 4096; four are slower at 576 x 576.
-_FEW_TOKENS = 2
 
 
 class AdditiveLinear(QuantizedLinear):
@@ -72,7 +67,7 @@ class AdditiveLinear(QuantizedLinear):
         self.codebooks = nn.Parameter(torch.zeros(num_codebooks, entries, group_length, device=device, dtype=dtype))
         self.scales = nn.Parameter(torch.zeros(out_features, 1, device=device, dtype=dtype))
         self._index: CodesCache[AdditiveIndex] = CodesCache()
-        self._lookup_codes: CodesCache[Tensor] = CodesCache()
+        self._rows: CodesCache[CodeRows] = CodesCache()
 
     @classmethod
     def from_codes(
@@ -130,13 +125,11 @@ class AdditiveLinear(QuantizedLinear):
 
     def multiply(self, x: Tensor) -> Tensor:
         """By look-up for a few tokens that no gradient is wanted of, else by way of the dense weight."""
-        lookup = self._lookup(x)
-        if lookup is None:
+        loop = loop_for(x, self.in_features)
+        if loop is None:
             return F.linear(x, self.dequantize(), self.bias)
-        codes = self._lookup_codes.get(self._unpacked, self.codes)
-        padded = F.pad(x.reshape(-1, self.in_features), (0, self.groups * self.group_length - self.in_features))
-        y = multiply_additive(lookup, codes, self.codebooks, self.scales, padded).view(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
+        rows = self._rows.get(lambda: CodeRows(self._unpacked().flatten(1), loop), self.codes)
+        return self.finish(rows.multiply(x.reshape(-1, self.in_features), self.codebooks, self.scales.T), x)
 
     @property
     def code_bits(self) -> int:
@@ -157,17 +150,9 @@ class AdditiveLinear(QuantizedLinear):
         return {"num_codebooks": self.num_codebooks, "entries": self.entries, "group_length": self.group_length}
 
     def free_cache(self) -> None:
-        """Drops the unpacked codes."""
+        """Drops the unpacked codes in both layouts."""
         self._index.clear()
-        self._lookup_codes.clear()
-
-    def _lookup(self, x: Tensor) -> Callable[..., None] | None:
-        """The loop that looks products with x (..., I) up; None where the dense weight is better or needed."""
-        many = x.numel() > _FEW_TOKENS * self.in_features
-        if many or torch.is_grad_enabled() or self.codebooks.dtype != torch.float32:
-            return None
-        lookup = compiled_lookup(x)
-        return None if lookup is None or torch.is_autocast_enabled(x.device.type) else lookup
+        self._rows.clear()
 
     def _unpacked(self) -> Tensor:
         """The codes (O, G, K) as uint8; codes of 8 bits are not copied."""

@@ -148,6 +148,13 @@ class QuantizedLinear(nn.Module, ABC):
         """Whether a dense weight is kept."""
         return self._dense is not None
 
+    def finish(self, products: Tensor, x: Tensor) -> Tensor:
+        """Products (N, O) of x (..., I) in float32 -> the layer's output (..., O) in the dtype that F.linear gives."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        y = products if self.bias is None else products + self.bias
+        return y.to(dtype).view(*x.shape[:-1], self.out_features)
+
     def extra_repr(self) -> str:
         """The spec in one line, as `print(model)` shows it."""
         return ", ".join(f"{key}={value}" for key, value in self.spec().items() if key != "kind")

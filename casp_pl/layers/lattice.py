@@ -6,13 +6,16 @@ Letters: O out, I in, G = ceil(I / 8) groups a row, P = 8 G, S stages.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from casp_pl.errors import ConfigError
 from casp_pl.kernels.lattice import GROUP_LENGTH, LATTICE_STAGES, pack_lattice, unpack_lattice
+from casp_pl.kernels.lookup import loop_for
 from casp_pl.layers.base import STORED_FLOAT_BITS, QuantizedLinear
 from casp_pl.layers.cache import CodesCache
-from casp_pl.layers.lattice_weight import dequantize_lattice, lattice_quarters, multiply_lattice
+from casp_pl.layers.lattice_rows import LatticeRows
+from casp_pl.layers.lattice_weight import dequantize_lattice, lattice_points, lattice_quarters, multiply_lattice
 
 __all__ = ["LatticeLinear"]
 
@@ -60,6 +63,7 @@ class LatticeLinear(QuantizedLinear):
         self.su = nn.Parameter(torch.zeros(in_features, device=device, dtype=dtype))
         self.sv = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
         self._quarters: CodesCache[Tensor] = CodesCache()
+        self._rows: CodesCache[LatticeRows] = CodesCache()
 
     @classmethod
     def from_codes(
@@ -116,9 +120,23 @@ class LatticeLinear(QuantizedLinear):
         return dequantize_lattice(self._decoded(), self.su, self.sv, self.bits)
 
     def multiply(self, x: Tensor) -> Tensor:
-        """By transforming inputs and outputs: they are fewer than weights, and no gradient of a weight is needed."""
-        y = multiply_lattice(x, self._decoded(), self.su, self.sv, self.bits)
-        return y if self.bias is None else y + self.bias
+        """By transforming inputs and outputs: they are fewer than weights, and no gradient of a weight is needed.
+
+        Of a few tokens that no gradient is wanted of the products with Z are looked up.
+        """
+        width = GROUP_LENGTH * self.groups
+        loop = loop_for(x, self.in_features)
+        if loop is None:
+            quarters = self._decoded()
+            y = multiply_lattice(
+                x, lambda mixed: F.linear(mixed, lattice_points(quarters, self.bits, x.dtype)), self.su, self.sv, width
+            )
+            return y if self.bias is None else y + self.bias
+        rows = self._rows.get(lambda: LatticeRows(self.codes, self.bits, loop), self.codes)
+        with torch.autocast(x.device.type, enabled=False):
+            inputs = x.reshape(-1, self.in_features).float()
+            products = multiply_lattice(inputs, rows.multiply, self.su.float(), self.sv.float(), width)
+        return self.finish(products, x)
 
     @property
     def code_bits(self) -> int:
@@ -139,8 +157,9 @@ class LatticeLinear(QuantizedLinear):
         return {"bits": self.bits}
 
     def free_cache(self) -> None:
-        """Drops the decoded points, a byte for a weight and stage."""
+        """Drops the decoded points, a byte for a weight and stage, and the rows for look-up, half as much."""
         self._quarters.clear()
+        self._rows.clear()
 
     def _decoded(self) -> Tensor:
         return self._quarters.get(lambda: lattice_quarters(self.codes, self.bits), self.codes)

@@ -6,6 +6,7 @@ U_O and U_P are the orthogonal transforms of `casp_pl.linalg.orthogonal`. Letter
 width (columns beyond I meet inputs that are zero and are cut off), S stages.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,13 @@ from torch.autograd.function import once_differentiable
 from casp_pl.kernels.lattice import LATTICE_STAGES, QUARTER, decode_points, unpack_lattice
 from casp_pl.linalg.orthogonal import transform_columns, transform_matrix, transform_rows
 
-__all__ = ["dequantize_lattice", "dequantize_lattice_reference", "lattice_quarters", "multiply_lattice"]
+__all__ = [
+    "dequantize_lattice",
+    "dequantize_lattice_reference",
+    "lattice_points",
+    "lattice_quarters",
+    "multiply_lattice",
+]
 
 
 def lattice_quarters(packed: Tensor, bits: int) -> Tensor:
@@ -70,31 +77,29 @@ class _Dequantize(torch.autograd.Function):
         return of_su, of_sv, None, None
 
 
-def multiply_lattice(x: Tensor, quarters: Tensor, su: Tensor, sv: Tensor, bits: int) -> Tensor:
+def multiply_lattice(x: Tensor, product: Callable[[Tensor], Tensor], su: Tensor, sv: Tensor, width: int) -> Tensor:
     """X W^T without forming W: the transforms are applied to inputs and outputs.
 
     In training the gradient of a dense weight, a third of all products, is never computed. A weight 4096 x 4096 in
-    float32 on one thread: 1.5 s forward and backward for 1024 tokens, 0.07 s for one token; by way of
-    `dequantize_lattice` 1.9 s and 0.36 s.
+    float32 on one thread: 1.5 s forward and backward for 1024 tokens; by way of `dequantize_lattice` 1.9 s.
 
     Args:
         x: (..., I).
-        quarters: of `lattice_quarters` (S, O, P).
+        product: of transformed inputs (..., P) with Z: (..., O).
         su: (I,).
         sv: (O,).
-        bits: of the codes.
+        width: P.
 
     Returns:
         (..., O), differentiable with respect to x, su and sv.
     """
-    surplus = quarters.shape[2] - len(su)
+    surplus = width - len(su)
     mixed = transform_rows(F.pad(x * su, (0, surplus)) if surplus else x * su)
-    product: Tensor = F.linear(mixed, _points(quarters, bits, x.dtype))
-    return transform_rows(product, inverse=True) * sv
+    return transform_rows(product(mixed), inverse=True) * sv
 
 
-def _points(quarters: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """Z (O, P)."""
+def lattice_points(quarters: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """Z (O, P) of quarters (S, O, P)."""
     first, *others = zip(quarters, LATTICE_STAGES[bits], strict=True)
     points: Tensor = first[0].to(dtype) * QUARTER
     for own, stage in others:
@@ -104,6 +109,6 @@ def _points(quarters: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
 
 def _mixed_back(quarters: Tensor, bits: int, like: Tensor) -> Tensor:
     """U_O^T Z U_P, cut to the width and dtype of `like`: (O, I). It is computed in float32 or wider."""
-    points = _points(quarters, bits, torch.promote_types(like.dtype, torch.float32))
+    points = lattice_points(quarters, bits, torch.promote_types(like.dtype, torch.float32))
     rows = transform_rows(points, inverse=True)[:, : len(like)]
     return transform_columns(rows, inverse=True).to(like.dtype)

@@ -10,10 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from casp_pl.errors import ConfigError, IntegrityError
+from casp_pl.kernels.compiled import LookupLoop
+from casp_pl.kernels.lookup import loop_for
 from casp_pl.kernels.packing import pack, pack_wide, packed_size, unpack, unpack_wide
 from casp_pl.kernels.uniform import dequantize_uniform, uniform_steps
 from casp_pl.layers.base import STORED_FLOAT_BITS, QuantizedLinear
 from casp_pl.layers.cache import CodesCache
+from casp_pl.layers.uniform_rows import UniformRows
 
 __all__ = ["UniformLinear"]
 
@@ -72,6 +75,8 @@ class UniformLinear(QuantizedLinear):
         self.register_buffer("column_groups", packed)
         self.scales = nn.Parameter(torch.zeros(out_features, self.groups, device=device, dtype=dtype))
         self._steps: CodesCache[tuple[Tensor, Tensor | None]] = CodesCache()
+        self._rows: CodesCache[UniformRows] = CodesCache()
+        self._turned: CodesCache[tuple[Tensor, Tensor]] = CodesCache()
 
     @classmethod
     def from_codes(
@@ -155,14 +160,18 @@ class UniformLinear(QuantizedLinear):
 
     def dequantize(self) -> Tensor:
         """The weight (O, I), differentiable with respect to the scales."""
-        sources = [self.codes, self.zeros, *([] if self.column_groups is None else [self.column_groups])]
-        steps, positions = self._steps.get(self._count_steps, *sources)
+        steps, positions = self._steps.get(self._count_steps, *self._code_tensors)
         weight = dequantize_uniform(steps, self.scales, self.in_features)
         return weight if positions is None else weight.index_select(1, positions)
 
     def multiply(self, x: Tensor) -> Tensor:
-        """By way of the dense weight."""
-        return F.linear(x, self.dequantize(), self.bias)
+        """By look-up for a few tokens that no gradient is wanted of, else by way of the dense weight."""
+        loop = loop_for(x, self.in_features)
+        if loop is None:
+            return F.linear(x, self.dequantize(), self.bias)
+        rows = self._rows.get(lambda: self._arrange(loop), *self._code_tensors)
+        scales, offsets = self._turned.get(self._turn, *self._code_tensors, self.scales)
+        return self.finish(rows.multiply(x.reshape(-1, self.in_features), scales, offsets), x)
 
     @property
     def code_bits(self) -> int:
@@ -186,12 +195,29 @@ class UniformLinear(QuantizedLinear):
         return {"bits": self.bits, "group_size": self.group_size, **regrouped}
 
     def free_cache(self) -> None:
-        """Drops the unpacked codes."""
-        self._steps.clear()
+        """Drops the unpacked codes in both layouts, and scales and zero points in that of look-up."""
+        for cache in (self._steps, self._rows, self._turned):
+            cache.clear()
 
     @property
     def _group_bits(self) -> int:
         return max(1, (self.groups - 1).bit_length())
+
+    @property
+    def _code_tensors(self) -> list[Tensor]:
+        return [self.codes, self.zeros, *([] if self.column_groups is None else [self.column_groups])]
+
+    def _arrange(self, loop: LookupLoop) -> UniformRows:
+        codes = self.codes_unpacked()
+        if self.column_groups is None:
+            return UniformRows(codes, self.bits, self.group_size, None, loop)
+        columns = self.column_groups_unpacked().argsort(stable=True)
+        return UniformRows(codes[:, columns], self.bits, self.group_size, columns, loop)
+
+    def _turn(self) -> tuple[Tensor, Tensor]:
+        """Scales and zero points times scales (G, O)."""
+        scales = self.scales.float().T.contiguous()
+        return scales, self.zeros_unpacked().T * scales
 
     def _count_steps(self) -> tuple[Tensor, Tensor | None]:
         """Steps (O, G, D) with the columns sorted by group, and where each column went (I,)."""

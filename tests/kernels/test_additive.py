@@ -1,7 +1,5 @@
 """The additive kernel against its plain formula, and the formula against a loop."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -10,9 +8,7 @@ from casp_pl.kernels.additive import (
     AdditiveIndex,
     dequantize_additive,
     dequantize_additive_reference,
-    multiply_additive,
 )
-from casp_pl.kernels.compiled import compiled_lookup
 
 SHAPES = [(1, 1, 1, 2, 1), (5, 3, 2, 16, 8), (3, 7, 3, 256, 5), (130, 9, 1, 4, 2)]
 
@@ -116,33 +112,3 @@ def test_float32_gradients_are_the_same_at_every_call() -> None:
         torch.autograd.grad(dequantize_additive(codes, codebooks, scales).sum(), codebooks)[0] for _ in "ab"
     )
     assert torch.equal(first, second)
-
-
-def _lookup() -> Callable[..., None]:
-    lookup = compiled_lookup(torch.empty(0))
-    assert lookup is not None, "numba belongs to the extra of the tests"
-    return lookup
-
-
-LOOKUP_SHAPES = [*SHAPES, (65, 40, 2, 256, 8), (3, 300, 1, 16, 8), (200, 1, 3, 2, 4)]
-
-
-@pytest.mark.parametrize("shape", LOOKUP_SHAPES)
-@pytest.mark.parametrize("tokens", [1, 3])
-def test_products_by_look_up_are_those_of_the_dense_weight(shape: tuple[int, ...], tokens: int) -> None:
-    codes, codebooks, scales = _random(shape)
-    x = torch.randn(tokens, shape[1] * shape[4], dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    expected = x @ dequantize_additive_reference(codes, codebooks, scales).T
-    actual = multiply_additive(_lookup(), codes, codebooks.float(), scales.float(), x.float())
-    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
-
-
-def test_look_up_is_the_same_at_any_number_of_threads() -> None:
-    codes, codebooks, scales = _random((300, 40, 2, 256, 8), torch.float32)
-    x = torch.randn(1, 320, generator=torch.Generator().manual_seed(3))
-    before, results = torch.get_num_threads(), []
-    for threads in [1] + [2] * 400:
-        torch.set_num_threads(threads)
-        results.append(multiply_additive(_lookup(), codes, codebooks, scales, x))
-    torch.set_num_threads(before)
-    assert all(torch.equal(result, results[0]) for result in results)

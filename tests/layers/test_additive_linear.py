@@ -41,39 +41,6 @@ def test_computes_with_the_formula(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("lead", [(1,), (1, 3), (2, 1, 2), (5,)])
-def test_few_and_many_tokens_give_the_same_products(shape: tuple[int, ...], lead: tuple[int, ...]) -> None:
-    layer, _ = _random_layer(shape)
-    x = torch.randn(*lead, shape[1], generator=torch.Generator().manual_seed(1))
-    expected = nn.functional.linear(x, layer.dequantize(), layer.bias)
-    with torch.no_grad():
-        torch.testing.assert_close(layer(x), expected)
-        layer.set_codes(layer.codes_unpacked().flip(0))
-        torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.dequantize(), layer.bias))
-    assert layer(x).requires_grad, "with gradients the tables must be reached"
-
-
-def test_few_tokens_are_looked_up_where_nothing_forbids_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, _ = _random_layer()
-    x = torch.randn(1, 13, generator=torch.Generator().manual_seed(1))
-    calls = []
-    monkeypatch.setattr(
-        "casp_pl.layers.additive.multiply_additive", lambda *arguments: calls.append(1) or torch.ones(1, 5)
-    )
-    layer(x)
-    with torch.no_grad():
-        layer(x.repeat(3, 1))
-        with torch.autocast("cpu", torch.bfloat16):
-            layer(x)
-        with monkeypatch.context() as without:
-            without.setattr("casp_pl.layers.additive.compiled_lookup", lambda _: None)
-            torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.dequantize(), layer.bias))
-        assert not calls
-        layer(x)
-    assert len(calls) == 1
-
-
-@pytest.mark.parametrize("shape", SHAPES)
 def test_gradients_equal_those_of_the_formula(shape: tuple[int, ...]) -> None:
     layer, codes = _random_layer(shape)
     x = torch.randn(9, shape[1], generator=torch.Generator().manual_seed(1), requires_grad=True)

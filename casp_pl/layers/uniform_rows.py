@@ -1,0 +1,47 @@
+"""Uniform codes prepared for look-up: as many neighbouring codes as fill a byte are looked up at once.
+
+Letters: O out, I in, G groups a row, D group size, N tokens.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from casp_pl.kernels.compiled import LookupLoop
+from casp_pl.kernels.lookup import CodeRows
+from casp_pl.kernels.uniform import byte_codebook, bytes_of_codes, codes_per_byte
+
+__all__ = ["UniformRows"]
+
+
+class UniformRows:
+    """Rows of a uniform weight, products with which are looked up.
+
+    Args:
+        codes: of `bits` bits (O, I), uint8, columns of a group side by side.
+        bits: of a code.
+        group_size: D.
+        columns: the column of x that every column of the codes meets (I,); None where they are in order.
+        loop: one of `lookup_loops`.
+    """
+
+    def __init__(self, codes: Tensor, bits: int, group_size: int, columns: Tensor | None, loop: LookupLoop) -> None:
+        self._rows = CodeRows(bytes_of_codes(codes, bits, group_size), loop)
+        self._codebook = byte_codebook(bits)
+        self._group_size, self._columns = group_size, columns
+        self._filling = -group_size % codes_per_byte(bits)
+
+    def multiply(self, x: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
+        """Products in float32.
+
+        Args:
+            x: (N, I).
+            scales: (G, O).
+            offsets: zero points times scales (G, O).
+
+        Returns:
+            (N, O).
+        """
+        x = x.float() if self._columns is None else x.float().index_select(1, self._columns)
+        grouped = F.pad(x, (0, -x.shape[1] % self._group_size)).unflatten(1, (-1, self._group_size))
+        inputs = F.pad(grouped, (0, self._filling)).flatten(1)
+        return self._rows.multiply(inputs, self._codebook, scales).addmm_(grouped.sum(dim=2), offsets, alpha=-1)

@@ -1,0 +1,118 @@
+"""Products by look-up against the dense weight in float64, in every loop that runs here."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from casp_pl.kernels.compiled import lookup_loop, lookup_loops
+from casp_pl.kernels.lattice import e8p_pairs, e8p_points, pairs_of
+from casp_pl.kernels.lookup import CodeRows, lookup_reference
+from casp_pl.kernels.uniform import byte_codebook, bytes_of_codes, codes_per_byte
+
+# rows, groups, codebooks, entries, group length, spans
+SHAPES = [
+    (1, 1, 1, 2, 1, 1),
+    (5, 3, 2, 16, 8, 1),
+    (3, 7, 3, 256, 5, 4),
+    (130, 9, 1, 4, 2, 9),
+    (65, 40, 2, 256, 8, 3),
+    (300, 33, 1, 128, 3, 2),
+    (129, 300, 1, 200, 8, 1),
+    (200, 70, 1, 72, 2, 1),
+]
+LOOPS = list(lookup_loops())
+
+
+def _random(shape: tuple[int, ...], tokens: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, groups, books, entries, length, spans = shape
+    generator = torch.Generator().manual_seed(rows)
+    codes = torch.randint(0, entries, (rows, groups * books), generator=generator, dtype=torch.uint8)
+    x = torch.randn(tokens, groups * length, generator=generator)
+    codebooks = torch.randn(books, entries, length, generator=generator)
+    return codes, x, codebooks, torch.randn(spans, rows, generator=generator)
+
+
+def _expected(codes: Tensor, x: Tensor, codebooks: Tensor, weights: Tensor) -> Tensor:
+    return lookup_reference(codes, x.double(), codebooks.double(), weights.double())
+
+
+def test_numba_runs_here() -> None:
+    assert "floats" in LOOPS, "numba belongs to the extra of the tests"
+    assert lookup_loop() is lookup_loops()[LOOPS[0]]
+
+
+def test_reference_is_the_formula() -> None:
+    codes, x, codebooks, weights = _random((4, 3, 2, 8, 5, 3), tokens=2)
+    y = torch.zeros(2, 4)
+    for n in range(2):
+        for o in range(4):
+            for m in range(6):
+                group = x[n, 5 * (m // 2) : 5 * (m // 2) + 5]
+                y[n, o] += weights[m // 2, o] * (group @ codebooks[m % 2, int(codes[o, m])])
+    torch.testing.assert_close(lookup_reference(codes, x, codebooks, weights), y)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tokens", [1, 3, 17])
+def test_products_are_those_of_the_formula(name: str, shape: tuple[int, ...], tokens: int) -> None:
+    codes, x, codebooks, weights = _random(shape, tokens)
+    expected = _expected(codes, x, codebooks, weights)
+    actual = CodeRows(codes, lookup_loops()[name]).multiply(x, codebooks, weights)
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_an_outlier_costs_others_no_precision(name: str) -> None:
+    """As in language models, where one input can be a thousand times the others."""
+    codes, x, codebooks, _ = _random((65, 40, 2, 256, 8, 1))
+    x[0, 3] = 3000.0
+    weights = torch.ones(1, 65)
+    error = CodeRows(codes, lookup_loops()[name]).multiply(x, codebooks, weights) - _expected(
+        codes, x, codebooks, weights
+    )
+    assert float(error.abs().max()) < 2e-7 * 3000 * float(codebooks.abs().max())
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_inputs_that_are_not_finite_show_in_their_token_only(name: str) -> None:
+    codes, x, codebooks, weights = _random(SHAPES[1], tokens=3)
+    clean = CodeRows(codes, lookup_loops()[name]).multiply(x, codebooks, weights)
+    x[0, 2], x[2, 5] = float("nan"), float("inf")
+    y = CodeRows(codes, lookup_loops()[name]).multiply(x, codebooks, weights)
+    assert not y[0].isfinite().any()
+    assert not y[2].isfinite().any()
+    assert torch.equal(y[1], clean[1])
+    x.zero_()
+    assert torch.equal(CodeRows(codes, lookup_loops()[name]).multiply(x, codebooks, weights), torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("shape", [(300, 40, 2, 256, 8, 1), (1000, 90, 1, 72, 2, 1), (700, 64, 1, 256, 4, 8)])
+def test_products_are_the_same_at_any_number_of_threads(name: str, shape: tuple[int, ...]) -> None:
+    codes, x, codebooks, weights = _random(shape)
+    rows = CodeRows(codes, lookup_loops()[name])
+    before, results = torch.get_num_threads(), []
+    for threads in [1] + [2] * 400:
+        torch.set_num_threads(threads)
+        results.append(rows.multiply(x, codebooks, weights))
+    torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_every_point_of_e8p_is_four_pairs() -> None:
+    points = e8p_points(torch.device("cpu"))
+    pairs = pairs_of(points)
+    assert pairs.shape == (65536, 4)
+    assert torch.equal(e8p_pairs(torch.device("cpu"))[pairs.long()].flatten(1), points)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(("columns", "group_size"), [(24, 8), (21, 8), (7, 3), (5, 1)])
+def test_bytes_stand_for_their_codes(bits: int, columns: int, group_size: int) -> None:
+    codes = torch.randint(0, 1 << bits, (4, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    groups, width = -(-columns // group_size), -(-group_size // codes_per_byte(bits)) * codes_per_byte(bits)
+    decoded = byte_codebook(bits)[0][bytes_of_codes(codes, bits, group_size).long()].view(4, groups, width)
+    filled = torch.nn.functional.pad(codes, (0, groups * group_size - columns)).view(4, groups, group_size)
+    assert torch.equal(decoded[..., :group_size], filled.float())
+    assert not decoded[..., group_size:].any()

@@ -1,0 +1,109 @@
+"""Few tokens are looked up, many go by way of the dense weight, and both give the same products. For every layer."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import casp_pl.kernels.lookup as lookup
+from casp_pl.kernels.compiled import lookup_loops
+from casp_pl.kernels.lattice import LATTICE_STAGES
+from casp_pl.layers import AdditiveLinear, LatticeLinear, QuantizedLinear, UniformLinear
+
+SHAPES = [(5, 13), (130, 40), (3, 200)]
+KINDS = [
+    *(("additive", shape) for shape in [(1, 16, 8), (2, 256, 8), (3, 4, 3)]),
+    *(("lattice", (bits,)) for bits in LATTICE_STAGES),
+    *(("uniform", (bits, group, regrouped)) for bits, group, regrouped in
+      [(1, 8, False), (2, 64, False), (2, 7, True), (3, 16, True), (4, 5, False), (5, 64, True), (8, 16, False)]),
+]  # fmt: skip
+
+
+def _layer(kind: str, settings: tuple[int, ...], shape: tuple[int, int], dtype: torch.dtype) -> QuantizedLinear:
+    rows, columns = shape
+    generator = torch.Generator().manual_seed(rows)
+
+    def codes(limit: int, *size: int) -> Tensor:
+        return torch.randint(0, limit, size, generator=generator)
+
+    def numbers(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator).to(dtype)
+
+    if kind == "additive":
+        books, entries, length = settings
+        return AdditiveLinear.from_codes(
+            codes(entries, rows, -(-columns // length), books), numbers(books, entries, length), numbers(rows, 1),
+            in_features=columns, bias=numbers(rows),
+        )  # fmt: skip
+    if kind == "lattice":
+        stages = [codes(1 << 8 * s.num_bytes, rows, -(-columns // 8)) for s in LATTICE_STAGES[settings[0]]]
+        vectors = numbers(columns), numbers(rows)
+        return LatticeLinear.from_codes(torch.stack(stages), *vectors, bits=settings[0], bias=numbers(rows))
+    bits, size, regrouped = settings
+    groups, order = -(-columns // size), torch.randperm(columns, generator=generator)
+    return UniformLinear.from_codes(
+        codes(1 << bits, rows, columns), codes(1 << bits, rows, groups), numbers(rows, groups), bits=bits,
+        group_size=size, bias=numbers(rows),
+        column_groups=order // size if regrouped else None,
+    )  # fmt: skip
+
+
+@pytest.fixture(params=lookup_loops())
+def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Makes look-up use one of the loops, whichever is fastest here."""
+    monkeypatch.setattr(lookup, "lookup_loop", lambda: lookup_loops()[request.param])
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("loop")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("kind", "settings"), KINDS)
+def test_looked_up_products_are_those_of_the_weight(
+    kind: str, settings: tuple[int, ...], shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    layer = _layer(kind, settings, shape, dtype)
+    reference = _layer(kind, settings, shape, dtype).double()
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    for lead in [(1,), (1, 2), ()]:
+        x = torch.randn(*lead, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
+        with torch.no_grad():
+            y = layer(x)
+            expected = nn.functional.linear(x.double(), reference.dequantize(), reference.bias)
+        assert y.dtype == dtype
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(y.double() / scale, expected / scale, **tolerance)
+
+
+@pytest.mark.parametrize(("kind", "settings"), [KINDS[1], KINDS[3], KINDS[8]])
+def test_looked_up_where_nothing_forbids_it(
+    kind: str, settings: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = _layer(kind, settings, (5, 13), torch.float32)
+    x = torch.randn(1, 13, generator=torch.Generator().manual_seed(1))
+    calls: list[int] = []
+    multiply = lookup.CodeRows.multiply
+    monkeypatch.setattr(lookup.CodeRows, "multiply", lambda *given: calls.append(1) or multiply(*given))
+    assert layer(x).requires_grad, "with gradients the tables must be reached"
+    with torch.no_grad():
+        layer(x.repeat(1000, 1))
+        with monkeypatch.context() as without:
+            without.setattr(lookup, "lookup_loop", lambda: None)
+            expected = layer(x)
+        assert not calls
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+        assert calls
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("kind", "settings"), [KINDS[1], KINDS[3], KINDS[8]])
+def test_new_codes_and_tables_are_seen(kind: str, settings: tuple[int, ...]) -> None:
+    layer = _layer(kind, settings, (5, 13), torch.float32)
+    x = torch.randn(1, 13, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        layer(x)
+        layer.set_codes(layer.codes_unpacked().flip(0 if kind != "lattice" else 1))
+        for table in layer.tables().values():
+            table.mul_(1.5)
+        expected = nn.functional.linear(x, layer.dequantize(), layer.bias)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)

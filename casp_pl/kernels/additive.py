@@ -4,9 +4,10 @@
 
 Letters: O out, G groups a row, K codebooks, C entries a codebook, D group length.
 
-Both directions are sums over bags of rows, which `embedding_bag` does in one pass and in a fixed order: forward over
-the K entries of a group, backward over the groups that share an entry, found by one stable sort of the codes. The
-sort outlives the call in an `AdditiveIndex`, since codes change seldom and codebooks at every step.
+On a CPU compiled loops do both directions (`numba_additive`). Elsewhere they are sums over bags of rows, which
+`embedding_bag` does in one pass and in a fixed order: forward over the K entries of a group, backward over the groups
+that share an entry, found by one stable sort of the codes. The sort outlives the call in an `AdditiveIndex`, since
+codes change seldom and codebooks at every step.
 """
 
 from functools import cached_property
@@ -17,7 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from casp_pl.kernels.compiled import AdditiveLoops, additive_loops
+
 __all__ = ["AdditiveIndex", "dequantize_additive", "dequantize_additive_reference"]
+
+_BYTE = 256
 
 
 def dequantize_additive_reference(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
@@ -36,7 +41,7 @@ def dequantize_additive_reference(codes: Tensor, codebooks: Tensor, scales: Tens
 
 
 class AdditiveIndex:
-    """Codes prepared for repeated use: where each group reads, and, built when first asked for, who reads each entry.
+    """Codes prepared for repeated use, in both directions. Nothing here is differentiable.
 
     Args:
         codes: integers below C (O, G, K).
@@ -46,8 +51,47 @@ class AdditiveIndex:
     def __init__(self, codes: Tensor, entries: int) -> None:
         self.rows, self.groups, self.codebooks = codes.shape
         self.entries = entries
-        first = torch.arange(self.codebooks, dtype=torch.int32, device=codes.device) * entries
-        self._bags = (codes.to(torch.int32) + first).view(-1, self.codebooks)
+        self._codes = codes.to(torch.uint8) if entries <= _BYTE else codes
+
+    @torch.no_grad()
+    def gather(self, codebooks: Tensor, scales: Tensor) -> Tensor:
+        """The weight: codebooks (K, C, D), scales (O, 1) -> (O, G * D)."""
+        if (loops := self._loops(codebooks)) is None:
+            table = codebooks.reshape(self.codebooks * self.entries, -1)
+            return F.embedding_bag(self._bags, table, mode="sum").view(self.rows, -1) * scales
+        weight = codebooks.new_empty(self.rows, self.groups * codebooks.shape[2])
+        loops.gather(self._codes, codebooks, scales.reshape(-1), weight)
+        return weight
+
+    @torch.no_grad()
+    def scatter(self, weight: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """The adjoints of `gather` with respect to both tables.
+
+        Args:
+            weight: a gradient of the weight (O, G * D).
+            codebooks: (K, C, D).
+            scales: (O, 1).
+
+        Returns:
+            Sums of the scaled groups that share an entry (K, C, D); products of rows with the unscaled weight (O, 1).
+        """
+        if (loops := self._loops(weight)) is None:
+            groups, starts = self._readers
+            table = (weight * scales).reshape(self.rows * self.groups, -1)
+            sums = F.embedding_bag(groups, table, starts, mode="sum").view(codebooks.shape)
+            return sums, torch.linalg.vecdot(weight, self.gather(codebooks, torch.ones_like(scales))).unsqueeze(1)
+        sums, dots = torch.empty_like(codebooks), weight.new_empty(self.rows)
+        loops.scatter(self._codes, codebooks, scales.reshape(-1), weight, sums, dots)
+        return sums, dots.unsqueeze(1)
+
+    def _loops(self, tensor: Tensor) -> AdditiveLoops | None:
+        return additive_loops(tensor) if self.entries <= _BYTE else None
+
+    @cached_property
+    def _bags(self) -> Tensor:
+        """Rows of the table of all entries that every group adds (O * G, K)."""
+        first = torch.arange(self.codebooks, dtype=torch.int32, device=self._codes.device) * self.entries
+        return (self._codes.to(torch.int32) + first).view(-1, self.codebooks)
 
     @cached_property
     def _readers(self) -> tuple[Tensor, Tensor]:
@@ -58,19 +102,6 @@ class AdditiveIndex:
         sortable = keys.to(torch.int16) if total <= torch.iinfo(torch.int16).max else keys  # sorts twice as fast
         groups = sortable.argsort(stable=True).to(torch.int32) % self._bags.shape[0]
         return groups, (counts.cumsum(0) - counts).to(torch.int32)
-
-    def gather(self, codebooks: Tensor) -> Tensor:
-        """Sum of the entries of every group: codebooks (K, C, D) -> (O, G * D). Not differentiable."""
-        with torch.no_grad():
-            table = codebooks.reshape(self.codebooks * self.entries, -1)
-            return F.embedding_bag(self._bags, table, mode="sum").view(self.rows, -1)
-
-    def scatter(self, weight: Tensor) -> Tensor:
-        """The adjoint of `gather`, sum of the groups of every entry: (O, G * D) -> (K, C, D). Not differentiable."""
-        with torch.no_grad():
-            groups, starts = self._readers
-            table = weight.reshape(self.rows * self.groups, -1)
-            return F.embedding_bag(groups, table, starts, mode="sum").view(self.codebooks, self.entries, -1)
 
 
 def dequantize_additive(codes: Tensor | AdditiveIndex, codebooks: Tensor, scales: Tensor) -> Tensor:
@@ -96,14 +127,10 @@ class _Dequantize(torch.autograd.Function):
     def forward(ctx: Any, codebooks: Tensor, scales: Tensor, index: AdditiveIndex) -> Tensor:
         ctx.save_for_backward(codebooks, scales)
         ctx.index = index
-        return index.gather(codebooks).mul_(scales)
+        return index.gather(codebooks, scales)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         codebooks, scales = ctx.saved_tensors
-        of_codebooks = ctx.index.scatter(gradient * scales) if ctx.needs_input_grad[0] else None
-        of_scales = None
-        if ctx.needs_input_grad[1]:
-            of_scales = torch.linalg.vecdot(gradient, ctx.index.gather(codebooks)).unsqueeze(1)
-        return of_codebooks, of_scales, None
+        return *ctx.index.scatter(gradient, codebooks, scales), None

@@ -1,4 +1,4 @@
-"""Compiled loops, where they can run: numba installed and working, float32 on a CPU. Else torch does their work."""
+"""Compiled code, where it can run: numba's loops on a CPU in float32, Triton's kernels on a GPU. Else torch does it."""
 
 import importlib
 import logging
@@ -9,19 +9,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["LookupLoop", "compiled_search", "lookup_loop", "lookup_loops", "search_path"]
+__all__ = [
+    "AdditiveLoops",
+    "LookupLoop",
+    "additive_loops",
+    "compiled_search",
+    "lookup_loop",
+    "lookup_loops",
+    "search_path",
+]
 
 _LOG = logging.getLogger(__name__)
 _VBMI = "avx512vbmi"
 
 
 class LookupLoop(NamedTuple):
-    """A loop that multiplies by looking products up, and the layout of codes that it reads.
+    """Code that multiplies by looking products up, and the layout of codes that it reads.
 
     Attributes:
-        run: `numba_lookup.lookup` or one with the same arguments, taking tensors.
+        run: (x, codebooks, codes, weights, span, sums) as `triton_lookup.lookup` takes them, but codes arranged.
         arrange: codes uint8 (O, M) -> the layout that `run` takes for them.
-        tokens: up to how many the loop is faster than dequantizing a weight and multiplying with it.
+        tokens: up to how many this is faster than dequantizing a weight and multiplying with it.
     """
 
     run: Callable[..., None]
@@ -29,32 +37,83 @@ class LookupLoop(NamedTuple):
     tokens: int
 
 
+class AdditiveLoops(NamedTuple):
+    """The loops of `numba_additive`, taking tensors."""
+
+    gather: Callable[..., None]
+    scatter: Callable[..., None]
+
+
 def compiled_search(vectors: Tensor) -> Callable[..., None] | None:
     """The loop of `numba_search` for these vectors, taking tensors; None where torch has to do it."""
-    fits = vectors.device.type == "cpu" and vectors.dtype == torch.float32
-    return _load("search", "search") if fits else None
+    return _load("search", "search") if _fits(vectors) else None
 
 
-def lookup_loop() -> LookupLoop | None:
-    """The fastest loop of this machine for products with codes on a CPU; None where torch has to do it."""
-    return next(iter(lookup_loops().values()), None)
+def additive_loops(tensor: Tensor) -> AdditiveLoops | None:
+    """The loops for additive weights like this tensor; None where torch has to do it."""
+    if not _fits(tensor):
+        return None
+    gather, scatter = _load("additive", "gather"), _load("additive", "scatter")
+    return None if gather is None or scatter is None else AdditiveLoops(gather, scatter)
+
+
+def lookup_loop(device: torch.device) -> LookupLoop | None:
+    """The fastest code of this machine for products with codes on a device; None where torch has to do it."""
+    if device.type == "cuda":
+        return _triton_loop()
+    return next(iter(lookup_loops().values()), None) if device.type == "cpu" else None
 
 
 @cache
 def lookup_loops() -> dict[str, LookupLoop]:
-    """All loops of this machine by name, `bytes` and `floats`, the fastest first."""
+    """All loops of this machine's CPU by name, `bytes` and `floats`, the fastest first."""
     loops: dict[str, LookupLoop] = {}
     if (run := _load("lookup", "lookup")) is None:
         return loops
     if _has_byte_tables() and (run_bytes := _load("bytes", "lookup_bytes")) is not None:
-        loops["bytes"] = LookupLoop(run_bytes, _tiles, tokens=16)
-    loops["floats"] = LookupLoop(run, lambda codes: codes, tokens=2)
+        loops["bytes"] = LookupLoop(_by_input(run_bytes), _tiles, tokens=16)
+    loops["floats"] = LookupLoop(_by_input(run), _as_they_are, tokens=2)
     return loops
+
+
+@cache
+def _triton_loop() -> LookupLoop | None:
+    """The kernel, tried once."""
+    try:
+        from casp_pl.kernels.triton_lookup import lookup
+
+        ones, codes = torch.ones(1, 1, 1, device="cuda"), torch.zeros(1, 1, dtype=torch.uint8, device="cuda")
+        lookup(ones, ones, codes, ones[0], 1, torch.empty(1, 1, device="cuda"))
+    except Exception as error:  # Triton may be missing, or its compiler, or may not know this GPU
+        _LOG.info("code lookup is done by torch, which takes longer: Triton does not run here (%s)", _reason(error))
+        return None
+    return LookupLoop(lookup, _as_they_are, tokens=8)  # not measured on a GPU
+
+
+def _by_input(run: Callable[..., None]) -> Callable[..., None]:
+    """Numba's loops walk over all entries input by input and take codebooks as (K, D, C)."""
+
+    def transposed(x: Tensor, codebooks: Tensor, *rest: Any) -> None:
+        run(x, codebooks.transpose(1, 2), *rest)
+
+    return transposed
+
+
+def _as_they_are(codes: Tensor) -> Tensor:
+    return codes
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def search_path() -> str:
     """Which code searches on a CPU, for people: `numba` or `torch`."""
     return "torch" if _load("search", "search") is None else "numba"
+
+
+def _fits(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
 
 
 def _tiles(codes: Tensor) -> Tensor:
@@ -79,6 +138,9 @@ def _smallest_arguments(name: str) -> list[Any]:
     if name == "search":
         inputs = [torch.ones(*shape) for shape in ((1, 1), (1, 1, 2), (1, 2), (1, 1, 2))]
         return [*inputs, 1, torch.empty(1, 1, dtype=torch.int64), torch.empty(1)]
+    if name in ("gather", "scatter"):
+        tables = [torch.zeros(1, 1, 1, dtype=torch.uint8), torch.ones(1, 1, 1), torch.ones(1), torch.ones(1, 1)]
+        return tables if name == "gather" else [*tables, torch.empty(1, 1, 1), torch.empty(1)]
     codes = torch.zeros(1, 1, dtype=torch.uint8)
     return [torch.ones(1, 1, 1), torch.ones(1, 1, 1), codes if name == "lookup" else _tiles(codes),
             torch.ones(1, 1), 1, torch.empty(1, 1)]  # fmt: skip
@@ -93,8 +155,7 @@ def _load(module: str, name: str) -> Callable[..., None] | None:
         loop: Any = getattr(importlib.import_module(f"casp_pl.kernels.numba_{module}"), name)
         loop(*_arrays(*_smallest_arguments(name)))
     except Exception as error:  # an optional package fails in its own ways: a missing library, no place for its cache
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        _LOG.info("code %s is done by torch, which takes longer: numba does not run here (%s)", name, reason)
+        _LOG.info("code %s is done by torch, which takes longer: numba does not run here (%s)", name, _reason(error))
         return None
     config: Any = numba.config
     most = config.NUMBA_NUM_THREADS

@@ -86,8 +86,9 @@ def e8p_pairs(device: torch.device) -> Tensor:
 def pairs_of(points: Tensor) -> Tensor:
     """Numbers in `e8p_pairs` of the pairs of neighbouring coordinates: int8 quarters (..., P) -> uint8 (..., P / 2)."""
     shift = (points & 3 == 3).to(torch.int8) * 2 - 1  # 2, 6, 10, -2 ... are 2 modulo 4
-    first, second = ((points - shift + 10) // 4).unflatten(-1, (-1, 2)).unbind(-1)
-    return ((shift[..., ::2] < 0) * 36 + first * 6 + second).to(torch.uint8)
+    values = (points - shift + 10) // 4
+    numbers: Tensor = (shift[..., ::2] < 0) * 36 + values[..., ::2] * 6 + values[..., 1::2]
+    return numbers.to(torch.uint8)
 
 
 @lru_cache(maxsize=8)

@@ -34,19 +34,18 @@ def lookup_reference(codes: Tensor, x: Tensor, codebooks: Tensor, weights: Tenso
     """
     positions, spans = codes.shape[1], len(weights)
     books, _, length = codebooks.shape
-    products = torch.einsum("ngd,kcd->ngkc", x.unflatten(1, (-1, length)), codebooks).flatten(1, 2)
+    products = torch.einsum("ngd,kcd->ngkc", x.view(len(x), -1, length), codebooks).flatten(1, 2)
     chosen = products[:, torch.arange(positions), codes.long()]  # (N, O, M)
     span = -(-positions // spans)
-    summed = F.pad(chosen, (0, spans * span - positions)).unflatten(2, (spans, span)).sum(dim=3)
+    summed = F.pad(chosen, (0, spans * span - positions)).view(*chosen.shape[:2], spans, span).sum(dim=3)
     return torch.einsum("nos,so->no", summed, weights)
 
 
 def loop_for(x: Tensor, in_features: int) -> LookupLoop | None:
     """The loop to look products with x (..., I) up; None where the dense weight is better, or needed for gradients."""
-    fits = x.device.type == "cpu" and x.dtype != torch.float64
-    if not fits or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if x.dtype == torch.float64 or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    loop = lookup_loop()
+    loop = lookup_loop(x.device)
     return None if loop is None or x.numel() > loop.tokens * in_features else loop
 
 
@@ -64,7 +63,7 @@ class CodeRows:
         self._codes = loop.arrange(codes)
 
     def multiply(self, x: Tensor, codebooks: Tensor, weights: Tensor) -> Tensor:
-        """Products in float32, on a CPU; not differentiable.
+        """Products in float32; not differentiable.
 
         Args:
             x: (N, at most G * D); inputs that are missing are zero.
@@ -77,10 +76,9 @@ class CodeRows:
         books, _, length = codebooks.shape
         groups = self._positions // books
         inputs = F.pad(x.float(), (0, groups * length - x.shape[1])).view(len(x), groups, length)
-        transposed = codebooks.float().transpose(1, 2)
-        sums = torch.empty(len(x), self._rows)
+        sums = torch.empty(len(x), self._rows, device=x.device)
         span = -(-self._positions // len(weights))
         for start in range(0, len(x), _TOKENS):
             few = slice(start, start + _TOKENS)
-            self._loop.run(inputs[few], transposed, self._codes, weights.float(), span, sums[few])
+            self._loop.run(inputs[few], codebooks.float(), self._codes, weights.float().contiguous(), span, sums[few])
         return sums + (inputs * 0).sum(dim=(1, 2)).unsqueeze(1)  # NaN of a token that is not finite: the loops hide it

@@ -39,6 +39,9 @@ _LONGS = ir.VectorType(ir.IntType(32), _REGISTER // 2)
 _FLOATS = ir.VectorType(ir.FloatType(), _REGISTER // 2)
 _INDEX = ir.IntType(64)
 
+_in_module: Any = cgutils.get_or_insert_function
+_on_stack: Any = cgutils.alloca_once_value
+
 
 def tiles_of(codes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The layout that `lookup_bytes` reads: codes uint8 (O, M) -> (T, M, 128).
@@ -72,7 +75,7 @@ def _load(builder: Any, base: Any, offset: Any) -> Any:
 def _choose(builder: Any, table: list[Any], codes: Any) -> Any:
     """The bytes that 64 codes choose from a table of two registers or of four."""
     name = "llvm.x86.avx512.vpermi2var.qi.512"
-    permute = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_BYTES, [_BYTES] * 3), name)
+    permute = _in_module(builder.module, ir.FunctionType(_BYTES, [_BYTES] * 3), name)
     chosen = [builder.call(permute, [table[i], codes, table[i + 1]]) for i in range(0, len(table), 2)]
     if len(chosen) == 1:
         return chosen[0]
@@ -82,9 +85,7 @@ def _choose(builder: Any, table: list[Any], codes: Any) -> Any:
 def _add_bytes(builder: Any, tables: Any, codes: Any, count: Any, registers: int) -> list[list[list[Any]]]:
     """The loop over positions. Returns where the sums are: [codes' register][plane][whole words, high bytes]."""
     parts = range(TILE // _REGISTER)
-    sums = [
-        [[cgutils.alloca_once_value(builder, _all(_WORDS, 0)) for _ in range(2)] for _ in range(_PLANES)] for _ in parts
-    ]
+    sums = [[[_on_stack(builder, _all(_WORDS, 0)) for _ in range(2)] for _ in range(_PLANES)] for _ in parts]
     with cgutils.for_range(builder, count) as loop:
         tile = builder.mul(loop.index, _INDEX(TILE))
         own = [_load(builder, codes, builder.add(tile, _INDEX(part * _REGISTER))) for part in parts]
@@ -122,15 +123,15 @@ def _sum_entries(registers: int) -> Any:
         # without their bias. Tables and codes are flat uint8 and start at `table` and `code`; out is float32 (128,).
 
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            def data(place):  # type: ignore[no-untyped-def]
+            def data(place: int) -> Any:
                 return context.make_array(signature.args[place])(context, builder, arguments[place]).data
 
             count = arguments[4]
             factor = _spread(builder, _FLOATS, arguments[5])
             bias = builder.mul(builder.trunc(count, ir.IntType(32)), ir.IntType(32)(int(_BIAS)))
             biases = _spread(builder, _LONGS, bias)
-            pointers = [builder.gep(data(place), [arguments[place + 1]]) for place in (0, 2)]
-            for part, planes in enumerate(_add_bytes(builder, *pointers, count, registers)):
+            first_table, first_codes = (builder.gep(data(place), [arguments[place + 1]]) for place in (0, 2))
+            for part, planes in enumerate(_add_bytes(builder, first_table, first_codes, count, registers)):
                 for half, numbers in enumerate(_unite(builder, planes)):
                     value = builder.fmul(builder.sitofp(builder.sub(numbers, biases), _FLOATS), factor)
                     place = builder.gep(data(6), [_INDEX(part * _REGISTER + half * _REGISTER // 2)])

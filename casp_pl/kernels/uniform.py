@@ -29,10 +29,12 @@ def byte_codebook(bits: int) -> Tensor:
 def bytes_of_codes(codes: Tensor, bits: int, group_size: int) -> Tensor:
     """Bytes of neighbouring codes, every group filled up with zeros: codes (O, I) -> uint8 (O, bytes of all groups)."""
     count = codes_per_byte(bits)
-    padded = F.pad(codes, (0, -codes.shape[1] % group_size)).unflatten(1, (-1, group_size))
-    parts = F.pad(padded, (0, -group_size % count)).unflatten(2, (-1, count)).int()
+    padded = F.pad(codes, (0, -codes.shape[1] % group_size)).view(len(codes), -1, group_size)
+    filled = F.pad(padded, (0, -group_size % count))
+    parts = filled.view(*filled.shape[:2], -1, count).int()
     places = torch.arange(count, dtype=torch.int32, device=codes.device) * bits
-    return (parts << places).sum(dim=3).to(torch.uint8).flatten(1)
+    packed: Tensor = (parts << places).sum(dim=3)
+    return packed.to(torch.uint8).flatten(1)
 
 
 def uniform_steps(codes: Tensor, zeros: Tensor, group_size: int) -> Tensor:

@@ -32,7 +32,7 @@ class LatticeRows:
 
     def __init__(self, packed: Tensor, bits: int, loop: LookupLoop) -> None:
         rows = packed.shape[0]
-        self._ones = torch.ones(1, rows)
+        self._ones = torch.ones(1, rows, device=packed.device)
         self._parts: list[tuple[CodeRows, Tensor]] = []
         for stage, codes in zip(LATTICE_STAGES[bits], unpack_lattice(packed, bits), strict=True):
             if stage.kind == "e8p":

@@ -26,7 +26,7 @@ class UniformRows:
 
     def __init__(self, codes: Tensor, bits: int, group_size: int, columns: Tensor | None, loop: LookupLoop) -> None:
         self._rows = CodeRows(bytes_of_codes(codes, bits, group_size), loop)
-        self._codebook = byte_codebook(bits)
+        self._codebook = byte_codebook(bits).to(codes.device)
         self._group_size, self._columns = group_size, columns
         self._filling = -group_size % codes_per_byte(bits)
 
@@ -42,6 +42,6 @@ class UniformRows:
             (N, O).
         """
         x = x.float() if self._columns is None else x.float().index_select(1, self._columns)
-        grouped = F.pad(x, (0, -x.shape[1] % self._group_size)).unflatten(1, (-1, self._group_size))
+        grouped = F.pad(x, (0, -x.shape[1] % self._group_size)).view(len(x), -1, self._group_size)
         inputs = F.pad(grouped, (0, self._filling)).flatten(1)
         return self._rows.multiply(inputs, self._codebook, scales).addmm_(grouped.sum(dim=2), offsets, alpha=-1)

@@ -75,15 +75,15 @@ def fit_codebooks(
     """
 
     def normal_equations(codebooks: Tensor) -> Tensor:
-        return codes.scatter((codes.gather(codebooks) * scales) @ moment * scales)
+        return codes.scatter(codes.gather(codebooks, scales) @ moment, codebooks, scales)[0]
 
-    residual = codes.scatter((weight_moment - start.decoded_moment * scales) * scales)
-    diagonal = codes.scatter(scales.square() * moment.diagonal())
+    residual, _ = codes.scatter(weight_moment - start.decoded_moment * scales, start.codebooks, scales)
+    diagonal, _ = codes.scatter(scales * moment.diagonal(), start.codebooks, scales)
     step = conjugate_gradients(normal_equations, residual, diagonal, iterations=iterations)
     return decoded_fit(start.codebooks + step, codes, moment)
 
 
 def decoded_fit(codebooks: Tensor, codes: AdditiveIndex, moment: Tensor) -> CodebookFit:
     """Codebooks with what they decode to and its product with the second moment (I, I)."""
-    decoded = codes.gather(codebooks)
+    decoded = codes.gather(codebooks, codebooks.new_ones(codes.rows, 1))
     return CodebookFit(codebooks, decoded, decoded @ moment)

@@ -10,6 +10,7 @@ from casp_pl.kernels.additive import (
     dequantize_additive_reference,
 )
 
+DTYPES = [torch.float64, torch.float32]  # by torch, by compiled loops
 SHAPES = [(1, 1, 1, 2, 1), (5, 3, 2, 16, 8), (3, 7, 3, 256, 5), (130, 9, 1, 4, 2)]
 
 
@@ -33,19 +34,34 @@ def test_reference_is_the_formula() -> None:
     torch.testing.assert_close(dequantize_additive_reference(codes, codebooks, scales), weight)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_forward_and_gradients_equal_the_reference(shape: tuple[int, ...]) -> None:
+def test_forward_and_gradients_equal_the_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     codes, codebooks, scales = _random(shape)
     gradient = torch.randn(
         shape[0], shape[1] * shape[4], dtype=torch.float64, generator=torch.Generator().manual_seed(1)
     )
     results = []
-    for dequantize in (dequantize_additive, dequantize_additive_reference):
-        tables = [codebooks.clone().requires_grad_(), scales.clone().requires_grad_()]
+    for kind, dequantize in ((dtype, dequantize_additive), (torch.float64, dequantize_additive_reference)):
+        tables = [codebooks.to(kind).requires_grad_(), scales.to(kind).requires_grad_()]
         weight = dequantize(codes, *tables)
-        results.append([weight.detach(), *torch.autograd.grad(weight, tables, gradient)])
+        results.append([weight.detach(), *torch.autograd.grad(weight, tables, gradient.to(kind))])
+    tolerance = {} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
     for fast, slow in zip(*results, strict=True):
-        torch.testing.assert_close(fast, slow)
+        assert fast.dtype == dtype
+        torch.testing.assert_close(fast.double(), slow, **tolerance)
+
+
+def test_compiled_loops_give_the_same_bits_at_any_number_of_threads() -> None:
+    codes, codebooks, scales = _random((131, 9, 2, 256, 8), torch.float32)
+    weight = torch.randn(131, 72, generator=torch.Generator().manual_seed(1))
+    index, before, results = AdditiveIndex(codes, 256), torch.get_num_threads(), []
+    for threads in [1] + [2] * 400:
+        torch.set_num_threads(threads)
+        results.append((index.gather(codebooks, scales), *index.scatter(weight, codebooks, scales)))
+    torch.set_num_threads(before)
+    for result in results:
+        assert all(torch.equal(*pair) for pair in zip(result, results[0], strict=True))
 
 
 def test_gradients_by_finite_differences() -> None:
@@ -72,13 +88,17 @@ def test_entries_that_nobody_reads_have_no_gradient() -> None:
         assert torch.equal(codebooks.grad[k].abs().sum(1) > 0, used)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_scatter_is_the_adjoint_of_gather(shape: tuple[int, ...]) -> None:
-    codes, codebooks, _ = _random(shape)
+def test_scatter_is_the_adjoint_of_gather(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    codes, codebooks, scales = _random(shape, dtype)
     index = AdditiveIndex(codes, shape[3])
-    weight = torch.randn(shape[0], shape[1] * shape[4], dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    left, right = (index.gather(codebooks) * weight).sum(), (codebooks * index.scatter(weight)).sum()
-    torch.testing.assert_close(left, right)
+    weight = torch.randn(shape[0], shape[1] * shape[4], dtype=dtype, generator=torch.Generator().manual_seed(2))
+    left = (index.gather(codebooks, scales) * weight).sum()
+    sums, dots = index.scatter(weight, codebooks, scales)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6 * float(weight.abs().sum())}
+    torch.testing.assert_close((codebooks * sums).sum(), left, **tolerance)
+    torch.testing.assert_close((scales * dots).sum(), left, **tolerance)
 
 
 def test_more_entries_in_all_than_16_bits_count() -> None:

@@ -38,7 +38,7 @@ def _expected(codes: Tensor, x: Tensor, codebooks: Tensor, weights: Tensor) -> T
 
 def test_numba_runs_here() -> None:
     assert "floats" in LOOPS, "numba belongs to the extra of the tests"
-    assert lookup_loop() is lookup_loops()[LOOPS[0]]
+    assert lookup_loop(torch.device("cpu")) is lookup_loops()[LOOPS[0]]
 
 
 def test_reference_is_the_formula() -> None:

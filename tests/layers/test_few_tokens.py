@@ -50,7 +50,7 @@ def _layer(kind: str, settings: tuple[int, ...], shape: tuple[int, int], dtype: 
 @pytest.fixture(params=lookup_loops())
 def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Makes look-up use one of the loops, whichever is fastest here."""
-    monkeypatch.setattr(lookup, "lookup_loop", lambda: lookup_loops()[request.param])
+    monkeypatch.setattr(lookup, "lookup_loop", lambda _: lookup_loops()[request.param])
     return str(request.param)
 
 
@@ -87,7 +87,7 @@ def test_looked_up_where_nothing_forbids_it(
     with torch.no_grad():
         layer(x.repeat(1000, 1))
         with monkeypatch.context() as without:
-            without.setattr(lookup, "lookup_loop", lambda: None)
+            without.setattr(lookup, "lookup_loop", lambda _: None)
             expected = layer(x)
         assert not calls
         torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)

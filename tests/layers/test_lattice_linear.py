@@ -127,7 +127,7 @@ def test_set_codes_takes_effect_at_once_and_elsewhere_not() -> None:
 
 def test_training_moves_the_vectors_after_inference_mode() -> None:
     layer, _ = _random_layer()
-    x = torch.ones(2, 13)
+    x = torch.ones(40, 13)  # more than are looked up: one path in both modes
     with torch.inference_mode():
         expected = layer(x).clone()
     output = layer(x)

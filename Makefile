@@ -55,5 +55,5 @@ $(STAMP): pyproject.toml constraints.txt
 
 # The kernels for GPUs are tested without one. torch for CUDA brings Triton along; torch for CPUs does not.
 $(TRITON): $(STAMP)
-	@$(INSTALL) --no-deps triton
+	@$(INSTALL) --no-deps triton || echo "Triton could not be installed: the tests of its kernels will be skipped"
 	@touch $@

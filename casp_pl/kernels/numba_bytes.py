@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import get_num_threads, njit, prange, types
+from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -200,7 +200,7 @@ def lookup_bytes(x, books, tiles, weights, span, sums):  # type: ignore[no-untyp
         _, start, stop = _limits(chunk, span, positions)
         scales[n, chunk] = _fill(x[n], books, start, stop, tables[n])
     table, codes = tables.reshape(-1), tiles.reshape(-1)
-    pieces = min(count, get_num_threads())
+    pieces = min(count, max(8, count // 4))  # enough for the threads, and few: each reads all tables
     for piece in prange(pieces):
         first, last = piece * count // pieces, (piece + 1) * count // pieces
         part = np.empty(TILE, dtype=np.float32)

@@ -6,7 +6,6 @@ Letters: O out, I in, G = ceil(I / D) groups a row, K codebooks, C entries a cod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from casp_pl.errors import ConfigError
@@ -15,6 +14,7 @@ from casp_pl.kernels.lookup import CodeRows, loop_for
 from casp_pl.kernels.packing import pack, packed_size, unpack
 from casp_pl.layers.base import STORED_FLOAT_BITS, QuantizedLinear
 from casp_pl.layers.cache import CodesCache
+from casp_pl.layers.product import rebuilt_linear
 
 __all__ = ["AdditiveLinear"]
 
@@ -127,7 +127,7 @@ class AdditiveLinear(QuantizedLinear):
         """By look-up for a few tokens that no gradient is wanted of, else by way of the dense weight."""
         loop = loop_for(x, self.in_features)
         if loop is None:
-            return F.linear(x, self.dequantize(), self.bias)
+            return rebuilt_linear(x, self.dequantize, (self.codebooks, self.scales), self.bias)
         rows = self._rows.get(lambda: CodeRows(self._unpacked().flatten(1), loop), self.codes)
         return self.finish(rows.multiply(x.reshape(-1, self.in_features), self.codebooks, self.scales.T), x)
 

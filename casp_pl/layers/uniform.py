@@ -6,7 +6,6 @@ Letters: O out, I in, G = ceil(I / D) groups a row, D group size.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from casp_pl.errors import ConfigError, IntegrityError
@@ -16,6 +15,7 @@ from casp_pl.kernels.packing import pack, pack_wide, packed_size, unpack, unpack
 from casp_pl.kernels.uniform import dequantize_uniform, uniform_steps
 from casp_pl.layers.base import STORED_FLOAT_BITS, QuantizedLinear
 from casp_pl.layers.cache import CodesCache
+from casp_pl.layers.product import rebuilt_linear
 from casp_pl.layers.uniform_rows import UniformRows
 
 __all__ = ["UniformLinear"]
@@ -168,7 +168,7 @@ class UniformLinear(QuantizedLinear):
         """By look-up for a few tokens that no gradient is wanted of, else by way of the dense weight."""
         loop = loop_for(x, self.in_features)
         if loop is None:
-            return F.linear(x, self.dequantize(), self.bias)
+            return rebuilt_linear(x, self.dequantize, (self.scales,), self.bias)
         rows = self._rows.get(lambda: self._arrange(loop), *self._code_tensors)
         scales, offsets = self._turned.get(self._turn, *self._code_tensors, self.scales)
         return self.finish(rows.multiply(x.reshape(-1, self.in_features), scales, offsets), x)

@@ -13,6 +13,7 @@ from casp_pl.data.tokenize import IGNORE
 from casp_pl.kernels import head_divergence
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.streams import model_inputs
+from casp_pl.modules.checkpointing import checkpointed
 from casp_pl.modules.parameters import relative_groups, trainable_parameters, warmed_cosine
 
 __all__ = ["EndToEndModule", "answer_mask", "final_states", "target_mask", "teacher_states"]
@@ -68,6 +69,8 @@ class EndToEndModule(pl.LightningModule):
         steps: optimizer steps.
         warmup: share of the steps over which the learning rate rises.
         answer_weight: what the mean over the answers counts beside the mean over plain texts.
+        activation_checkpointing: whether to keep only the inputs of blocks for the backward pass, which computes the
+            rest again: far less memory for a third more time.
         update_codes: whether `CodebookUpdate` takes part in this stage as it does in block tuning. It holds two dense
             weights of every layer; on the embedded model not one of its updates lowered the loss here.
     """
@@ -81,6 +84,7 @@ class EndToEndModule(pl.LightningModule):
         steps: int = 40,
         warmup: float = 0.3,
         answer_weight: float = 1.0,
+        activation_checkpointing: bool = False,
         update_codes: bool = False,
     ) -> None:
         super().__init__()
@@ -91,12 +95,14 @@ class EndToEndModule(pl.LightningModule):
         self.steps = steps
         self.warmup = warmup
         self.answer_weight = answer_weight
+        self.activation_checkpointing = activation_checkpointing
         self.update_codes = update_codes
         trainable_parameters(self.blocks)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch."""
-        loss = self.batch_loss(batch)
+        with checkpointed(self.blocks if self.activation_checkpointing else []):
+            loss = self.batch_loss(batch)
         self.log("end_to_end/train_kl", loss, batch_size=1)
         return loss
 

@@ -37,7 +37,10 @@ def _expected(codes: Tensor, x: Tensor, codebooks: Tensor, weights: Tensor) -> T
 
 
 def test_numba_runs_here() -> None:
-    assert "floats" in LOOPS, "numba belongs to the extra of the tests"
+    from llvmlite import binding
+
+    vbmi = binding.get_host_cpu_features().get("avx512vbmi", False)
+    assert (["bytes", "floats"] if vbmi else ["floats"]) == LOOPS, "numba belongs to the extra of the tests"
     assert lookup_loop(torch.device("cpu")) is lookup_loops()[LOOPS[0]]
 
 
@@ -64,14 +67,15 @@ def test_products_are_those_of_the_formula(name: str, shape: tuple[int, ...], to
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_an_outlier_costs_others_no_precision(name: str) -> None:
-    """As in language models, where one input can be a thousand times the others."""
+    """As in language models, where one input can be a thousand times the others: still as exact as a dense product."""
     codes, x, codebooks, _ = _random((65, 40, 2, 256, 8, 1))
     x[0, 3] = 3000.0
     weights = torch.ones(1, 65)
-    error = CodeRows(codes, lookup_loops()[name]).multiply(x, codebooks, weights) - _expected(
-        codes, x, codebooks, weights
-    )
-    assert float(error.abs().max()) < 2e-7 * 3000 * float(codebooks.abs().max())
+    expected = _expected(codes, x, codebooks, weights)
+    dense = torch.stack([codebooks[m % 2][codes[:, m].long()] for m in range(80)]).view(40, 2, 65, 8).sum(1)
+    rounding = float((x @ dense.permute(0, 2, 1).flatten(0, 1) - expected).abs().max())
+    error = CodeRows(codes, lookup_loops()[name]).multiply(x, codebooks, weights) - expected
+    assert float(error.abs().max()) < 3 * rounding
 
 
 @pytest.mark.parametrize("name", LOOPS)

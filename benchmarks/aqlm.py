@@ -1,0 +1,78 @@
+"""Ours against AQLM as its paper has it: CPU seconds and relative proxy loss at 2 codebooks of 256 entries of 8.
+
+usage: python -m benchmarks.aqlm [--tokens 32768] [--blocks 0 1 15 29]
+       python -m benchmarks.aqlm --random 4096x4096 11008x4096 --rounds 1
+
+Random matrices are Gaussian, with a second moment whose spectrum falls as 1 / rank in a random basis, as activations'
+do. There the baseline takes hours: `--rounds` stops it early, and the table says what so many rounds took.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from benchmarks.matrices import real_matrices
+from benchmarks.official_aqlm import official_aqlm
+from casp_pl.linalg.losses import relative_proxy_loss
+from casp_pl.quantizers import AQLMQuantizer
+
+OURS = AQLMQuantizer(formats={2: [[2, 256, 8]]})
+
+
+def random_case(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """A weight (O, I) and a second moment (I, I) of condition number I."""
+    generator = torch.Generator().manual_seed(rows)
+    basis = torch.linalg.qr(torch.randn(columns, columns, generator=generator)).Q
+    moment = (basis / torch.arange(1, columns + 1)) @ basis.T
+    return torch.randn(rows, columns, generator=generator) / math.sqrt(columns), (moment + moment.T) / 2
+
+
+def timed(quantize: Callable[[], Tensor]) -> tuple[Tensor, float]:
+    """What a function returns, and its CPU seconds."""
+    start = time.process_time()
+    return quantize(), time.process_time() - start
+
+
+def cases(options: argparse.Namespace) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, weight and second moment of every matrix."""
+    for shape in options.random:
+        rows, columns = map(int, shape.split("x"))
+        yield f"random {shape}", *random_case(rows, columns)
+    if not options.random:
+        for (block, linear), case in real_matrices(options.blocks, options.tokens).items():
+            yield f"{block} {linear} {'x'.join(map(str, case[0].shape))}", *case
+
+
+def main() -> None:
+    """Print one Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=32768, help="calibration tokens, a multiple of 512")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[0, 1, 15, 29])
+    parser.add_argument("--random", nargs="+", default=[], metavar="ROWSxCOLUMNS")
+    parser.add_argument("--rounds", type=int, default=100, help="of the baseline at most")
+    options = parser.parse_args()
+    print("| matrix | official: CPU s | loss | ours: CPU s | loss | CPU s ratio | loss ratio |\n|" + "---|" * 7)
+    totals, ratios = [0.0, 0.0], []
+    for name, weight, moment in cases(options):
+        official, slow = timed(lambda: official_aqlm(weight, moment, rounds=options.rounds))  # noqa: B023
+        ours, fast = timed(lambda: OURS.quantize(weight, moment, bits=2).dequantize().detach())  # noqa: B023
+        losses = [float(relative_proxy_loss(weight, made, moment)) for made in (official, ours)]
+        totals = [totals[0] + slow, totals[1] + fast]
+        ratios.append(losses[1] / losses[0])
+        print(
+            f"| {name} | {slow:.1f} | {losses[0]:.6f} | {fast:.2f} | {losses[1]:.6f} | {slow / fast:.0f} |"
+            f" {ratios[-1]:.3f} |",
+            flush=True,
+        )
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    print(
+        f"| all | {totals[0]:.1f} | | {totals[1]:.2f} | | {totals[0] / totals[1]:.0f} | {mean:.3f} (geometric mean) |"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Side by side: contenders take turns, so that what slows the machine for a while slows all of them."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+__all__ = ["bandwidth", "gemm_rate", "medians"]
+
+
+def medians(contenders: Mapping[str, Sequence[Callable[[], object]]], repeats: int) -> dict[str, float]:
+    """Median seconds of one call of every contender.
+
+    Args:
+        contenders: the same work on one set of data or on several in turn; several keep data out of the caches.
+        repeats: calls of each.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for calls in contenders.values():  # compiles, allocates
+        for call in calls:
+            call()
+    for turn in range(repeats):
+        for name, calls in contenders.items():
+            start = time.perf_counter()
+            calls[turn % len(calls)]()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def bandwidth() -> float:
+    """Bytes a second that the present number of threads reads from memory."""
+    data = torch.ones(1 << 26)
+    return 4 * data.numel() / medians({"read": [data.sum]}, 9)["read"]
+
+
+def gemm_rate(size: int = 2048) -> float:
+    """Float32 operations a second of a product of square matrices, by the present number of threads."""
+    left, right = torch.randn(size, size), torch.randn(size, size)
+    return 2 * size**3 / medians({"product": [lambda: left @ right]}, 9)["product"]

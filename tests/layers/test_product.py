@@ -1,0 +1,64 @@
+"""A product whose weight is rebuilt backwards against autograd's own, which keeps the weight."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from casp_pl.kernels.additive import dequantize_additive_reference
+from casp_pl.layers.product import rebuilt_linear
+
+ROWS, GROUPS, LENGTH = 5, 3, 4
+
+
+def _case(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Callable[[], Tensor], list[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 8, (ROWS, GROUPS, 2), generator=generator)
+    sizes = [(2, 8, LENGTH), (ROWS, 1)]
+    tables = [torch.randn(size, generator=generator, dtype=dtype).requires_grad_() for size in sizes]
+    x = torch.randn(2, 3, GROUPS * LENGTH, generator=generator, dtype=dtype).requires_grad_()
+    bias = torch.randn(ROWS, generator=generator, dtype=dtype).requires_grad_()
+    return x, lambda: dequantize_additive_reference(codes, *tables), tables, bias
+
+
+def test_gradients_by_finite_differences() -> None:
+    x, dequantize, tables, bias = _case()
+    assert torch.autograd.gradcheck(lambda x, b, *own: rebuilt_linear(x, dequantize, own, b), (x, bias, *tables))
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("frozen", [None, "x", "codebooks", "tables"])
+def test_results_equal_autograds_own(frozen: str | None, narrow: bool) -> None:
+    x, dequantize, tables, bias = _case(torch.float32)
+    still = {None: [], "x": [x], "codebooks": tables[:1], "tables": tables}[frozen]
+    for tensor in still:
+        tensor.requires_grad_(False)
+    trained = [tensor for tensor in (x, *tables, bias) if tensor.requires_grad]
+    results = []
+    for product in (
+        lambda: rebuilt_linear(x, dequantize, tuple(tables), bias),
+        lambda: F.linear(x, dequantize(), bias),
+    ):
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            y = product()
+        results.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), trained)])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        if narrow:  # the bias is added before the rounding to bfloat16, or after it
+            assert float((ours - theirs).float().norm()) < 0.01 * float(theirs.float().norm())
+        else:
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_the_weight_is_not_kept() -> None:
+    x, dequantize, tables, _ = _case()
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tuple(tensor.shape)) or tensor, lambda t: t
+    ):
+        rebuilt_linear(x, dequantize, tuple(tables), None)
+    assert kept == [tuple(x.shape)]
+    with torch.no_grad():
+        assert not rebuilt_linear(x, dequantize, tuple(tables), None).requires_grad

@@ -5,10 +5,12 @@ BIN := .venv/bin
 STAMP := .venv/.complete
 TRITON := .venv/.triton
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
+PEERS := gptqmodel==7.7.0 optimum device-smi pypcre tokenicer logbar torchao defuser threadpoolctl ninja protobuf \
+	auto-round py-cpuinfo
 CONFIG ?= configs/llava_aqlm.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help fit test test-fast lint types format docs hooks clean
+.PHONY: help fit test test-fast bench peers lint types format docs hooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z._-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +23,15 @@ test: .venv $(TRITON)  ## run all tests
 
 test-fast: .venv  ## run the tests that take less than five seconds each
 	$(BIN)/python -m pytest -m "not slow"
+
+bench: .venv  ## measure kernels, quantizers, training steps and growth into runs/bench (a quarter of an hour)
+	$(BIN)/python -m benchmarks
+
+peers: .venv  ## install the other tools of benchmarks/peers.py into .venv-peers, which sees .venv's packages
+	@$(PYTHON) -m venv .venv-peers
+	@$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
+	    > "$$(.venv-peers/bin/python -c 'import site; print(site.getsitepackages()[0])')/casp_pl.pth"
+	@.venv-peers/bin/python -m pip install --quiet --no-deps --no-build-isolation $(PEERS)
 
 lint: .venv  ## check style and formatting
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from benchmarks.official_aqlm import official_aqlm
 from casp_pl.linalg.losses import relative_proxy_loss
 from casp_pl.quantizers import AQLMQuantizer
 
+Result = TypeVar("Result")
 OURS = AQLMQuantizer(formats={2: [[2, 256, 8]]})
 
 
@@ -31,10 +33,10 @@ def random_case(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, columns, generator=generator) / math.sqrt(columns), (moment + moment.T) / 2
 
 
-def timed(quantize: Callable[[], Tensor]) -> tuple[Tensor, float]:
+def timed(work: Callable[[], Result]) -> tuple[Result, float]:
     """What a function returns, and its CPU seconds."""
     start = time.process_time()
-    return quantize(), time.process_time() - start
+    return work(), time.process_time() - start
 
 
 def cases(options: argparse.Namespace) -> Iterator[tuple[str, Tensor, Tensor]]:

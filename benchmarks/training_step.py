@@ -1,0 +1,104 @@
+"""A step of end-to-end fine-tuning of the embedded LLaVA, compressed, against the same step of the dense model.
+
+usage: python -m benchmarks.training_step [--repeats 5] [--threads 2]
+
+The compressed models train codebooks, scales and vectors, the dense one all weights of its decoder blocks, all of them
+the norms too, on the same batches as `configs/llava_aqlm.yaml` and against the same teacher. Contenders take turns; a
+step is loss, gradients and Adam. Peak memory is that of a process of its own that takes three steps, of the whole
+process and beyond what it held with the model loaded.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import torch
+
+from benchmarks.clock import medians
+from casp_pl.data.calibration import CalibrationData
+from casp_pl.models import adapt, load_model
+from casp_pl.models.compress import round_to_nearest
+from casp_pl.modules.end_to_end import EndToEndModule, teacher_states
+from casp_pl.quantizers import AQLMQuantizer, Quantizer, QuIPSharpQuantizer, RTNQuantizer
+
+QUICK = AQLMQuantizer(formats={2: [[2, 256, 8]]}, kmeans_iterations=1, max_rounds=1, feedback_beam=1, sweep_beam=1)
+QUANTIZERS: dict[str, Quantizer | None] = {
+    "dense": None, "AQLM 2x8": QUICK, "QuIP# E8P": QuIPSharpQuantizer(), "GPTQ g64": RTNQuantizer(group_size=64),
+}  # fmt: skip
+CHECKPOINTED = "AQLM 2x8, activation checkpointing"
+
+
+def contender(name: str) -> Callable[[], object]:
+    """One training step of a model that is compressed here, as roughly as can be: its quality does not matter."""
+    torch.manual_seed(0)
+    model, processor = load_model()
+    adapter = adapt(model)
+    data = CalibrationData(samples=48, questions_per_image=8, text_ratio=0.375, text_length=192, batch_size=6)
+    data.attach(processor)
+    batches = list(data.train_dataloader())
+    teacher = teacher_states(adapter, batches)
+    quantizer = QUANTIZERS[name.split(",")[0]]
+    if quantizer is not None:
+        for number, block in enumerate(round_to_nearest(adapter, quantizer, 2)):
+            adapter.blocks[number] = block
+    module = EndToEndModule(adapter, teacher, activation_checkpointing=name == CHECKPOINTED)
+    if quantizer is None:
+        adapter.blocks.requires_grad_(True)
+    optimizer: Any = module.configure_optimizers()["optimizer"]
+    module.log = lambda *_, **__: None  # type: ignore[method-assign]  # there is no trainer
+    turn = 0
+
+    def step() -> None:
+        nonlocal turn
+        optimizer.zero_grad()
+        module.training_step(batches[turn % len(batches)], turn).backward()
+        optimizer.step()
+        turn += 1
+
+    return step
+
+
+def memory(name: str) -> None:
+    """Print peak memory of the process and what the steps added, in bytes, as JSON."""
+    step = contender(name)
+    before = psutil.Process().memory_info().rss
+    for _ in range(3):
+        step()
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps([peak, peak - before]))
+
+
+def main() -> None:
+    """Print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.memory_of:
+        return memory(options.memory_of)
+    names = [*QUANTIZERS, CHECKPOINTED]
+    seconds = medians({name: [contender(name)] for name in names}, options.repeats)
+    peaks = {}
+    for name in names:
+        command = [sys.executable, "-m", "benchmarks.training_step", "--memory-of", name]
+        done = subprocess.run([*command, "--threads", str(options.threads)], capture_output=True, text=True, check=True)
+        peaks[name] = json.loads(done.stdout.splitlines()[-1])
+    print("| model | step, s | ratio | peak memory, GB | ratio | of the steps, GB | ratio |\n|" + "---|" * 7)
+    for name in names:
+        (peak, added), (dense_peak, dense_added) = peaks[name], peaks["dense"]
+        print(
+            f"| {name} | {seconds[name]:.2f} | {seconds[name] / seconds['dense']:.2f} | {peak / 1e9:.2f} |"
+            f" {peak / dense_peak:.2f} | {added / 1e9:.2f} | {added / dense_added:.2f} |"
+        )
+    return None
+
+
+if __name__ == "__main__":
+    main()

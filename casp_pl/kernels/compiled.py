@@ -11,9 +11,11 @@ from torch import Tensor
 
 __all__ = [
     "AdditiveLoops",
+    "LatticeLoops",
     "LookupLoop",
     "additive_loops",
     "compiled_search",
+    "lattice_loops",
     "lookup_loop",
     "lookup_loops",
     "search_path",
@@ -44,6 +46,13 @@ class AdditiveLoops(NamedTuple):
     scatter: Callable[..., None]
 
 
+class LatticeLoops(NamedTuple):
+    """The loops of `numba_lattice`, taking tensors."""
+
+    candidates: Callable[..., None]
+    nearest: Callable[..., None]
+
+
 def compiled_search(vectors: Tensor) -> Callable[..., None] | None:
     """The loop of `numba_search` for these vectors, taking tensors; None where torch has to do it."""
     return _load("search", "search") if _fits(vectors) else None
@@ -55,6 +64,14 @@ def additive_loops(tensor: Tensor) -> AdditiveLoops | None:
         return None
     gather, scatter = _load("additive", "gather"), _load("additive", "scatter")
     return None if gather is None or scatter is None else AdditiveLoops(gather, scatter)
+
+
+def lattice_loops(vectors: Tensor) -> LatticeLoops | None:
+    """The loops that find points of E8P near vectors like these; None where torch has to do it."""
+    if not _fits(vectors):
+        return None
+    candidates, nearest = _load("lattice", "candidates"), _load("lattice", "nearest")
+    return None if candidates is None or nearest is None else LatticeLoops(candidates, nearest)
 
 
 def lookup_loop(device: torch.device) -> LookupLoop | None:
@@ -141,6 +158,11 @@ def _smallest_arguments(name: str) -> list[Any]:
     if name in ("gather", "scatter"):
         tables = [torch.zeros(1, 1, 1, dtype=torch.uint8), torch.ones(1, 1, 1), torch.ones(1), torch.ones(1, 1)]
         return tables if name == "gather" else [*tables, torch.empty(1, 1, 1), torch.empty(1)]
+    if name in ("candidates", "nearest"):
+        patterns = [torch.ones(8, 1), torch.ones(1), torch.zeros(1), torch.zeros(1, dtype=torch.int64)]
+        if name == "candidates":
+            return [torch.ones(8, 1), *patterns, 1, torch.empty(2, 1, dtype=torch.int64)]
+        return [torch.ones(8, 1), torch.eye(8), *patterns, 1, torch.empty(1, dtype=torch.int64), torch.empty(8, 1)]
     codes = torch.zeros(1, 1, dtype=torch.uint8)
     return [torch.ones(1, 1, 1), torch.ones(1, 1, 1), codes if name == "lookup" else _tiles(codes),
             torch.ones(1, 1), 1, torch.empty(1, 1)]  # fmt: skip

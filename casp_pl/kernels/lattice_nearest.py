@@ -5,16 +5,21 @@ parity that the pattern asks for; else the one sign is turned where that costs l
 
     |z - point|^2 = |z|^2 + |a|^2 - 2 <a, |z|> + 4 [parity differs] min_i a_i |z_i|.
 
+On a CPU compiled loops take one vector after the other (`numba_lattice`); torch does the same for many at once.
+
 Letters: N vectors, P = 256 patterns, R runs (pattern p belongs to run p mod R), K = 2 R candidates.
 """
+
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from casp_pl.kernels.compiled import lattice_loops
 from casp_pl.kernels.lattice import GROUP_LENGTH, QUARTER, decode_points, e8p_even_patterns, e8p_patterns, e8p_points
 from casp_pl.kernels.nearest import argmin_of_columns
 
-__all__ = ["e8p_candidates", "encode_e8p", "encode_e8p_reference"]
+__all__ = ["e8p_candidates", "e8p_nearest", "encode_e8p", "encode_e8p_reference"]
 
 _CHUNK = 512  # vectors at a time on a CPU: 512 KiB of scores in float32 stay in a core's cache
 _CUDA_CHUNK = 1 << 16  # on a GPU: 64 MiB
@@ -43,8 +48,46 @@ def e8p_candidates(x: Tensor, runs: int) -> Tensor:
     Returns:
         Codes (K, N), int64.
     """
+    if (loops := lattice_loops(x)) is not None:
+        codes = torch.empty(2 * runs, x.shape[1], dtype=torch.int64)
+        loops.candidates(x, *_by_run(runs), runs, codes)
+        return codes
     chunk = _CUDA_CHUNK if x.is_cuda else _CHUNK
     return torch.cat([_candidates(part, runs) for part in torch.split(x, chunk, dim=1)], dim=1)
+
+
+def e8p_nearest(x: Tensor, metric: Tensor, runs: int) -> tuple[Tensor, Tensor]:
+    """The best of `e8p_candidates` in a metric.
+
+    Args:
+        x: (8, N), float32.
+        metric: M (8, 8), symmetric and positive definite.
+        runs: R.
+
+    Returns:
+        Codes (N,) int64, and what is left of x (8, N).
+    """
+    if (loops := lattice_loops(x)) is not None:
+        codes, rest = torch.empty(x.shape[1], dtype=torch.int64), torch.empty_like(x)
+        loops.nearest(x, metric, *_by_run(runs), runs, codes, rest)
+        return codes, rest
+    found = e8p_candidates(x, runs)
+    points = decode_points(found.view(-1), e8p_points(x.device)).T.to(x.dtype) * QUARTER
+    left = x[:, None] - points.view(GROUP_LENGTH, *found.shape)
+    costs = ((metric @ left.flatten(1)).view(left.shape) * left).sum(dim=0)
+    best = costs.argmin(dim=0, keepdim=True)
+    return found.gather(0, best)[0], left.gather(1, best.expand(GROUP_LENGTH, *best.shape))[:, 0]
+
+
+@lru_cache(maxsize=8)
+def _by_run(runs: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Patterns (8, P) with the runs one after the other, |a|^2, 1 where minus signs are odd, numbers in a code (P,)."""
+    with torch.inference_mode(False):
+        patterns = e8p_patterns(torch.device("cpu"))
+        numbers = torch.arange(len(patterns), device="cpu").view(-1, runs).T.flatten()
+        own = patterns[numbers]
+        odd = (numbers >= e8p_even_patterns()).float()
+        return own.T.contiguous(), own.square().sum(dim=1), odd, numbers
 
 
 def _candidates(x: Tensor, runs: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from casp_pl.kernels.lattice import GROUP_LENGTH, QUARTER, LatticeStage, decode_points
-from casp_pl.kernels.lattice_nearest import e8p_candidates
+from casp_pl.kernels.lattice_nearest import e8p_candidates, e8p_nearest
 from casp_pl.kernels.nearest import nearest_entries
 
 __all__ = ["nearest_lattice_codes", "squared_lengths", "stage_values"]
@@ -34,6 +34,9 @@ def nearest_lattice_codes(
     Returns:
         Codes (S, O) int64 and what is left of the targets (8, O).
     """
+    if len(stages) == 1 and stages[0].kind == "e8p" and stages[0].scale == 1:
+        only, left = e8p_nearest(target, metric, runs)
+        return only[None], left
     rest, codes = target[:, None], torch.empty(0, 1, target.shape[1], dtype=torch.int64, device=target.device)
     for number, stage in enumerate(stages):
         found = _stage_candidates(rest.flatten(1), metric, stage, runs).view(-1, *rest.shape[1:])  # (K, B, O)

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from casp_pl.kernels import lattice_nearest
 from casp_pl.kernels.lattice import (
     LATTICE_STAGES,
     QUARTER,
@@ -18,7 +19,7 @@ from casp_pl.kernels.lattice import (
     pack_lattice,
     unpack_lattice,
 )
-from casp_pl.kernels.lattice_nearest import e8p_candidates, encode_e8p, encode_e8p_reference
+from casp_pl.kernels.lattice_nearest import e8p_candidates, e8p_nearest, encode_e8p, encode_e8p_reference
 
 CPU = torch.device("cpu")
 
@@ -69,18 +70,31 @@ def test_the_residual_codebook_lies_in_e8() -> None:
     assert counts.tolist() == [240, 16]
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to find near points; without the fixture, the one that is used here."""
+    if request.param == "torch":
+        monkeypatch.setattr(lattice_nearest, "lattice_loops", lambda _: None)
+    else:
+        assert lattice_nearest.lattice_loops(torch.empty(0)) is not None, "numba belongs to the extra of the tests"
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("size", [0.3, 1.04, 3.0])
 def test_encoding_by_symmetry_is_brute_force(size: float) -> None:
     x = size * _vectors(1501)
     assert torch.equal(encode_e8p(x), encode_e8p_reference(x))
 
 
+@pytest.mark.usefixtures("way")
 def test_points_encode_to_themselves() -> None:
     codes = torch.arange(65536)[::13]
     x = (decode_points(codes, e8p_points(CPU)) * QUARTER).T.contiguous()
     assert torch.equal(encode_e8p(x), codes)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("runs", [1, 4, 32])
 def test_candidates_are_the_nearest_of_their_run_and_shift(runs: int) -> None:
     x = _vectors(37)
@@ -92,6 +106,31 @@ def test_candidates_are_the_nearest_of_their_run_and_shift(runs: int) -> None:
         members = (codes >> 15 == number // runs) & ((codes & 255) % runs == number % runs)
         expected = distances.masked_fill(~members, torch.inf).amin(dim=1)
         torch.testing.assert_close(distances[torch.arange(37), found[number]], expected)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("runs", [1, 4, 32])
+def test_the_metric_chooses_among_the_candidates(runs: int) -> None:
+    generator = torch.Generator().manual_seed(runs)
+    x, root = torch.randn(8, 131, generator=generator), torch.randn(8, 8, generator=generator)
+    metric = root @ root.T + torch.eye(8)
+    codes, rest = e8p_nearest(x, metric, runs)
+    points = decode_points(codes, e8p_points(CPU)).T * QUARTER
+    assert torch.equal(rest, x - points)
+    every = e8p_points(CPU)[e8p_candidates(x, runs)].double() * QUARTER  # (K, N, 8)
+    left = x.T.double() - every
+    costs = torch.einsum("kni,ij,knj->kn", left, metric.double(), left)
+    own = torch.einsum("in,ij,jn->n", rest.double(), metric.double(), rest.double())
+    torch.testing.assert_close(own, costs.min(dim=0).values)
+
+
+def test_compiled_loops_give_the_same_bits_at_any_number_of_threads() -> None:
+    x, before, results = torch.randn(8, 700, generator=torch.Generator().manual_seed(1)), torch.get_num_threads(), []
+    for threads in [1] + [2] * 400:
+        torch.set_num_threads(threads)
+        results.append(e8p_nearest(x, torch.eye(8), 2)[0])
+    torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_a_gaussian_costs_what_the_paper_says() -> None:

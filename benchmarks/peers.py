@@ -3,11 +3,11 @@
 usage: python -m benchmarks.peers gptqmodel
        python -m benchmarks.peers auto-round
 
-Either tool is installed by hand (`pip install gptqmodel optimum`, `pip install auto-round`): the project does not need
-them. A line counts 2 bits of codes, a float16 scale and a zero point of 2 bits a group; embeddings stay as they are.
+`make peers` installs both in `.venv-peers`: run them with its Python and its `bin` first in PATH. A line counts 2 bits of codes, a float16 scale and a zero point of 2 bits a group; embeddings stay as they are.
 """
 
 import argparse
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,6 +30,7 @@ BITS = 2
 
 def gptqmodel(windows: list[Tensor]) -> Any:
     """GPTQ with act-order, asymmetric, as gptqmodel does it, loaded again by transformers."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # with two cores its default is 1, which it refuses
     from gptqmodel import GPTQModel, QuantizeConfig
     from transformers import AutoModelForCausalLM
 

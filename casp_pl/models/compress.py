@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from casp_pl.allocation import ModulePlan
-from casp_pl.layers import LowRankLinear, QuantizedLinear
+from casp_pl.layers import LowRankLinear, QuantizedLinear, materialized
 from casp_pl.linalg import full_width_products, propagation_target, relative_proxy_loss
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.streams import BlockBatch, linear_inputs
@@ -84,7 +84,8 @@ class BlockQuantization:
         block = copy.deepcopy(original)
         reports = []
         for group in adapter.linear_groups:
-            moments = collect_moments(block, student, [reference[group[0]] for reference in references], group[0])
+            with materialized(block):  # all batches pass through what is compressed already
+                moments = collect_moments(block, student, [reference[group[0]] for reference in references], group[0])
             for name in group:
                 start = time.perf_counter()
                 linear = _dense_linear(block, name)

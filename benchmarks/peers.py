@@ -3,7 +3,8 @@
 usage: python -m benchmarks.peers gptqmodel
        python -m benchmarks.peers auto-round
 
-`make peers` installs both in `.venv-peers`: run them with its Python and its `bin` first in PATH. A line counts 2 bits of codes, a float16 scale and a zero point of 2 bits a group; embeddings stay as they are.
+`make peers` installs both in `.venv-peers`: run them with its Python, and with its `bin` first in PATH. A line counts 2
+bits of codes, a float16 scale and a zero point of 2 bits a group; embeddings stay as they are.
 """
 
 import argparse

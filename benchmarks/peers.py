@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 
 from casp_pl.data.calibration import CalibrationData
@@ -40,10 +41,10 @@ def gptqmodel(windows: list[Tensor]) -> Any:
         source, target = Path(folder) / "source", Path(folder) / "target"
         load_language_model().save_pretrained(source)
         load_tokenizer().save_pretrained(source)
-        model = GPTQModel.load(str(source), config, device="cpu")
+        model = GPTQModel.load(str(source), config)
         model.quantize([{"input_ids": ids, "attention_mask": ids.new_ones(ids.shape)} for ids in windows], batch_size=8)
         model.save(str(target))
-        return AutoModelForCausalLM.from_pretrained(target, device_map="cpu").float()
+        return AutoModelForCausalLM.from_pretrained(target, device_map="cpu", dtype=torch.float32)
 
 
 def auto_round(windows: list[Tensor]) -> Any:

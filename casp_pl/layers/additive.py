@@ -14,7 +14,7 @@ from casp_pl.kernels.lookup import CodeRows, loop_for
 from casp_pl.kernels.packing import pack, packed_size, unpack
 from casp_pl.layers.base import STORED_FLOAT_BITS, QuantizedLinear
 from casp_pl.layers.cache import CodesCache
-from casp_pl.layers.product import rebuilt_linear
+from casp_pl.layers.product import rebuilt_linear, row_tiles
 
 __all__ = ["AdditiveLinear"]
 
@@ -66,7 +66,7 @@ class AdditiveLinear(QuantizedLinear):
         self.register_buffer("codes", torch.zeros(size, dtype=torch.uint8, device=device))
         self.codebooks = nn.Parameter(torch.zeros(num_codebooks, entries, group_length, device=device, dtype=dtype))
         self.scales = nn.Parameter(torch.zeros(out_features, 1, device=device, dtype=dtype))
-        self._index: CodesCache[AdditiveIndex] = CodesCache()
+        self._indices: CodesCache[dict[int, AdditiveIndex]] = CodesCache()
         self._rows: CodesCache[CodeRows] = CodesCache()
 
     @classmethod
@@ -119,15 +119,14 @@ class AdditiveLinear(QuantizedLinear):
 
     def dequantize(self) -> Tensor:
         """The weight (O, I), differentiable with respect to codebooks and scales."""
-        index = self._index.get(lambda: AdditiveIndex(self.codes_unpacked(), self.entries), self.codes)
-        weight = dequantize_additive(index, self.codebooks, self.scales)
-        return weight if weight.shape[1] == self.in_features else weight[:, : self.in_features].contiguous()
+        parts = [self._weight(tile) for tile in self._tiles]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def multiply(self, x: Tensor) -> Tensor:
         """By look-up for a few tokens that no gradient is wanted of, else by way of the dense weight."""
         loop = loop_for(x, self.in_features)
         if loop is None:
-            return rebuilt_linear(x, self.dequantize, (self.codebooks, self.scales), self.bias)
+            return rebuilt_linear(x, self._weight, self._tiles, (self.codebooks, self.scales), self.bias)
         rows = self._rows.get(lambda: CodeRows(self._unpacked().flatten(1), loop), self.codes)
         return self.finish(rows.multiply(x.reshape(-1, self.in_features), self.codebooks, self.scales.T), x)
 
@@ -151,8 +150,23 @@ class AdditiveLinear(QuantizedLinear):
 
     def free_cache(self) -> None:
         """Drops the unpacked codes in both layouts."""
-        self._index.clear()
+        self._indices.clear()
         self._rows.clear()
+
+    @property
+    def _tiles(self) -> list[slice]:
+        return row_tiles(self.out_features, self.in_features, self.codes.device)
+
+    def _weight(self, tile: slice) -> Tensor:
+        """Rows of the weight (rows, I)."""
+        index = self._indices.get(self._index_tiles, self.codes)[tile.start]
+        weight = dequantize_additive(index, self.codebooks, self.scales[tile])
+        return weight if weight.shape[1] == self.in_features else weight[:, : self.in_features].contiguous()
+
+    def _index_tiles(self) -> dict[int, AdditiveIndex]:
+        """By the first row of a tile."""
+        codes = self.codes_unpacked()
+        return {tile.start: AdditiveIndex(codes[tile], self.entries) for tile in self._tiles}
 
     def _unpacked(self) -> Tensor:
         """The codes (O, G, K) as uint8; codes of 8 bits are not copied."""

@@ -6,7 +6,6 @@ Letters: O out, I in, G = ceil(I / 8) groups a row, P = 8 G, S stages.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from casp_pl.errors import ConfigError
@@ -16,6 +15,7 @@ from casp_pl.layers.base import STORED_FLOAT_BITS, QuantizedLinear
 from casp_pl.layers.cache import CodesCache
 from casp_pl.layers.lattice_rows import LatticeRows
 from casp_pl.layers.lattice_weight import dequantize_lattice, lattice_points, lattice_quarters, multiply_lattice
+from casp_pl.layers.product import rebuilt_linear, row_tiles
 
 __all__ = ["LatticeLinear"]
 
@@ -127,10 +127,14 @@ class LatticeLinear(QuantizedLinear):
         width = GROUP_LENGTH * self.groups
         loop = loop_for(x, self.in_features)
         if loop is None:
-            quarters = self._decoded()
-            y = multiply_lattice(
-                x, lambda mixed: F.linear(mixed, lattice_points(quarters, self.bits, x.dtype)), self.su, self.sv, width
-            )
+            quarters, tiles = self._decoded(), row_tiles(self.out_features, width, x.device)
+
+            def product(mixed: Tensor) -> Tensor:
+                return rebuilt_linear(
+                    mixed, lambda tile: lattice_points(quarters[:, tile], self.bits, x.dtype), tiles, ()
+                )
+
+            y = multiply_lattice(x, product, self.su, self.sv, width)
             return y if self.bias is None else y + self.bias
         rows = self._rows.get(lambda: LatticeRows(self.codes, self.bits, loop), self.codes)
         with torch.autocast(x.device.type, enabled=False):

@@ -15,7 +15,7 @@ from casp_pl.kernels.packing import pack, pack_wide, packed_size, unpack, unpack
 from casp_pl.kernels.uniform import dequantize_uniform, uniform_steps
 from casp_pl.layers.base import STORED_FLOAT_BITS, QuantizedLinear
 from casp_pl.layers.cache import CodesCache
-from casp_pl.layers.product import rebuilt_linear
+from casp_pl.layers.product import rebuilt_linear, row_tiles
 from casp_pl.layers.uniform_rows import UniformRows
 
 __all__ = ["UniformLinear"]
@@ -160,15 +160,14 @@ class UniformLinear(QuantizedLinear):
 
     def dequantize(self) -> Tensor:
         """The weight (O, I), differentiable with respect to the scales."""
-        steps, positions = self._steps.get(self._count_steps, *self._code_tensors)
-        weight = dequantize_uniform(steps, self.scales, self.in_features)
-        return weight if positions is None else weight.index_select(1, positions)
+        return self._weight(slice(0, self.out_features))
 
     def multiply(self, x: Tensor) -> Tensor:
         """By look-up for a few tokens that no gradient is wanted of, else by way of the dense weight."""
         loop = loop_for(x, self.in_features)
         if loop is None:
-            return rebuilt_linear(x, self.dequantize, (self.scales,), self.bias)
+            tiles = row_tiles(self.out_features, self.in_features, self.codes.device)
+            return rebuilt_linear(x, self._weight, tiles, (self.scales,), self.bias)
         rows = self._rows.get(lambda: self._arrange(loop), *self._code_tensors)
         scales, offsets = self._turned.get(self._turn, *self._code_tensors, self.scales)
         return self.finish(rows.multiply(x.reshape(-1, self.in_features), scales, offsets), x)
@@ -202,6 +201,12 @@ class UniformLinear(QuantizedLinear):
     @property
     def _group_bits(self) -> int:
         return max(1, (self.groups - 1).bit_length())
+
+    def _weight(self, tile: slice) -> Tensor:
+        """Rows of the weight (rows, I)."""
+        steps, positions = self._steps.get(self._count_steps, *self._code_tensors)
+        weight = dequantize_uniform(steps[tile], self.scales[tile], self.in_features)
+        return weight if positions is None else weight.index_select(1, positions)
 
     @property
     def _code_tensors(self) -> list[Tensor]:

@@ -116,7 +116,7 @@ def test_state_holds_packed_codes_and_tables_only() -> None:
 
 def test_training_works_after_inference_mode() -> None:
     layer, _ = _random_layer()
-    x = torch.ones(9, 13)
+    x = torch.ones(40, 13)  # more than are looked up: one path in both modes
     with torch.inference_mode():
         expected = layer(x).clone()
         layer(x[:1])

@@ -8,24 +8,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from casp_pl.kernels.additive import dequantize_additive_reference
-from casp_pl.layers.product import rebuilt_linear
+from casp_pl.layers.product import rebuilt_linear, row_tiles
 
 ROWS, GROUPS, LENGTH = 5, 3, 4
 
 
-def _case(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Callable[[], Tensor], list[Tensor], Tensor]:
+TILES = [slice(0, 2), slice(2, 4), slice(4, 5)]
+
+
+def _case(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Callable[[slice], Tensor], list[Tensor], Tensor]:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 8, (ROWS, GROUPS, 2), generator=generator)
     sizes = [(2, 8, LENGTH), (ROWS, 1)]
     tables = [torch.randn(size, generator=generator, dtype=dtype).requires_grad_() for size in sizes]
     x = torch.randn(2, 3, GROUPS * LENGTH, generator=generator, dtype=dtype).requires_grad_()
     bias = torch.randn(ROWS, generator=generator, dtype=dtype).requires_grad_()
-    return x, lambda: dequantize_additive_reference(codes, *tables), tables, bias
+    return x, lambda rows: dequantize_additive_reference(codes[rows], tables[0], tables[1][rows]), tables, bias
 
 
-def test_gradients_by_finite_differences() -> None:
+@pytest.mark.parametrize("tiles", [TILES, [slice(0, ROWS)]])
+def test_gradients_by_finite_differences(tiles: list[slice]) -> None:
     x, dequantize, tables, bias = _case()
-    assert torch.autograd.gradcheck(lambda x, b, *own: rebuilt_linear(x, dequantize, own, b), (x, bias, *tables))
+    assert torch.autograd.gradcheck(lambda x, b, *own: rebuilt_linear(x, dequantize, tiles, own, b), (x, bias, *tables))
 
 
 @pytest.mark.parametrize("narrow", [False, True])
@@ -38,8 +42,8 @@ def test_results_equal_autograds_own(frozen: str | None, narrow: bool) -> None:
     trained = [tensor for tensor in (x, *tables, bias) if tensor.requires_grad]
     results = []
     for product in (
-        lambda: rebuilt_linear(x, dequantize, tuple(tables), bias),
-        lambda: F.linear(x, dequantize(), bias),
+        lambda: rebuilt_linear(x, dequantize, TILES, tuple(tables), bias),
+        lambda: F.linear(x, dequantize(slice(None)), bias),
     ):
         with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
             y = product()
@@ -58,7 +62,16 @@ def test_the_weight_is_not_kept() -> None:
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: kept.append(tuple(tensor.shape)) or tensor, lambda t: t
     ):
-        rebuilt_linear(x, dequantize, tuple(tables), None)
+        rebuilt_linear(x, dequantize, TILES, tuple(tables), None)
     assert kept == [tuple(x.shape)]
     with torch.no_grad():
-        assert not rebuilt_linear(x, dequantize, tuple(tables), None).requires_grad
+        assert not rebuilt_linear(x, dequantize, TILES, tuple(tables), None).requires_grad
+
+
+def test_tiles_cover_all_rows_once_in_order() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for rows, columns in [(1, 1), (576, 576), (4096, 4096), (11008, 4097), (70, 1 << 22)]:
+        tiles = row_tiles(rows, columns, cpu)
+        assert [row for tile in tiles for row in range(rows)[tile]] == list(range(rows))
+        assert all(tile.stop - tile.start <= max(64, (8 << 20) // (4 * columns)) for tile in tiles)
+        assert row_tiles(rows, columns, gpu) == [slice(0, rows)]

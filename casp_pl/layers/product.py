@@ -18,13 +18,13 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["rebuilt_linear", "row_tiles"]
 
-_TILE_BYTES = 8 << 20
+_TILE_BYTES = 16 << 20
 
 WeightOfRows = Callable[[slice], Tensor]
 
 
 def row_tiles(out_features: int, in_features: int, device: torch.device) -> list[slice]:
-    """Rows that are rebuilt at once: all of them on a GPU, on a CPU so many as take 8 MiB in float32."""
+    """Rows that are rebuilt at once: all of them on a GPU, on a CPU so many as take 16 MiB in float32."""
     most = max(64, _TILE_BYTES // (4 * in_features)) if device.type == "cpu" else out_features
     return [slice(start, min(start + most, out_features)) for start in range(0, out_features, most)]
 

@@ -73,5 +73,5 @@ def test_tiles_cover_all_rows_once_in_order() -> None:
     for rows, columns in [(1, 1), (576, 576), (4096, 4096), (11008, 4097), (70, 1 << 22)]:
         tiles = row_tiles(rows, columns, cpu)
         assert [row for tile in tiles for row in range(rows)[tile]] == list(range(rows))
-        assert all(tile.stop - tile.start <= max(64, (8 << 20) // (4 * columns)) for tile in tiles)
+        assert all(tile.stop - tile.start <= max(64, (16 << 20) // (4 * columns)) for tile in tiles)
         assert row_tiles(rows, columns, gpu) == [slice(0, rows)]

@@ -1,4 +1,4 @@
-"""Products with a weight that is rebuilt from its codes, a tile of rows at a time, in both directions, and never kept.
+"""Products with a weight that is rebuilt from its codes, a tile of rows at a time, and not kept where it is large.
 
 autograd would keep the dense weight from the forward to the backward pass: of all layers together that is the dense
 model, which compression was to avoid. To rebuild a weight costs far less than to multiply with it. On a CPU a large one
@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 __all__ = ["rebuilt_linear", "row_tiles"]
 
 _TILE_BYTES = 16 << 20
+_LARGE = 1 << 22  # weights; to rebuild smaller ones backwards costs more than to keep them
 
 WeightOfRows = Callable[[slice], Tensor]
 
@@ -41,7 +42,8 @@ def rebuilt_linear(
         tables: all tensors that the weight depends on and that may require gradients.
         bias: (O,).
     """
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *tables)):
+    large = tiles[-1].stop * x.shape[-1] > _LARGE
+    if large and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *tables)):
         y: Tensor = _Product.apply(x, weight, tiles, *tables)  # type: ignore[no-untyped-call]
     else:
         y = _multiply(x, weight, tiles)
@@ -77,17 +79,18 @@ class _Product(torch.autograd.Function):
         outputs = gradient.flatten(0, -2)
         wanted = [table for table in ctx.tables if table.requires_grad]
         sums = [torch.zeros_like(table) for table in wanted]
-        of_x = torch.zeros_like(inputs) if ctx.needs_input_grad[0] else None
+        of_x: Tensor | None = None
         for tile in ctx.tiles:
             own = outputs[:, tile]
             with torch.enable_grad():
                 weight = ctx.weight(tile)
-            if of_x is not None:
-                of_x.addmm_(own, weight.detach().to(own.dtype))
+            if ctx.needs_input_grad[0]:
+                part = own @ weight.detach().to(own.dtype)
+                of_x = part if of_x is None else of_x.add_(part)
             if wanted:
                 found = torch.autograd.grad(weight, wanted, (own.T @ inputs).to(weight.dtype))
-                for total, part in zip(sums, found, strict=True):
-                    total += part
+                for total, summand in zip(sums, found, strict=True):
+                    total += summand
         of_tables = iter(sums)
         of_x = None if of_x is None else of_x.to(ctx.dtype).view(*gradient.shape[:-1], -1)
         return (of_x, None, None, *(next(of_tables) if table.requires_grad else None for table in ctx.tables))

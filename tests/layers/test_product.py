@@ -8,12 +8,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from casp_pl.kernels.additive import dequantize_additive_reference
+from casp_pl.layers import product
 from casp_pl.layers.product import rebuilt_linear, row_tiles
 
 ROWS, GROUPS, LENGTH = 5, 3, 4
 
 
 TILES = [slice(0, 2), slice(2, 4), slice(4, 5)]
+
+
+@pytest.fixture(autouse=True)
+def _large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small matrices are treated as large ones."""
+    monkeypatch.setattr(product, "_LARGE", 0)
 
 
 def _case(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Callable[[slice], Tensor], list[Tensor], Tensor]:
@@ -41,12 +48,12 @@ def test_results_equal_autograds_own(frozen: str | None, narrow: bool) -> None:
         tensor.requires_grad_(False)
     trained = [tensor for tensor in (x, *tables, bias) if tensor.requires_grad]
     results = []
-    for product in (
+    for compute in (
         lambda: rebuilt_linear(x, dequantize, TILES, tuple(tables), bias),
         lambda: F.linear(x, dequantize(slice(None)), bias),
     ):
         with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
-            y = product()
+            y = compute()
         results.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), trained)])
     for ours, theirs in zip(*results, strict=True):
         assert ours.dtype == theirs.dtype
@@ -66,6 +73,13 @@ def test_the_weight_is_not_kept() -> None:
     assert kept == [tuple(x.shape)]
     with torch.no_grad():
         assert not rebuilt_linear(x, dequantize, TILES, tuple(tables), None).requires_grad
+
+
+def test_a_small_weight_is_left_to_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "_LARGE", ROWS * GROUPS * LENGTH)
+    x, dequantize, tables, bias = _case()
+    assert torch.autograd.gradcheck(lambda x, b, *own: rebuilt_linear(x, dequantize, TILES, own, b), (x, bias, *tables))
+    assert "_Product" not in type(rebuilt_linear(x, dequantize, TILES, tuple(tables)).grad_fn).__name__
 
 
 def test_tiles_cover_all_rows_once_in_order() -> None:

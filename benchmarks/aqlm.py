@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=100, help="of the baseline at most")
     options = parser.parse_args()
     print("| matrix | official: CPU s | loss | ours: CPU s | loss | CPU s ratio | loss ratio |\n|" + "---|" * 7)
+    OURS.quantize(*random_case(16, 16), bits=2)  # loads what is compiled
     totals, ratios = [0.0, 0.0], []
     for name, weight, moment in cases(options):
         official, slow = timed(lambda: official_aqlm(weight, moment, rounds=options.rounds))  # noqa: B023

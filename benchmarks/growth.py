@@ -53,6 +53,8 @@ def main() -> None:
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     curves: dict[str, dict[int, float]] = {name: {} for name in QUANTIZERS}
+    for quantizer in QUANTIZERS.values():
+        quantizer.quantize(*random_case(64, 64), bits=2)  # loads what is compiled
     sizes = [256 << step for step in range((options.largest // 256).bit_length())]
     print("| rows and columns | " + " | ".join(QUANTIZERS) + " |\n|" + "---|" * (len(QUANTIZERS) + 1))
     for size in sizes:

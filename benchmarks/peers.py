@@ -8,6 +8,7 @@ bits of codes, a float16 scale and a zero point of 2 bits a group; embeddings st
 """
 
 import argparse
+import contextlib
 import os
 import tempfile
 import time
@@ -37,7 +38,7 @@ def gptqmodel(windows: list[Tensor]) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = QuantizeConfig(bits=BITS, group_size=GROUP, desc_act=True, sym=False, device="cpu")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # it writes logs where it stands
         source, target = Path(folder) / "source", Path(folder) / "target"
         load_language_model().save_pretrained(source)
         load_tokenizer().save_pretrained(source)

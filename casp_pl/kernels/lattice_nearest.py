@@ -56,8 +56,8 @@ def e8p_candidates(x: Tensor, runs: int) -> Tensor:
     return torch.cat([_candidates(part, runs) for part in torch.split(x, chunk, dim=1)], dim=1)
 
 
-def e8p_nearest(x: Tensor, metric: Tensor, runs: int) -> tuple[Tensor, Tensor]:
-    """The best of `e8p_candidates` in a metric.
+def e8p_nearest(x: Tensor, metric: Tensor, runs: int) -> tuple[Tensor, Tensor] | None:
+    """The best of `e8p_candidates` in a metric, by a compiled loop; None where there is none for x.
 
     Args:
         x: (8, N), float32.
@@ -67,16 +67,11 @@ def e8p_nearest(x: Tensor, metric: Tensor, runs: int) -> tuple[Tensor, Tensor]:
     Returns:
         Codes (N,) int64, and what is left of x (8, N).
     """
-    if (loops := lattice_loops(x)) is not None:
-        codes, rest = torch.empty(x.shape[1], dtype=torch.int64), torch.empty_like(x)
-        loops.nearest(x, metric, *_by_run(runs), runs, codes, rest)
-        return codes, rest
-    found = e8p_candidates(x, runs)
-    points = decode_points(found.view(-1), e8p_points(x.device)).T.to(x.dtype) * QUARTER
-    left = x[:, None] - points.view(GROUP_LENGTH, *found.shape)
-    costs = ((metric @ left.flatten(1)).view(left.shape) * left).sum(dim=0)
-    best = costs.argmin(dim=0, keepdim=True)
-    return found.gather(0, best)[0], left.gather(1, best.expand(GROUP_LENGTH, *best.shape))[:, 0]
+    if (loops := lattice_loops(x)) is None:
+        return None
+    codes, rest = torch.empty(x.shape[1], dtype=torch.int64), torch.empty_like(x)
+    loops.nearest(x, metric, *_by_run(runs), runs, codes, rest)
+    return codes, rest
 
 
 @lru_cache(maxsize=8)

@@ -71,16 +71,7 @@ def _dequantize(  # type: ignore[no-untyped-def]
 
 
 def lookup(x: Tensor, books: Tensor, codes: Tensor, weights: Tensor, span: int, sums: Tensor) -> None:
-    """sums[n, o] = sum_s weights[s, o] * sum over positions m = (g, k) of span s: <x[n, g], books[k, codes[o, m]]>.
-
-    Args:
-        x: float32 (N, G, D).
-        books: float32 (K, C, D).
-        codes: uint8 (O, M), all below C.
-        weights: float32 (S, O).
-        span: positions of a span; the last may be shorter.
-        sums: float32 (N, O), written.
-    """
+    """The sums of `numba_lookup.lookup`, with the same arguments but `books` (K, C, D)."""
     tokens, groups, length = x.shape
     rows = len(codes)
     grid = (triton.cdiv(rows, _ROWS), tokens)

@@ -128,7 +128,7 @@ class AdditiveLinear(QuantizedLinear):
         if loop is None:
             return rebuilt_linear(x, self._weight, self._tiles, (self.codebooks, self.scales), self.bias)
         rows = self._rows.get(lambda: CodeRows(self._unpacked().flatten(1), loop), self.codes)
-        return self.finish(rows.multiply(x.reshape(-1, self.in_features), self.codebooks, self.scales.T), x)
+        return self.output_of(rows.multiply(x.reshape(-1, self.in_features), self.codebooks, self.scales.T), x)
 
     @property
     def code_bits(self) -> int:

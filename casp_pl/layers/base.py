@@ -148,7 +148,7 @@ class QuantizedLinear(nn.Module, ABC):
         """Whether a dense weight is kept."""
         return self._dense is not None
 
-    def finish(self, products: Tensor, x: Tensor) -> Tensor:
+    def output_of(self, products: Tensor, x: Tensor) -> Tensor:
         """Products (N, O) of x (..., I) in float32 -> the layer's output (..., O) in the dtype that F.linear gives."""
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -140,7 +140,7 @@ class LatticeLinear(QuantizedLinear):
         with torch.autocast(x.device.type, enabled=False):
             inputs = x.reshape(-1, self.in_features).float()
             products = multiply_lattice(inputs, rows.multiply, self.su.float(), self.sv.float(), width)
-        return self.finish(products, x)
+        return self.output_of(products, x)
 
     @property
     def code_bits(self) -> int:

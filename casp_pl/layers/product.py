@@ -2,8 +2,8 @@
 
 autograd would keep the dense weight from the forward to the backward pass: of all layers together that is the dense
 model, which compression was to avoid. To rebuild a weight costs far less than to multiply with it. On a CPU a large one
-is never whole: fresh memory costs a page fault for every 4 KiB, which doubles the time of 256 tokens at 11008 x 4096;
-a tile's memory is used again, and the tile lies in a cache when it is multiplied.
+is never whole: fresh memory costs a page fault for every 4 KiB, and 256 tokens at 11008 x 4096 take 1.6 times as long.
+A tile's memory is used again, and the tile lies in a cache when it is multiplied.
 
 Letters: O out, I in.
 """

@@ -170,7 +170,7 @@ class UniformLinear(QuantizedLinear):
             return rebuilt_linear(x, self._weight, tiles, (self.scales,), self.bias)
         rows = self._rows.get(lambda: self._arrange(loop), *self._code_tensors)
         scales, offsets = self._turned.get(self._turn, *self._code_tensors, self.scales)
-        return self.finish(rows.multiply(x.reshape(-1, self.in_features), scales, offsets), x)
+        return self.output_of(rows.multiply(x.reshape(-1, self.in_features), scales, offsets), x)
 
     @property
     def code_bits(self) -> int:

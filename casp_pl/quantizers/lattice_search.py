@@ -34,9 +34,9 @@ def nearest_lattice_codes(
     Returns:
         Codes (S, O) int64 and what is left of the targets (8, O).
     """
-    if len(stages) == 1 and stages[0].kind == "e8p" and stages[0].scale == 1:
-        only, left = e8p_nearest(target, metric, runs)
-        return only[None], left
+    plain = len(stages) == 1 and stages[0].kind == "e8p" and stages[0].scale == 1
+    if plain and (nearest := e8p_nearest(target, metric, runs)) is not None:
+        return nearest[0][None], nearest[1]
     rest, codes = target[:, None], torch.empty(0, 1, target.shape[1], dtype=torch.int64, device=target.device)
     for number, stage in enumerate(stages):
         found = _stage_candidates(rest.flatten(1), metric, stage, runs).view(-1, *rest.shape[1:])  # (K, B, O)

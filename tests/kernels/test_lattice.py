@@ -108,22 +108,6 @@ def test_candidates_are_the_nearest_of_their_run_and_shift(runs: int) -> None:
         torch.testing.assert_close(distances[torch.arange(37), found[number]], expected)
 
 
-@pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("runs", [1, 4, 32])
-def test_the_metric_chooses_among_the_candidates(runs: int) -> None:
-    generator = torch.Generator().manual_seed(runs)
-    x, root = torch.randn(8, 131, generator=generator), torch.randn(8, 8, generator=generator)
-    metric = root @ root.T + torch.eye(8)
-    codes, rest = e8p_nearest(x, metric, runs)
-    points = decode_points(codes, e8p_points(CPU)).T * QUARTER
-    assert torch.equal(rest, x - points)
-    every = e8p_points(CPU)[e8p_candidates(x, runs)].double() * QUARTER  # (K, N, 8)
-    left = x.T.double() - every
-    costs = torch.einsum("kni,ij,knj->kn", left, metric.double(), left)
-    own = torch.einsum("in,ij,jn->n", rest.double(), metric.double(), rest.double())
-    torch.testing.assert_close(own, costs.min(dim=0).values)
-
-
 def test_compiled_loops_give_the_same_bits_at_any_number_of_threads() -> None:
     x, before, results = torch.randn(8, 700, generator=torch.Generator().manual_seed(1)), torch.get_num_threads(), []
     for threads in [1] + [2] * 400:

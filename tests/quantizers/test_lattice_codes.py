@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from casp_pl.kernels import lattice_nearest
 from casp_pl.kernels.lattice import LATTICE_STAGES, QUARTER, e8p_points
 from casp_pl.quantizers.lattice_codes import LatticeMoment, LatticeSearch, choose_step, encode_rows, prepare_moment
 from casp_pl.quantizers.lattice_search import nearest_lattice_codes, squared_lengths, stage_values
@@ -58,6 +59,23 @@ def test_a_beam_as_wide_as_all_candidates_chooses_the_best_pair() -> None:
     second = stage_values(torch.arange(256), stages[1])  # for its first code the second is the best of all 256
     others = squared_lengths((target - stage_values(codes[0], stages[0]))[:, :, None] - second[:, None], metric)
     torch.testing.assert_close(squared_lengths(rest, metric), others.amin(dim=1))
+
+
+@pytest.mark.parametrize("runs", [1, 4, 32])
+@pytest.mark.parametrize("way", ["compiled", "torch"])
+def test_the_metric_chooses_among_the_candidates(way: str, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "torch":
+        monkeypatch.setattr(lattice_nearest, "lattice_loops", lambda _: None)
+    generator = torch.Generator().manual_seed(runs)
+    x, root = torch.randn(8, 131, generator=generator), torch.randn(8, 8, generator=generator)
+    metric = root @ root.T + torch.eye(8)
+    codes, rest = nearest_lattice_codes(x, metric, LATTICE_STAGES[2], runs=runs, beam=1)
+    table = e8p_points(torch.device("cpu")).float() * QUARTER
+    assert torch.equal(rest, x - table[codes[0]].T)
+    left = x.T.double() - table[lattice_nearest.e8p_candidates(x, runs)].double()  # (K, N, 8)
+    costs = torch.einsum("kni,ij,knj->kn", left, metric.double(), left)
+    own = torch.einsum("in,ij,jn->n", rest.double(), metric.double(), rest.double())
+    torch.testing.assert_close(own, costs.min(dim=0).values)
 
 
 def test_candidates_in_a_metric_come_close_to_the_best_of_all_points() -> None:

@@ -22,7 +22,7 @@ from casp_pl.kernels.compiled import AdditiveLoops, additive_loops
 
 __all__ = ["AdditiveIndex", "dequantize_additive", "dequantize_additive_reference"]
 
-_BYTE = 256
+_BYTE_VALUES = 256
 
 
 def dequantize_additive_reference(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class AdditiveIndex:
     def __init__(self, codes: Tensor, entries: int) -> None:
         self.rows, self.groups, self.codebooks = codes.shape
         self.entries = entries
-        self._codes = codes.to(torch.uint8) if entries <= _BYTE else codes
+        self._codes = codes.to(torch.uint8) if entries <= _BYTE_VALUES else codes
 
     @torch.no_grad()
     def gather(self, codebooks: Tensor, scales: Tensor) -> Tensor:
@@ -64,28 +64,40 @@ class AdditiveIndex:
         return weight
 
     @torch.no_grad()
-    def scatter(self, weight: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-        """The adjoints of `gather` with respect to both tables.
+    def scatter(self, weight: Tensor, scales: Tensor) -> Tensor:
+        """The adjoint of `gather`, sums of the scaled groups that share an entry.
 
         Args:
-            weight: a gradient of the weight (O, G * D).
-            codebooks: (K, C, D).
+            weight: (O, G * D).
             scales: (O, 1).
 
         Returns:
-            Sums of the scaled groups that share an entry (K, C, D); products of rows with the unscaled weight (O, 1).
+            (K, C, D).
         """
-        if (loops := self._loops(weight)) is None:
-            groups, starts = self._readers
-            table = (weight * scales).reshape(self.rows * self.groups, -1)
-            sums = F.embedding_bag(groups, table, starts, mode="sum").view(codebooks.shape)
-            return sums, torch.linalg.vecdot(weight, self.gather(codebooks, torch.ones_like(scales))).unsqueeze(1)
+        shape = self.codebooks, self.entries, weight.shape[1] // self.groups
+        if (loops := self._loops(weight)) is not None:
+            return self._scatter(loops, weight, weight.new_zeros(shape), scales)[0]
+        groups, starts = self._readers
+        table = (weight * scales).reshape(self.rows * self.groups, -1)
+        return F.embedding_bag(groups, table, starts, mode="sum").view(shape)
+
+    @torch.no_grad()
+    def gradients(self, weight: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """From the gradient of the weight (O, G * D) to those of codebooks (K, C, D) and scales (O, 1)."""
+        if (loops := self._loops(weight)) is not None:
+            return self._scatter(loops, weight, codebooks, scales)
+        dots = torch.linalg.vecdot(weight, self.gather(codebooks, torch.ones_like(scales)))
+        return self.scatter(weight, scales), dots.unsqueeze(1)
+
+    def _scatter(
+        self, loops: AdditiveLoops, weight: Tensor, codebooks: Tensor, scales: Tensor
+    ) -> tuple[Tensor, Tensor]:
         sums, dots = torch.empty_like(codebooks), weight.new_empty(self.rows)
         loops.scatter(self._codes, codebooks, scales.reshape(-1), weight, sums, dots)
         return sums, dots.unsqueeze(1)
 
     def _loops(self, tensor: Tensor) -> AdditiveLoops | None:
-        return additive_loops(tensor) if self.entries <= _BYTE else None
+        return additive_loops(tensor) if self.entries <= _BYTE_VALUES else None
 
     @cached_property
     def _bags(self) -> Tensor:
@@ -133,4 +145,4 @@ class _Dequantize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         codebooks, scales = ctx.saved_tensors
-        return *ctx.index.scatter(gradient, codebooks, scales), None
+        return *ctx.index.gradients(gradient, codebooks, scales), None

@@ -75,10 +75,10 @@ def fit_codebooks(
     """
 
     def normal_equations(codebooks: Tensor) -> Tensor:
-        return codes.scatter(codes.gather(codebooks, scales) @ moment, codebooks, scales)[0]
+        return codes.scatter(codes.gather(codebooks, scales) @ moment, scales)
 
-    residual, _ = codes.scatter(weight_moment - start.decoded_moment * scales, start.codebooks, scales)
-    diagonal, _ = codes.scatter(scales * moment.diagonal(), start.codebooks, scales)
+    residual = codes.scatter(weight_moment - start.decoded_moment * scales, scales)
+    diagonal = codes.scatter(scales * moment.diagonal(), scales)
     step = conjugate_gradients(normal_equations, residual, diagonal, iterations=iterations)
     return decoded_fit(start.codebooks + step, codes, moment)
 

@@ -62,8 +62,8 @@ def scatter(codes, codebooks, scales, weight, sums, dots):  # type: ignore[no-un
         dots: float32 (O,), written: dots[o] = sum over g, d, k of weight[o, g D + d] * codebooks[k, codes[o, g, k], d].
     """
     rows, groups, books = codes.shape
-    length = codebooks.shape[2]
-    parts = np.zeros((_PIECES, *sums.shape), dtype=np.float32)
+    entries, length = codebooks.shape[1:]
+    parts = np.zeros((_PIECES, books, entries, length), dtype=np.float32)
     for piece in prange(_PIECES):
         own = parts[piece]
         for o in range(piece * rows // _PIECES, (piece + 1) * rows // _PIECES):

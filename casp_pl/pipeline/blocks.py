@@ -24,6 +24,7 @@ from casp_pl.models.compress import BlockQuantization, LinearReport
 from casp_pl.models.streams import BlockBatch, first_block_batches, run_blocks, run_blocks_seeing
 from casp_pl.models.surgery import block_from_tensors, layer_specs, round_to_storage
 from casp_pl.modules import BlockwiseModule
+from casp_pl.pipeline.memory import release_memory
 from casp_pl.pipeline.trainers import TrainerFactory
 from casp_pl.quantizers import Quantizer
 
@@ -141,6 +142,7 @@ def tune_blocks(
                 block.eval().requires_grad_(False)
                 save_block(run, name, block, **losses)
         window_done(numbers, losses)
+        release_memory()
         blocks += tuned
         for block in tuned if numbers[-1] + 1 < len(adapter.blocks) else ():
             student = run_through(block, student)

@@ -236,6 +236,7 @@ class CompressionRun:
         if self.run.has(f"stages/{name}.json") and self.measurement.knows(name):
             return
         begun = time.monotonic() if start is None else start
+        release_memory()  # the dense weights of an evaluation come on top of what the stage left behind
         with self.progress.stage(f"evaluate {name}", self.measurement.steps):
             row = self.measurement.measure(name, self.adapter, blocks, self.progress.advance, started=begun)
         release_memory()

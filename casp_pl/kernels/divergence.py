@@ -22,8 +22,10 @@ def head_divergence_reference(student: Tensor, teacher: Tensor, head: Tensor) ->
     return F.kl_div(F.log_softmax(student @ head.T, dim=-1), target, log_target=True, reduction="batchmean")
 
 
-def head_divergence(student: Tensor, teacher: Tensor, head: Tensor, *, chunk: int = 256) -> Tensor:
+def head_divergence(student: Tensor, teacher: Tensor, head: Tensor, *, chunk: int = 128) -> Tensor:
     """Mean over tokens of KL(softmax(teacher head^T) || softmax(student head^T)), in nats.
+
+    The products are taken in autocast's type where that is on, the logarithms and the sum in float32 and more.
 
     Args:
         student: hidden states (N, I); the only argument that gets a gradient.
@@ -42,19 +44,28 @@ class _HeadDivergence(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, teacher: Tensor, head: Tensor, chunk: int) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=student.device)
         gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+        student, teacher, head = _as_autocast_would(student, teacher, head)
         for start in range(0, len(student), chunk):
             rows = slice(start, start + chunk)
-            target = F.log_softmax((teacher[rows] @ head.T).float(), dim=-1)
-            output = F.log_softmax((student[rows] @ head.T).float(), dim=-1)
+            target = F.log_softmax(teacher[rows] @ head.T, dim=-1, dtype=torch.float32)
+            output = F.log_softmax(student[rows] @ head.T, dim=-1, dtype=torch.float32)
             weights = target.exp()
-            total += (weights * (target - output)).sum(dtype=torch.float64)
+            total += torch.linalg.vecdot(weights, target.sub_(output)).sum(dtype=torch.float64)
             if gradient is not None:
-                gradient[rows] = (output.exp_().sub_(weights) / len(student)).to(head.dtype) @ head
+                gradient[rows] = output.exp_().sub_(weights).to(head.dtype) @ head
         if gradient is not None:
-            ctx.save_for_backward(gradient)
+            ctx.save_for_backward(gradient.div_(len(student)))
         return (total / max(1, len(student))).to(torch.float32)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad_outputs[0], None, None, None
+
+
+def _as_autocast_would(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Once for all chunks: autocast would cast the head, which needs no gradient, again for every product."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)

@@ -20,7 +20,7 @@ _HEAP_SLACK = 1.5  # what the heap takes for what is in it
 _SHARE = {torch.float32: 0.75, torch.bfloat16: 0.5, torch.float16: 0.5}
 _SEARCH_OPERATIONS = 185_000.0  # a weight, for the search of its codes
 _DEQUANTIZING_OPERATIONS = 1_300.0  # a weight and training step, forward and backward
-_LOGITS_AT_ONCE = 256  # tokens, see `head_divergence`
+_LOGITS_AT_ONCE = 128  # tokens, see `head_divergence`
 
 
 @dataclass(frozen=True)

@@ -29,3 +29,18 @@ def test_equal_states_have_no_divergence() -> None:
 def test_no_gradient_wanted_none_made() -> None:
     states = torch.randn(5, 8)
     assert not head_divergence(states, states + 1, torch.randn(19, 8)).requires_grad
+
+
+def test_autocast_takes_the_products_in_bfloat16_and_the_rest_in_float32() -> None:
+    generator = torch.Generator().manual_seed(2)
+    student, teacher = (torch.randn(9, 16, generator=generator, requires_grad=True) for _ in range(2))
+    head = torch.randn(41, 16, generator=generator)
+    rounded = head.bfloat16().float()
+    reference = head_divergence_reference(student.bfloat16().float(), teacher.bfloat16().float(), rounded)
+    (expected,) = torch.autograd.grad(reference, student)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = head_divergence(student, teacher, head, chunk=4)
+        (actual,) = torch.autograd.grad(value, student)
+    assert value.dtype == actual.dtype == torch.float32
+    torch.testing.assert_close(value.detach(), reference.detach(), rtol=2e-2, atol=1e-3)
+    assert (actual - expected).norm() < 2e-2 * expected.norm()

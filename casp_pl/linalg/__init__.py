@@ -4,14 +4,14 @@ from casp_pl.linalg.cholesky import safe_cholesky
 from casp_pl.linalg.finite import require_finite
 from casp_pl.linalg.losses import proxy_loss, relative_proxy_loss
 from casp_pl.linalg.products import full_width_products
-from casp_pl.linalg.propagation import propagation_target
+from casp_pl.linalg.propagation import PropagationTarget
 from casp_pl.linalg.whitening import WhitenedSVD, low_rank_factors, whitened_svd
 
 __all__ = [
+    "PropagationTarget",
     "WhitenedSVD",
     "full_width_products",
     "low_rank_factors",
-    "propagation_target",
     "proxy_loss",
     "relative_proxy_loss",
     "require_finite",

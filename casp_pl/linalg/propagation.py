@@ -10,31 +10,32 @@ from torch import Tensor
 from casp_pl.linalg.cholesky import safe_cholesky
 from casp_pl.linalg.finite import require_finite
 
-__all__ = ["propagation_target"]
+__all__ = ["PropagationTarget"]
 
 
-def propagation_target(
-    weight: Tensor, cross_moment: Tensor, second_moment: Tensor, alpha: float, damping: float = 1e-2
-) -> Tensor:
-    """W' = W + alpha (W C H^-1 - W). With equal moments, or alpha 0, it is W.
+class PropagationTarget:
+    """W' = W + alpha (W C H^-1 - W), for all weights that read one input. With equal moments, or alpha 0, it is W.
 
     Args:
-        weight: W (O, I).
         cross_moment: C (I, I), sum of (input in the original model) (input here)^T over tokens; not symmetric.
-        second_moment: H (I, I), sum of (input here) (input here)^T over the same tokens.
+        second_moment: H (I, I), sum of (input here) (input here)^T over the same tokens; factorised once.
         alpha: 0 keeps the original weight, 1 corrects in full.
         damping: added to both diagonals, relative to the mean of H's.
-
-    Returns:
-        W' (O, I) in the dtype of the weight.
 
     Raises:
         NumericsError: NaN or infinity in a moment.
     """
-    require_finite(cross_moment, "cross moment")
-    factor, jitter = safe_cholesky(second_moment, damping)
-    wide = weight.detach().to(torch.float64)
-    # W C + jitter W = W (C + jitter I), so equal moments give W back exactly whatever the jitter.
-    damped = wide @ cross_moment.to(torch.float64) + jitter * wide
-    corrected = torch.cholesky_solve(damped.T, factor).T
-    return torch.lerp(wide, corrected, alpha).to(weight.dtype)
+
+    def __init__(self, cross_moment: Tensor, second_moment: Tensor, alpha: float, damping: float = 1e-2) -> None:
+        require_finite(cross_moment, "cross moment")
+        self.alpha = alpha
+        self._cross = cross_moment.to(torch.float64)
+        self._factor, self._jitter = safe_cholesky(second_moment, damping)
+
+    def of(self, weight: Tensor) -> Tensor:
+        """W' (O, I) of a weight W (O, I), in its dtype."""
+        wide = weight.detach().to(torch.float64)
+        # W C + jitter W = W (C + jitter I), so equal moments give W back exactly whatever the jitter.
+        damped = wide @ self._cross + self._jitter * wide
+        corrected = torch.cholesky_solve(damped.T, self._factor).T
+        return torch.lerp(wide, corrected, self.alpha).to(weight.dtype)

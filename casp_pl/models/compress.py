@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from casp_pl.allocation import ModulePlan
 from casp_pl.layers import LowRankLinear, QuantizedLinear, materialized
-from casp_pl.linalg import full_width_products, propagation_target, relative_proxy_loss
+from casp_pl.linalg import PropagationTarget, full_width_products, relative_proxy_loss
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.streams import BlockBatch, linear_inputs
 from casp_pl.quantizers import Quantizer
@@ -25,7 +25,10 @@ __all__ = ["BlockQuantization", "LinearReport", "Moments", "collect_moments", "r
 
 @dataclass(frozen=True)
 class LinearReport:
-    """What became of one linear: its relative proxy loss on the compressed prefix's inputs and its true cost."""
+    """What became of one linear: its relative proxy loss on the compressed prefix's inputs and its true cost.
+
+    Its seconds are those of its quantization alone, without the moments and targets of its group.
+    """
 
     name: str
     relative_proxy_loss: float
@@ -86,10 +89,11 @@ class BlockQuantization:
         for group in adapter.linear_groups:
             with materialized(block):  # all batches pass through what is compressed already
                 moments = collect_moments(block, student, [reference[group[0]] for reference in references], group[0])
+            targets = self._targets(block, group, moments)
             for name in group:
                 start = time.perf_counter()
                 linear = _dense_linear(block, name)
-                layer = self._compress_linear(linear, by_name[name], quantizer, moments)
+                layer = self._compress_linear(targets[name], linear.bias, by_name[name], quantizer, moments.second)
                 block.set_submodule(name, layer)
                 loss = relative_proxy_loss(linear.weight, layer.dequantize().detach(), moments.second)
                 seconds = time.perf_counter() - start
@@ -97,18 +101,19 @@ class BlockQuantization:
                 reports.append(LinearReport(by_name[name].name, loss, bits_codes, bits_total, seconds))
         return block, reports
 
+    def _targets(self, block: nn.Module, group: Sequence[str], moments: Moments) -> dict[str, Tensor]:
+        """What each linear of a group, (O, I), aims at."""
+        aim = PropagationTarget(moments.cross, moments.second, self.propagation)
+        return {name: aim.of(_dense_linear(block, name).weight.float()) for name in group}
+
     def _compress_linear(
-        self, linear: nn.Linear, plan: ModulePlan, quantizer: Quantizer, moments: Moments
+        self, target: Tensor, bias: Tensor | None, plan: ModulePlan, quantizer: Quantizer, moment: Tensor
     ) -> QuantizedLinear | LowRankLinear:
         # a name, not a position, seeds the linear: hash() differs between processes, a sum of bytes does not
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + sum(map(ord, plan.name)) + 7919 * plan.block)
-        weight, bias = linear.weight.detach().float(), linear.bias
-        target = propagation_target(weight, moments.cross, moments.second, self.propagation)
         if plan.rank is None:
-            return quantizer.quantize(target, moments.second, bits=plan.bits, bias=bias, generator=generator)
-        return quantize_low_rank(
-            target, moments.second, plan.rank, quantizer, bits=plan.bits, bias=bias, generator=generator
-        )
+            return quantizer.quantize(target, moment, bits=plan.bits, bias=bias, generator=generator)
+        return quantize_low_rank(target, moment, plan.rank, quantizer, bits=plan.bits, bias=bias, generator=generator)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from casp_pl.linalg.kmeans import assign_entries, metric_kmeans
 from casp_pl.quantizers.additive_codes import conditional_metrics, feedback_codes, sweep_codes
 from casp_pl.quantizers.additive_formats import DEFAULT_FORMATS, AdditiveFormat, choose_format, parse_formats
 from casp_pl.quantizers.base import Quantizer
+from casp_pl.quantizers.shared import MadeOfMoment
 
 __all__ = ["AQLMQuantizer"]
 
@@ -94,6 +95,7 @@ class AQLMQuantizer(Quantizer):
         self.max_rounds = max_rounds
         self.seed = seed
         self.rank_grain = max(layout.group_length for ladder in self.formats.values() for layout in ladder)
+        self._inputs = MadeOfMoment[_Inputs]()
 
     def _structure(self, out_features: int, in_features: int, bits: int) -> dict[str, Any]:
         return self._format(out_features, in_features, bits)._asdict()
@@ -112,12 +114,13 @@ class AQLMQuantizer(Quantizer):
         self._check_inputs(weight, second_moment, bits)
         layout = self._format(weight.shape[0], weight.shape[1], bits)
         generator = torch.Generator().manual_seed(self.seed) if generator is None else generator
-        problem = _prepare(weight, second_moment, layout.group_length, self.damping)
-        metrics, lower = conditional_metrics(problem.factor, layout.group_length)
-        scales = _row_norms(problem.weight, weight.shape[1])
-        codebooks = self._start_codebooks(problem.weight / scales, metrics, layout, generator)
-        codes = feedback_codes(problem.weight, metrics, lower, codebooks, scales, beam=self.feedback_beam)
-        codebooks, scales = _balanced(*self._improve(problem, codes, codebooks, scales, generator))
+        length, moment = layout.group_length, second_moment.to(weight.device)
+        inputs = self._inputs.get(moment, (length, self.damping), lambda: _prepare(moment, length, self.damping))
+        padded = F.pad(weight.to(torch.float32), (0, len(inputs.moment) - weight.shape[1]))
+        scales = _row_norms(padded, weight.shape[1])
+        codebooks = self._start_codebooks(padded / scales, inputs.metrics, layout, generator)
+        codes = feedback_codes(padded, inputs.metrics, inputs.lower, codebooks, scales, beam=self.feedback_beam)
+        codebooks, scales = _balanced(*self._improve(padded, inputs.moment, codes, codebooks, scales, generator))
         layer = AdditiveLinear.from_codes(
             codes.permute(2, 0, 1), codebooks, scales, in_features=weight.shape[1], bias=bias
         )
@@ -146,10 +149,15 @@ class AQLMQuantizer(Quantizer):
         return torch.stack(codebooks)
 
     def _improve(
-        self, problem: "_Problem", codes: Tensor, codebooks: Tensor, scales: Tensor, generator: torch.Generator
+        self,
+        weight: Tensor,
+        moment: Tensor,
+        codes: Tensor,
+        codebooks: Tensor,
+        scales: Tensor,
+        generator: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
         """Rounds of codebooks, scales and codes. Codes (G, K, O) change in place; codebooks and scales are returned."""
-        weight, moment = problem.weight, problem.moment
         weight_moment, before = weight @ moment, float("inf")
         index = _by_row(codes, codebooks)
         fit = decoded_fit(codebooks, index, moment)
@@ -168,19 +176,19 @@ class AQLMQuantizer(Quantizer):
         return fit.codebooks, scales
 
 
-class _Problem(NamedTuple):
-    """Weight (O, I), damped second moment (I, I) in units of its mean diagonal, its lower Cholesky factor (I, I).
+class _Inputs(NamedTuple):
+    """Damped second moment (I, I) in units of its mean diagonal, and its `conditional_metrics`.
 
-    All are padded to a whole number of groups; an error in a padded column costs next to nothing.
+    They are padded to a whole number of groups; an error in a padded column costs next to nothing.
     """
 
-    weight: Tensor
     moment: Tensor
-    factor: Tensor
+    metrics: Tensor
+    lower: Tensor
 
 
-def _prepare(weight: Tensor, second_moment: Tensor, length: int, damping: float) -> _Problem:
-    moment = second_moment.to(weight.device, torch.float64)
+def _prepare(second_moment: Tensor, length: int, damping: float) -> _Inputs:
+    moment = second_moment.to(torch.float64)
     moment = (moment + moment.T) / 2
     unit = float(moment.diagonal().mean())
     moment = moment / unit if unit > 0 else moment
@@ -190,11 +198,8 @@ def _prepare(weight: Tensor, second_moment: Tensor, length: int, damping: float)
     edges = (0, surplus, 0, surplus)
     padding = torch.zeros(len(moment) + surplus, dtype=moment.dtype, device=moment.device)
     padding[len(moment) :] = _PADDING_COST
-    return _Problem(
-        weight=F.pad(weight.to(torch.float32), edges[:2]),
-        moment=(F.pad(moment, edges) + padding.diag()).to(torch.float32),
-        factor=(F.pad(factor, edges) + padding.sqrt().diag()).to(torch.float32),
-    )
+    factor = (F.pad(factor, edges) + padding.sqrt().diag()).to(torch.float32)
+    return _Inputs((F.pad(moment, edges) + padding.diag()).to(torch.float32), *conditional_metrics(factor, length))
 
 
 def _row_norms(weight: Tensor, width: int) -> Tensor:

@@ -22,7 +22,8 @@ from torch import Tensor
 from casp_pl.errors import ConfigError
 from casp_pl.layers.uniform import UniformLinear
 from casp_pl.quantizers.base import Quantizer
-from casp_pl.quantizers.gptq_codes import ColumnOrder, gptq_codes
+from casp_pl.quantizers.gptq_codes import ColumnOrder, OrderedFeedback, gptq_codes, ordered_feedback
+from casp_pl.quantizers.shared import MadeOfMoment
 
 __all__ = ["GPTQQuantizer"]
 
@@ -72,6 +73,7 @@ class GPTQQuantizer(Quantizer):
         self.scale_search = scale_search
         self.damping = damping
         self.rank_grain = 8  # so many codes fill whole bytes; a whole group is more than a small W_k can spare
+        self._inputs = MadeOfMoment[OrderedFeedback]()
 
     @torch.no_grad()
     def quantize(
@@ -85,15 +87,15 @@ class GPTQQuantizer(Quantizer):
     ) -> UniformLinear:
         """See `Quantizer.quantize`. Deterministic: the generator is not used. Computes on the weight's device."""
         self._check_inputs(weight, second_moment, bits)
+        moment = second_moment.to(weight.device)
+        settings = (self.group_size, self.order, self.static_groups, self.damping)
         found = gptq_codes(
             weight.to(torch.float32),
-            second_moment.to(weight.device),
+            self._inputs.get(moment, settings, lambda: ordered_feedback(moment, *settings)),
             bits=bits,
             group_size=self.group_size,
-            order=self.order,
             static_groups=self.static_groups,
             scale_search=self.scale_search,
-            damping=self.damping,
         )
         column_groups = found.column_groups if self._regroups(weight.shape[1]) else None
         return UniformLinear.from_codes(

@@ -25,7 +25,15 @@ from torch import Tensor
 from casp_pl.linalg.cholesky import safe_cholesky
 from casp_pl.quantizers.uniform_grids import nearest_codes, searched_grid
 
-__all__ = ["ColumnOrder", "UniformCodes", "column_order", "error_feedback", "gptq_codes"]
+__all__ = [
+    "ColumnOrder",
+    "OrderedFeedback",
+    "UniformCodes",
+    "column_order",
+    "error_feedback",
+    "gptq_codes",
+    "ordered_feedback",
+]
 
 ColumnOrder = Literal["none", "activation", "group_aware"]
 
@@ -42,37 +50,66 @@ class UniformCodes(NamedTuple):
     column_groups: Tensor
 
 
-def gptq_codes(
-    weight: Tensor,
+class OrderedFeedback(NamedTuple):
+    """What of GPTQ depends on the second moment alone.
+
+    Attributes:
+        columns: the columns in the order in which they are rounded (I,).
+        groups: the group of every column, in that order (I,).
+        feedback: of `error_feedback` (I, I).
+        importance: what an error in a column costs (I,), in that order; 0 where the input is dead.
+    """
+
+    columns: Tensor
+    groups: Tensor
+    feedback: Tensor
+    importance: Tensor
+
+
+def ordered_feedback(
     second_moment: Tensor,
-    *,
-    bits: int,
     group_size: int,
     order: ColumnOrder,
     static_groups: bool,
-    scale_search: bool,
     damping: float,
-) -> UniformCodes:
-    """GPTQ of one weight; deterministic.
+    dtype: torch.dtype = torch.float32,
+) -> OrderedFeedback:
+    """Order and error feedback of all weights that read inputs with this second moment H (I, I).
 
     Args:
-        weight: W (O, I), float32 or float64, in which everything but the factorisation is computed.
         second_moment: H (I, I).
-        bits: of a code and of a zero point.
         group_size: D.
         order: in which columns are rounded, see `column_order`.
-        static_groups: whether groups are runs of the original columns and get their grids from the original weights,
-            before anything is rounded. Else a group is the next D columns, and gets its grid when its turn comes.
-        scale_search: whether grids are shrunk where that pays.
+        static_groups: whether groups are runs of the original columns; else, with the order `activation`, a group is
+            the next D columns.
         damping: added to the diagonal of H, relative to its mean.
+        dtype: of the results; the factorisation is float64.
     """
     diagonal = second_moment.diagonal()
     columns = column_order(diagonal, group_size, order)
     runs = torch.arange(len(columns), device=columns.device) // group_size
-    groups = runs if order == "activation" and not static_groups else runs[columns]  # by position
+    groups = runs if order == "activation" and not static_groups else runs[columns]
     feedback, costs = error_feedback(second_moment[columns][:, columns], damping)
-    importance = torch.where(diagonal[columns] > 0, costs, 0).to(weight.dtype)
-    state = _start(weight.T[columns].contiguous(), feedback.to(weight.dtype), importance, groups, bits, scale_search)
+    importance = torch.where(diagonal[columns] > 0, costs, 0)
+    return OrderedFeedback(columns, groups, feedback.to(dtype), importance.to(dtype))
+
+
+def gptq_codes(
+    weight: Tensor, ordered: OrderedFeedback, *, bits: int, group_size: int, static_groups: bool, scale_search: bool
+) -> UniformCodes:
+    """GPTQ of one weight; deterministic.
+
+    Args:
+        weight: W (O, I), float32 or float64, in which everything is computed.
+        ordered: of its inputs, in the same dtype.
+        bits: of a code and of a zero point.
+        group_size: D.
+        static_groups: whether groups get their grids from the original weights, before anything is rounded. Else a
+            group gets its grid when its turn comes.
+        scale_search: whether grids are shrunk where that pays.
+    """
+    columns, groups, feedback, importance = ordered
+    state = _start(weight.T[columns].contiguous(), feedback, importance, groups, bits, scale_search)
     back = columns.argsort()
     if static_groups:
         _fit_runs(state, weight.T, importance[back], group_size)

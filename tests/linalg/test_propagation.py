@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from casp_pl.errors import NumericsError
-from casp_pl.linalg.propagation import propagation_target
+from casp_pl.linalg.propagation import PropagationTarget
 
 
 def _problem() -> tuple[Tensor, Tensor, Tensor]:
@@ -24,21 +24,21 @@ def test_full_correction_is_damped_least_squares() -> None:
     root = (0.05 * moment.diagonal().mean()).sqrt() * torch.eye(8, dtype=torch.float64)
     inputs, outputs = torch.cat([here, root]), torch.cat([original, root]) @ weight.T
     expected = torch.linalg.lstsq(inputs, outputs).solution.T
-    target = propagation_target(weight, original.T @ here, moment, 1.0, damping=0.05)
+    target = PropagationTarget(original.T @ here, moment, 1.0, damping=0.05).of(weight)
     torch.testing.assert_close(target, expected)
 
 
 def test_alpha_goes_from_the_weight_to_the_full_correction() -> None:
     weight, original, here = _problem()
     moments = original.T @ here, here.T @ here
-    full = propagation_target(weight, *moments, 1.0)
-    assert torch.equal(propagation_target(weight, *moments, 0.0), weight)
-    torch.testing.assert_close(propagation_target(weight, *moments, 0.25), weight + 0.25 * (full - weight))
+    full = PropagationTarget(*moments, 1.0).of(weight)
+    assert torch.equal(PropagationTarget(*moments, 0.0).of(weight), weight)
+    torch.testing.assert_close(PropagationTarget(*moments, 0.25).of(weight), weight + 0.25 * (full - weight))
 
 
 def test_it_brings_the_outputs_closer_to_the_original() -> None:
     weight, original, here = _problem()
-    target = propagation_target(weight, original.T @ here, here.T @ here, 1.0)
+    target = PropagationTarget(original.T @ here, here.T @ here, 1.0).of(weight)
     error, before = ((here @ w.T - original @ weight.T).square().sum() for w in (target, weight))
     assert error < 0.2 * before
 
@@ -47,13 +47,13 @@ def test_broken_moments_are_an_error() -> None:
     weight, original, here = _problem()
     original[3, 2] = float("nan")
     with pytest.raises(NumericsError, match="cross moment"):
-        propagation_target(weight, original.T @ here, here.T @ here, 1.0)
+        PropagationTarget(original.T @ here, here.T @ here, 1.0).of(weight)
 
 
 @pytest.mark.parametrize("tokens", [60, 3])
 def test_equal_inputs_change_nothing(tokens: int) -> None:
     weight, original, _ = _problem()
     moment = original[:tokens].T @ original[:tokens]
-    target = propagation_target(weight.float(), moment, moment, 1.0)
+    target = PropagationTarget(moment, moment, 1.0).of(weight.float())
     assert target.dtype == torch.float32
     torch.testing.assert_close(target, weight.float())

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from casp_pl.errors import NumericsError
 from casp_pl.linalg.losses import proxy_loss
-from casp_pl.quantizers.gptq_codes import UniformCodes, column_order, error_feedback, gptq_codes
+from casp_pl.quantizers.gptq_codes import UniformCodes, column_order, error_feedback, gptq_codes, ordered_feedback
 
 ORDERS = ("none", "activation", "group_aware")
 OPTIONS = list(itertools.product(ORDERS, (False, True), (False, True)))
@@ -91,6 +91,13 @@ def gptq_reference(
     return UniformCodes(codes, zeros, scales, torch.tensor([group_of[i] for i in range(columns)]))
 
 
+def _codes(
+    weight: Tensor, moment: Tensor, bits: int, group_size: int, order: str, static: bool, search: bool, damping: float
+) -> UniformCodes:
+    ordered = ordered_feedback(moment, group_size, order, static, damping, weight.dtype)
+    return gptq_codes(weight, ordered, bits=bits, group_size=group_size, static_groups=static, scale_search=search)
+
+
 def _decode(found: UniformCodes) -> Tensor:
     groups = found.column_groups
     return (found.codes.double() - found.zeros.double()[:, groups]) * found.scales.double()[:, groups]
@@ -102,13 +109,13 @@ def test_equal_to_the_plain_loop(shape: tuple[int, int, int], order: str, static
     rows, columns, group_size = shape
     weight, moment = _problem(rows, columns)
     bits = 2 + columns % 3
-    settings = {"bits": bits, "group_size": group_size, "order": order, "damping": 0.01}
-    expected = gptq_reference(weight, moment, bits, group_size, order, static, search, 0.01)
-    found = gptq_codes(weight, moment, static_groups=static, scale_search=search, **settings)
+    settings = (bits, group_size, order, static, search, 0.01)
+    expected = gptq_reference(weight, moment, *settings)
+    found = _codes(weight, moment, *settings)
     assert torch.equal(found.column_groups, expected.column_groups)
     for name in ("codes", "zeros", "scales"):
         assert torch.equal(getattr(found, name).double(), getattr(expected, name).double()), name
-    single = gptq_codes(weight.float(), moment.float(), static_groups=static, scale_search=search, **settings)
+    single = _codes(weight.float(), moment.float(), *settings)
     assert (single.codes == expected.codes).float().mean() > 0.98  # a tie that falls otherwise moves what follows it
     assert proxy_loss(weight, _decode(single), moment) == pytest.approx(
         proxy_loss(weight, _decode(expected), moment), rel=1e-2 if (single.codes != expected.codes).any() else 1e-4
@@ -118,9 +125,7 @@ def test_equal_to_the_plain_loop(shape: tuple[int, int, int], order: str, static
 def test_a_last_column_is_the_best_that_the_others_allow() -> None:
     """Whatever came before, exhaustive search finds nothing better for the column that is rounded last."""
     weight, moment = _problem(20, 12)
-    found = gptq_codes(
-        weight, moment, bits=2, group_size=4, order="none", static_groups=True, scale_search=True, damping=0.0
-    )
+    found = _codes(weight, moment, 2, 4, "none", True, True, 0.0)
 
     def row_losses(codes: Tensor) -> Tensor:
         error = weight - _decode(found._replace(codes=codes))
@@ -161,6 +166,4 @@ def test_a_moment_that_is_none_is_refused() -> None:
     weight, moment = _problem(2, 6)
     moment[3, 3] = torch.nan
     with pytest.raises(NumericsError):
-        gptq_codes(
-            weight, moment, bits=2, group_size=4, order="none", static_groups=False, scale_search=False, damping=0.01
-        )
+        _codes(weight, moment, 2, 4, "none", False, False, 0.01)

@@ -1,0 +1,47 @@
+"""Linears that read one input share its factorisation, and get what they would have got alone."""
+
+import weakref
+
+import pytest
+import torch
+from torch import Tensor
+
+from casp_pl.linalg import cholesky
+from casp_pl.quantizers import AQLMQuantizer, GPTQQuantizer, Quantizer
+from casp_pl.quantizers.shared import MadeOfMoment
+
+
+def _moment(width: int) -> Tensor:
+    inputs = torch.randn(3 * width, width, generator=torch.Generator().manual_seed(width))
+    return inputs.T @ inputs
+
+
+@pytest.mark.parametrize("kind", [AQLMQuantizer, GPTQQuantizer])
+def test_two_weights_of_one_input_factorise_it_once(kind: type[Quantizer], monkeypatch: pytest.MonkeyPatch) -> None:
+    moment, quantizer = _moment(22), kind()
+    weights = [torch.randn(rows, 22, generator=torch.Generator().manual_seed(rows)) for rows in (9, 5)]
+    alone = [kind().quantize(weight, moment, bits=2).dequantize() for weight in weights]
+    calls = []
+    real = torch.linalg.cholesky_ex
+    monkeypatch.setattr(cholesky.torch.linalg, "cholesky_ex", lambda *a, **k: calls.append(1) or real(*a, **k))
+    together = [quantizer.quantize(weight, moment, bits=2).dequantize() for weight in weights]
+    assert len(calls) == 1
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+def test_another_tensor_a_change_and_other_settings_are_noticed() -> None:
+    kept, moment, made = MadeOfMoment[int](), _moment(3), iter(range(9))
+    assert [kept.get(moment, "a", lambda: next(made)) for _ in range(2)] == [0, 0]
+    assert kept.get(moment.clone(), "a", lambda: next(made)) == 1, "equal values are not enough"
+    assert kept.get(moment, "a", lambda: next(made)) == 2
+    assert kept.get(moment, "b", lambda: next(made)) == 3
+    moment.mul_(2)
+    assert kept.get(moment, "b", lambda: next(made)) == 4
+
+
+def test_nothing_is_kept_longer_than_the_moment() -> None:
+    kept, moment = MadeOfMoment[Tensor](), _moment(3)
+    made = weakref.ref(kept.get(moment, None, lambda: torch.ones(2)))
+    assert made() is not None
+    del moment
+    assert made() is None

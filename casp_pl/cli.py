@@ -113,7 +113,7 @@ def _recipe_parser(name: str, text: str) -> LightningArgumentParser:
         CalibrationModule, "calibration", skip={"adapter", "measure_rounding", "sensitivity"}, **kwargs_only
     )
     parser.add_class_arguments(
-        BlockwiseModule, "block_tuning", skip={"blocks", "train", "held_back", "first"}, **kwargs_only
+        BlockwiseModule, "block_tuning", skip={"blocks", "train", "held_back", "first", "seed"}, **kwargs_only
     )
     parser.add_argument("--block_tuning.window", type=PositiveInt, default=1, help="blocks that are tuned together")
     parser.add_class_arguments(EndToEndModule, "end_to_end", skip={"adapter", "teacher"}, **kwargs_only)
@@ -145,7 +145,10 @@ def settings_from(parser: LightningArgumentParser, chosen: Namespace) -> RunSett
     )
 
 
-_NOT_IN_FINGERPRINT = frozenset({"config", "run_dir", "verbose", "override_memory", "name", "image", "question"})
+_NOT_IN_FINGERPRINT = frozenset(
+    {"config", "run_dir", "verbose", "override_memory", "name", "image", "question"}
+    | {"trainer.devices", "trainer.num_nodes", "trainer.strategy"}  # a run may go on with more or fewer processes
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ PACKAGE = ROOT / "casp_pl"
 # Each floor imports only itself and the floors before it.
 FLOORS = (
     "errors",
+    "processes",
     "kernels",
     "linalg",
     "layers",
@@ -31,7 +32,7 @@ FLOORS = (
     "cli",
     "__main__",
 )
-LIGHT = ("errors", "kernels", "linalg", "layers", "quantizers", "allocation")
+LIGHT = ("errors", "processes", "kernels", "linalg", "layers", "quantizers", "allocation")
 HEAVY = {"lightning", "lightning_utilities", "transformers", "datasets", "torchmetrics", "tensorboard", "matplotlib"}
 MOST_LINES, MOST_FUNCTION_LINES = 400, 60
 SOURCES = sorted(path for top in ("casp_pl", "scripts", "tests", "benchmarks") for path in (ROOT / top).rglob("*.py"))

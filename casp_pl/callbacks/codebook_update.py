@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from casp_pl.kernels import nearest_entries
 from casp_pl.layers import AdditiveLinear
+from casp_pl.processes import mean_of_all
 
 __all__ = ["CodebookUpdate", "Fitted", "update_codes"]
 
@@ -24,7 +25,7 @@ class Fitted(Protocol):
     """What the callback needs of a LightningModule: the loss that it trains on, of one batch."""
 
     def batch_loss(self, batch: Any) -> Tensor:
-        """A scalar."""
+        """A scalar; of several processes their mean is meant."""
 
 
 class CodebookUpdate(pl.Callback):
@@ -80,14 +81,14 @@ class CodebookUpdate(pl.Callback):
     @torch.no_grad()
     def _try_update(self, module: Fitted, layers: list[AdditiveLinear], batch: object) -> int:
         """Change codes so that the loss of the batch falls; how many changed, 0 if no trial helped."""
-        before = float(module.batch_loss(batch))
+        before = float(mean_of_all(module.batch_loss(batch)))
         saved = [layer.codes_unpacked() for layer in layers]
         for trial in range(self.trials):
             fraction, changed = self.fraction / _FEWER**trial, 0
             for layer in layers:
                 if layer.weight_gradient is not None:
                     changed += update_codes(layer, layer.weight_gradient, fraction=fraction, step=self.step)
-            if float(module.batch_loss(batch)) < before:
+            if float(mean_of_all(module.batch_loss(batch))) < before:
                 return changed
             for layer, codes in zip(layers, saved, strict=True):
                 layer.set_codes(codes)

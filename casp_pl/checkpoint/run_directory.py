@@ -6,7 +6,7 @@ run that was killed anywhere goes on from its last entry.
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,6 +18,7 @@ from casp_pl.checkpoint.lock import hold_lock
 from casp_pl.checkpoint.manifest import MANIFEST_NAME, Manifest, describe
 from casp_pl.checkpoint.reading import read_json, read_safetensors
 from casp_pl.errors import ConfigError, IntegrityError, ResourceError
+from casp_pl.processes import is_first, said_by_first, wait_for_all
 
 __all__ = ["RunDirectory"]
 
@@ -29,16 +30,18 @@ _BEFORE_MANIFEST = {_LOCK_NAME, "config.yaml", "tensorboard"}  # what may lie th
 class RunDirectory:
     """Artifacts of a run by name, a relative POSIX path such as `blocks/003.safetensors`.
 
-    Made by `RunDirectory.open` (one process, may write) or `RunDirectory.read_only` (any number).
+    Made by `RunDirectory.open` (one run, may write) or `RunDirectory.read_only` (any number). The processes of one run
+    open it together and make the same calls: the first one writes, and the others go on when that is done.
 
     Attributes:
         root: the directory.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, *, writable: bool) -> None:
+    def __init__(self, root: Path, manifest: Manifest, *, writable: bool, together: bool = False) -> None:
         self.root = root
         self._manifest = manifest
         self._writable = writable
+        self._together = together
 
     @classmethod
     @contextmanager
@@ -55,6 +58,10 @@ class RunDirectory:
             IntegrityError: its manifest is missing or broken.
         """
         root = Path(path)
+        if not is_first():
+            wait_for_all()
+            yield cls(root, Manifest.load(root), writable=False, together=True)
+            return
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -62,11 +69,12 @@ class RunDirectory:
         with hold_lock(root / _LOCK_NAME):
             manifest = _load_or_create(root, json.loads(json.dumps(fingerprint, sort_keys=True)))
             _clean(root)
-            yield cls(root, manifest, writable=True)
+            wait_for_all()
+            yield cls(root, manifest, writable=True, together=True)
 
     @classmethod
     def read_only(cls, path: Path | str) -> "RunDirectory":
-        """A run directory to read from, without a lock: for evaluation, and for the other ranks of a run.
+        """A run directory to read from, without a lock.
 
         Raises:
             IntegrityError: it has no sound manifest.
@@ -93,6 +101,11 @@ class RunDirectory:
 
         One that changed since it was recorded is logged, taken out of the manifest, and counts as absent.
         """
+        if not self._together:
+            return self._has(name)
+        return said_by_first(self._has(name) if self._writable else False)
+
+    def _has(self, name: str) -> bool:
         self._refresh()
         entries = self._entries(name)
         for entry in entries:
@@ -100,13 +113,15 @@ class RunDirectory:
             if problem is not None:
                 _LOG.warning("%s %s: it counts as absent", self.root / entry, problem)
                 if self._writable:
-                    self.forget(name)
+                    self._forget(name)
                 return False
         return bool(entries)
 
     def forget(self, name: str) -> None:
         """Take an artifact out of the manifest; what lies on disk no longer counts and may be overwritten."""
-        self._check_writable()
+        self._write(lambda: self._forget(name))
+
+    def _forget(self, name: str) -> None:
         for entry in self._entries(name):
             del self._manifest.artifacts[entry]
         self._manifest.save(self.root)
@@ -117,7 +132,9 @@ class RunDirectory:
         Raises:
             IntegrityError: there is no such file.
         """
-        self._check_writable()
+        self._write(lambda: self._record(name))
+
+    def _record(self, name: str) -> None:
         full = self.path(name)
         files = sorted(path for path in full.rglob("*") if path.is_file()) if full.is_dir() else [full]
         if not files or not files[0].exists():
@@ -134,9 +151,7 @@ class RunDirectory:
         Raises:
             ResourceError: the disk is full or cannot be written.
         """
-        self._check_writable()
-        write_json(self.path(name), value)
-        self.record(name)
+        self._write(lambda: write_json(self.path(name), value), then_record=name)
 
     def read_json(self, name: str) -> Any:
         """The value of a JSON artifact.
@@ -152,9 +167,7 @@ class RunDirectory:
         Raises:
             ResourceError: the disk is full or cannot be written.
         """
-        self._check_writable()
-        write_safetensors(self.path(name), tensors, metadata)
-        self.record(name)
+        self._write(lambda: write_safetensors(self.path(name), tensors, metadata), then_record=name)
 
     def read_tensors(self, name: str) -> tuple[dict[str, Tensor], Any]:
         """Tensors and metadata of a safetensors artifact.
@@ -180,9 +193,16 @@ class RunDirectory:
         if not self._writable:
             self._manifest = Manifest.load(self.root)
 
-    def _check_writable(self) -> None:
-        if not self._writable:
+    def _write(self, work: Callable[[], None], *, then_record: str | None = None) -> None:
+        """Done by the first process alone; no other is told that a file is there before it is recorded."""
+        if not self._writable and not self._together:
             raise RuntimeError(f"{self.root} was opened for reading only")
+        if self._writable:
+            work()
+            if then_record is not None:
+                self._record(then_record)
+        if self._together:
+            wait_for_all()
 
 
 def _load_or_create(root: Path, fingerprint: dict[str, Any]) -> Manifest:

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 
 from casp_pl.data.collate import Collator
-from casp_pl.data.loaders import FixedLoader, StatefulLoader, deal, rank_batches
+from casp_pl.data.loaders import FixedLoader, StatefulLoader, deal, dealt_out, divided, in_batches
 from casp_pl.data.selection import (
     choose_windows,
     encode_conversations,
@@ -21,6 +21,7 @@ from casp_pl.data.skipped import Skipped, refuse_too_many_skipped
 from casp_pl.data.sources import DataSource, EasyVQA, PydocProse
 from casp_pl.data.tokenize import Encoded, Processor
 from casp_pl.errors import ConfigError, InputError
+from casp_pl.processes import process_count, process_rank
 
 __all__ = ["CalibrationData"]
 
@@ -45,7 +46,7 @@ class CalibrationData(pl.LightningDataModule):
         holdout: share of the samples, by whole images, that is held back for validation.
         fine_tuning_samples: samples that `train_dataloader` draws from, those kept for calibration among them; more
             than these cost only what training on them costs. None for the same ones.
-        batch_size: samples per batch and process.
+        batch_size: samples per batch, of all processes together: a run's result does not depend on their number.
         max_length: longer conversations are cut to that many tokens.
         seed: decides which samples are taken and in which order training sees them.
     """
@@ -118,13 +119,24 @@ class CalibrationData(pl.LightningDataModule):
         self._kept, self._held_back, self._more = kept, held_back, more
 
     def calibration_dataloader(self) -> FixedLoader[Encoded]:
-        """All samples that are not held back, once, in a fixed order; every batch holds its share of text windows."""
-        return self._fixed(self._set_up()._kept)
+        """All samples that are not held back, once, in a fixed order; every batch holds its share of text windows.
+
+        Each process gets whole batches.
+        """
+        return FixedLoader(dealt_out(self._batches(self._set_up()._kept), *_process()), self._collator)
+
+    def first_batches(self, count: int) -> FixedLoader[Encoded]:
+        """The first batches of the whole calibration, the same in each process."""
+        return FixedLoader(dealt_out(self._batches(self._set_up()._kept)[:count], 0, 1), self._collator)
+
+    def tuning_dataloader(self) -> FixedLoader[Encoded]:
+        """The same batches; each process gets its share of every one."""
+        return FixedLoader(divided(self._batches(self._set_up()._kept), *_process()), self._collator)
 
     def train_dataloader(self) -> StatefulLoader[Encoded]:
         """The fine-tuning samples but those held back, shuffled in every epoch; its position survives a resume."""
         self.setup()
-        rank, world_size = self._ranks()
+        rank, world_size = _process()
         return StatefulLoader(
             self._kept + self._more,
             self._collator,
@@ -136,8 +148,8 @@ class CalibrationData(pl.LightningDataModule):
         )
 
     def val_dataloader(self) -> FixedLoader[Encoded]:
-        """The samples held back, in a fixed order; empty with holdout 0."""
-        return self._fixed(self._set_up()._held_back)
+        """The samples held back, in a fixed order, each batch divided among the processes; empty with holdout 0."""
+        return FixedLoader(divided(self._batches(self._set_up()._held_back), *_process()), self._collator)
 
     @property
     def _collator(self) -> Collator:
@@ -203,15 +215,14 @@ class CalibrationData(pl.LightningDataModule):
         """How many of so many samples are text windows."""
         return round(samples * self.text_ratio)
 
-    def _fixed(self, samples: Sequence[Encoded]) -> FixedLoader[Encoded]:
+    def _batches(self, samples: Sequence[Encoded]) -> list[Sequence[Encoded]]:
         by_length = sorted(range(len(samples)), key=lambda number: (len(samples[number]), number))
         order = deal([[n for n in by_length if _has_image(samples[n]) == kind] for kind in (True, False)])
-        rank, world_size = self._ranks()
-        batches = rank_batches(order, self.batch_size, rank=rank, world_size=world_size)
-        return FixedLoader([[samples[number] for number in batch] for batch in batches], self._collator)
+        return in_batches([samples[number] for number in order], self.batch_size)
 
-    def _ranks(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+def _process() -> tuple[int, int]:
+    return process_rank(), process_count()
 
 
 def _has_image(sample: Encoded) -> bool:

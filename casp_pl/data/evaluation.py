@@ -1,27 +1,31 @@
 """What every stage is judged on: the same test questions about images and the same windows of held-out text."""
 
+from collections.abc import Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
 
 from casp_pl.data.collate import pad_right
-from casp_pl.data.loaders import FixedLoader
+from casp_pl.data.loaders import FixedLoader, Share, dealt_out, in_batches
 from casp_pl.data.questions import QuestionCollator, QuestionGroup, batch_groups, choose_questions, encode_questions
 from casp_pl.data.sample import Sample
 from casp_pl.data.skipped import Skipped, refuse_too_many_skipped
 from casp_pl.data.sources import DataSource, EasyVQA, PydocProse
 from casp_pl.data.tokenize import Encoded, Processor, encode_windows, takes_images
 from casp_pl.errors import ConfigError, InputError
+from casp_pl.processes import process_count, process_rank
 
 __all__ = ["EvaluationData", "question_loader", "window_loader"]
+
+T = TypeVar("T")
 
 
 class EvaluationData(pl.LightningDataModule):
     """Test questions grouped by image and windows of held-out text, always the same for the same settings and seed.
 
-    Every process evaluates everything, so the figures are the same on all of them. A text model gets the text alone.
+    Each process evaluates some of the batches. A text model gets the text alone.
 
     Args:
         source: where the questions come from (its test split; of a conversation the first turn); easy-VQA if not given.
@@ -141,16 +145,19 @@ def question_loader(
     groups: list[QuestionGroup], processor: Processor, images_per_batch: int
 ) -> FixedLoader[QuestionGroup]:
     """Batches as `QuestionCollator` makes them."""
-    return FixedLoader(batch_groups(groups, images_per_batch), QuestionCollator(processor))
+    return FixedLoader(_own(batch_groups(groups, images_per_batch)), QuestionCollator(processor))
 
 
 def window_loader(windows: list[Encoded], windows_per_batch: int) -> FixedLoader[Encoded]:
     """Batches of input_ids (B, T) and the windows' numbers (B,); all windows have one length."""
     numbered = {window.id: number for number, window in enumerate(windows)}
-    batches = [windows[start : start + windows_per_batch] for start in range(0, len(windows), windows_per_batch)]
 
     def collate(batch: Any) -> dict[str, Any]:
         ids = pad_right([window.input_ids for window in batch], 0)
         return {"input_ids": ids, "numbers": torch.tensor([numbered[window.id] for window in batch])}
 
-    return FixedLoader(batches, collate)
+    return FixedLoader(_own(in_batches(windows, windows_per_batch)), collate)
+
+
+def _own(batches: Sequence[Sequence[T]]) -> list[Share[T]]:
+    return dealt_out(batches, process_rank(), process_count())

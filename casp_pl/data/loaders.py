@@ -1,18 +1,19 @@
 """Loaders of batches: a fixed order for calibration and evaluation, a shuffled one whose position survives a resume.
 
-Every rank makes the same number of steps: the order is cut into pieces of batch_size x world_size samples, and each
-rank takes its share of each piece. Samples are repeated only where the last piece holds fewer samples than there are
-ranks.
+What a batch holds does not depend on the number of processes. Where gradients are computed, each process takes its
+share of every batch (`divided`); where batches are only looked at, each takes whole ones (`dealt_out`). Every process
+makes the same number of steps: one that nothing is left for gets samples that do not count (`batch["counted"]` is
+False).
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence, Sized
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
 from casp_pl.errors import ConfigError
 
-__all__ = ["FixedLoader", "StatefulLoader", "deal", "rank_batches"]
+__all__ = ["FixedLoader", "Share", "StatefulLoader", "deal", "dealt_out", "divided", "in_batches"]
 
 T = TypeVar("T")
 SizedT = TypeVar("SizedT", bound=Sized)
@@ -21,15 +22,30 @@ Batch = dict[str, Any]
 _RUN = 8  # batches that are sorted by length together
 
 
-def rank_batches(order: Sequence[int], batch_size: int, *, rank: int = 0, world_size: int = 1) -> list[list[int]]:
-    """The batches of one rank: at most `batch_size` numbers each, equally many batches on every rank."""
-    step = batch_size * world_size
-    batches = []
-    for start in range(0, len(order), step):
-        piece = list(order[start : start + step])
-        piece += [piece[number % len(piece)] for number in range(world_size - len(piece))]
-        batches.append(piece[rank::world_size])
-    return batches
+class Share(NamedTuple, Generic[T]):
+    """What one process gets of a batch: some samples, and whether they count."""
+
+    samples: Sequence[T]
+    counted: bool = True
+
+
+def in_batches(samples: Sequence[T], batch_size: int) -> list[Sequence[T]]:
+    """The samples in their order, `batch_size` at a time."""
+    return [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+
+
+def divided(batches: Sequence[Sequence[T]], rank: int, world_size: int) -> list[Share[T]]:
+    """Of every batch the share of one process; where it is empty, the first sample, which does not count."""
+    return [
+        Share(batch[rank::world_size]) if rank < len(batch) else Share(batch[:1], counted=False) for batch in batches
+    ]
+
+
+def dealt_out(batches: Sequence[Sequence[T]], rank: int, world_size: int) -> list[Share[T]]:
+    """Of all batches those of one process, whole; in a last round without one, the first, which does not count."""
+    rounds = -(-len(batches) // world_size)
+    numbers = range(rank, rounds * world_size, world_size)
+    return [Share(batches[number]) if number < len(batches) else Share(batches[0], counted=False) for number in numbers]
 
 
 def deal(lists: Sequence[Sequence[int]]) -> list[int]:
@@ -46,11 +62,11 @@ class FixedLoader(Generic[T]):
     """Batches in a fixed order.
 
     Args:
-        batches: the samples of each batch.
+        batches: this process's share of each batch.
         collate: makes one batch of a list of samples.
     """
 
-    def __init__(self, batches: Sequence[Sequence[T]], collate: Callable[[Sequence[T]], Batch]) -> None:
+    def __init__(self, batches: Sequence[Share[T]], collate: Callable[[Sequence[T]], Batch]) -> None:
         self.batches = batches
         self.collate = collate
 
@@ -58,8 +74,8 @@ class FixedLoader(Generic[T]):
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self.batches:
-            yield self.collate(batch)
+        for share in self.batches:
+            yield _collated(share, self.collate)
 
 
 class StatefulLoader(Generic[SizedT]):
@@ -72,7 +88,7 @@ class StatefulLoader(Generic[SizedT]):
     Args:
         samples: the samples; `len()` of one is its number of tokens.
         collate: makes one batch of a list of samples.
-        batch_size: samples per batch and rank.
+        batch_size: samples per batch, of all processes together.
         kind: tells the kind of a sample; None: all are of one.
         seed: decides the order, together with the epoch.
         rank: number of this process.
@@ -102,7 +118,7 @@ class StatefulLoader(Generic[SizedT]):
         self._restored = False
 
     def __len__(self) -> int:
-        return -(-len(self.samples) // (self.batch_size * self.world_size))
+        return -(-len(self.samples) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         if self._position > 0 and not self._restored:
@@ -110,7 +126,8 @@ class StatefulLoader(Generic[SizedT]):
         self._restored = False
         batches = self._batches(self._epoch)
         while self._position < len(batches):
-            batch = self.collate([self.samples[number] for number in batches[self._position]])
+            numbers, counted = batches[self._position]
+            batch = _collated(Share([self.samples[number] for number in numbers], counted), self.collate)
             self._position += 1
             yield batch
 
@@ -122,7 +139,7 @@ class StatefulLoader(Generic[SizedT]):
         """Go on after the batch that `state` was saved behind.
 
         Raises:
-            ConfigError: the state belongs to other data, another batch size, seed or number of processes.
+            ConfigError: the state belongs to other data, another batch size or seed.
         """
         for key, value in self._order().items():
             if state[key] != value:
@@ -133,24 +150,15 @@ class StatefulLoader(Generic[SizedT]):
         self._restored = True
 
     def _order(self) -> dict[str, int]:
-        size = {"samples": len(self.samples), "batch_size": self.batch_size}
-        return size | {"seed": self.seed, "world_size": self.world_size}
+        return {"samples": len(self.samples), "batch_size": self.batch_size, "seed": self.seed}
 
-    def _batches(self, epoch: int) -> list[list[int]]:
+    def _batches(self, epoch: int) -> list[Share[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.samples), generator=generator).tolist()
-        step = self.batch_size * self.world_size
-        pieces = [
-            piece for run in _pieces(self._dealt(order), _RUN * step) for piece in _pieces(self._sorted(run), step)
-        ]
-        shuffled = torch.randperm(len(pieces), generator=generator).tolist()
-        return [
-            rank_batches(pieces[number], self.batch_size, rank=self.rank, world_size=self.world_size)[0]
-            for number in shuffled
-        ]
-
-    def _dealt(self, order: Sequence[int]) -> list[int]:
-        return deal(self._by_kind(order))
+        runs = in_batches(deal(self._by_kind(order)), _RUN * self.batch_size)
+        batches = [batch for run in runs for batch in in_batches(self._sorted(run), self.batch_size)]
+        shuffled = torch.randperm(len(batches), generator=generator).tolist()
+        return divided([batches[number] for number in shuffled], self.rank, self.world_size)
 
     def _sorted(self, run: Sequence[int]) -> list[int]:
         return deal([sorted(numbers, key=lambda number: len(self.samples[number])) for numbers in self._by_kind(run)])
@@ -162,5 +170,6 @@ class StatefulLoader(Generic[SizedT]):
         return list(kinds.values())
 
 
-def _pieces(order: Sequence[int], size: int) -> list[Sequence[int]]:
-    return [order[start : start + size] for start in range(0, len(order), size)]
+def _collated(share: Share[T], collate: Callable[[Sequence[T]], Batch]) -> Batch:
+    batch = collate(share.samples)
+    return batch if share.counted else batch | {"counted": False}

@@ -1,6 +1,6 @@
 """Metrics of a stage.
 
-Each process evaluates all questions and windows (see `EvaluationData`), so nothing is summed over processes.
+Each process evaluates some of the questions and windows (see `EvaluationData`).
 Shapes: N questions or positions, V vocabulary.
 """
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from casp_pl.errors import NumericsError
+from casp_pl.processes import mean_of_all
 
 __all__ = ["STORED_FLOAT_BITS", "QuantizedLinear", "round_to_float16"]
 
@@ -160,7 +161,7 @@ class QuantizedLinear(nn.Module, ABC):
         return ", ".join(f"{key}={value}" for key, value in self.spec().items() if key != "kind")
 
     def _add_weight_gradient(self, gradient: Tensor) -> None:
-        gradient = gradient.detach()
+        gradient = mean_of_all(gradient.detach())  # of the whole batch, as it would be in one process
         if self.weight_gradient is None:
             self.weight_gradient = torch.stack([gradient, gradient.square()])
         else:

@@ -1,4 +1,4 @@
-"""Which tokens see which, where several questions share one image.
+"""Which tokens count, and which see which where several questions share one image.
 
 A sample may hold several conversations about the same image. They branch off behind the image: every token sees the
 shared start and its own branch, as if each conversation stood alone, but the image is computed once.
@@ -12,7 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["additive_mask", "visible_pairs"]
+__all__ = ["additive_mask", "is_counted", "real_tokens", "visible_pairs"]
+
+
+def is_counted(batch: Mapping[str, Any]) -> bool:
+    """False for a batch that only keeps a process busy while the others have one to work on."""
+    return bool(batch.get("counted", True))
+
+
+def real_tokens(batch: Mapping[str, Any]) -> Tensor:
+    """(B, T) bool, False at padding, and everywhere in a batch that does not count."""
+    real: Tensor = batch["attention_mask"].bool()
+    return real if is_counted(batch) else torch.zeros_like(real)
 
 
 def visible_pairs(batch: Mapping[str, Any]) -> Tensor:

@@ -1,13 +1,15 @@
 """Compress one decoder block: low-rank W_q and W_k, every linear quantized, aimed at the original's output (method D).
 
 The linears are done group by group in the order in which the block computes them, each on the inputs that the already
-compressed part of the block gives it. Shapes: O out, I in, N tokens.
+compressed part of the block gives it. Several processes share the linears of a group out among themselves: they all
+have the same moments, and each linear comes out the same whoever makes it. Shapes: O out, I in, N tokens.
 """
 
 import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,9 @@ from casp_pl.allocation import ModulePlan
 from casp_pl.layers import LowRankLinear, QuantizedLinear, materialized
 from casp_pl.linalg import PropagationTarget, full_width_products, relative_proxy_loss
 from casp_pl.models.adapter import ModelAdapter
+from casp_pl.models.sharing import of_everyone, own_share
 from casp_pl.models.streams import BlockBatch, linear_inputs
+from casp_pl.processes import sum_of_all
 from casp_pl.quantizers import Quantizer
 from casp_pl.quantizers.low_rank import quantize_low_rank
 
@@ -85,20 +89,20 @@ class BlockQuantization:
         if len(by_name) != len(adapter.linear_names) or len(plans) != len(by_name):
             raise ValueError(f"a block has {len(adapter.linear_names)} linears, these plans are of {len(plans)}")
         block = copy.deepcopy(original)
-        reports = []
+        reports: list[LinearReport] = []
         for group in adapter.linear_groups:
             with materialized(block):  # all batches pass through what is compressed already
                 moments = collect_moments(block, student, [reference[group[0]] for reference in references], group[0])
             targets = self._targets(block, group, moments)
-            for name in group:
-                start = time.perf_counter()
+            made = {}
+            for name in own_share({name: target.numel() for name, target in targets.items()}):
                 linear = _dense_linear(block, name)
-                layer = self._compress_linear(targets[name], linear.bias, by_name[name], quantizer, moments.second)
+                made[name] = self._compress_linear(linear, targets[name], by_name[name], quantizer, moments.second)
+            everyones = of_everyone(made, moments.second.device)
+            for name in group:
+                layer, report = everyones[name]
                 block.set_submodule(name, layer)
-                loss = relative_proxy_loss(linear.weight, layer.dequantize().detach(), moments.second)
-                seconds = time.perf_counter() - start
-                bits_codes, bits_total = layer.bits_per_weight_codes, layer.bits_per_weight
-                reports.append(LinearReport(by_name[name].name, loss, bits_codes, bits_total, seconds))
+                reports.append(report)
         return block, reports
 
     def _targets(self, block: nn.Module, group: Sequence[str], moments: Moments) -> dict[str, Tensor]:
@@ -107,20 +111,27 @@ class BlockQuantization:
         return {name: aim.of(_dense_linear(block, name).weight.float()) for name in group}
 
     def _compress_linear(
-        self, target: Tensor, bias: Tensor | None, plan: ModulePlan, quantizer: Quantizer, moment: Tensor
-    ) -> QuantizedLinear | LowRankLinear:
+        self, linear: nn.Linear, target: Tensor, plan: ModulePlan, quantizer: Quantizer, moment: Tensor
+    ) -> tuple[QuantizedLinear | LowRankLinear, LinearReport]:
+        start = time.perf_counter()
         # a name, not a position, seeds the linear: hash() differs between processes, a sum of bytes does not
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + sum(map(ord, plan.name)) + 7919 * plan.block)
+        settings: dict[str, Any] = {"bits": plan.bits, "bias": linear.bias, "generator": generator}
+        layer: QuantizedLinear | LowRankLinear
         if plan.rank is None:
-            return quantizer.quantize(target, moment, bits=plan.bits, bias=bias, generator=generator)
-        return quantize_low_rank(target, moment, plan.rank, quantizer, bits=plan.bits, bias=bias, generator=generator)
+            layer = quantizer.quantize(target, moment, **settings)
+        else:
+            layer = quantize_low_rank(target, moment, plan.rank, quantizer, **settings)
+        loss = relative_proxy_loss(linear.weight, layer.dequantize().detach(), moment)
+        seconds = time.perf_counter() - start
+        return layer, LinearReport(plan.name, loss, layer.bits_per_weight_codes, layer.bits_per_weight, seconds)
 
 
 @torch.no_grad()
 def collect_moments(
     block: nn.Module, student: Sequence[BlockBatch], references: Sequence[Tensor], name: str
 ) -> Moments:
-    """Moments of the linear `name`, mean over real tokens.
+    """Moments of the linear `name`, mean over the real tokens of all processes.
 
     Args:
         block: the block as far as it is compressed.
@@ -128,15 +139,19 @@ def collect_moments(
         references: per batch what the linear reads in the original, (N, I).
         name: the linear, relative to the block.
     """
-    second = cross = torch.zeros(())
-    tokens = 0
+    linear = _dense_linear(block, name)
+    # the sum of float32 products depends on their order, and so on the number of processes, unless it is wider
+    wide: dict[str, Any] = {"dtype": torch.float64, "device": linear.weight.device}
+    second, cross = torch.zeros(2, linear.in_features, linear.in_features, **wide)
+    tokens = torch.zeros((), dtype=torch.int64, device=linear.weight.device)
     for batch, reference in zip(student, references, strict=True):
         inputs = linear_inputs(block, batch, [name])[name].float()
         with full_width_products():
-            second = second + inputs.T @ inputs
-            cross = cross + reference.float().T @ inputs
+            second += inputs.T @ inputs
+            cross += reference.float().T @ inputs
         tokens += len(inputs)
-    return Moments(second / tokens, cross / tokens)
+    count = sum_of_all(tokens)
+    return Moments((sum_of_all(second) / count).float(), (sum_of_all(cross) / count).float())
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from casp_pl.models.adapter import ModelAdapter
-from casp_pl.models.branches import additive_mask
+from casp_pl.models.branches import additive_mask, real_tokens
 
 __all__ = [
     "BlockBatch",
@@ -31,7 +31,7 @@ class BlockBatch:
 
     Attributes:
         hidden: (B, T, I) block inputs.
-        real: (B, T) bool, False at padding.
+        real: (B, T) bool, False at padding; see `real_tokens`.
         image: (B, T) bool, True at image patches.
         arguments: the block's other keyword arguments (attention mask, rotary embeddings, positions); the same for all
             blocks.
@@ -74,7 +74,7 @@ def first_block_batches(
                 adapter.model(**model_inputs(batch, adapter.model.dtype), use_cache=False)
             except _StopForwardError:
                 hidden, arguments = caught.pop()
-            real = batch["attention_mask"].bool()
+            real = real_tokens(batch)
             image = adapter.image_mask(batch["input_ids"]) & real
             result.append(BlockBatch(hidden, real, image, arguments, autocast))
     finally:

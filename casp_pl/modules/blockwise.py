@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from casp_pl.models.streams import BlockBatch, run_block
 from casp_pl.modules.parameters import relative_groups, trainable_parameters, warmed_cosine
+from casp_pl.processes import mean_of_all
 
 __all__ = ["BlockwiseModule", "relative_error"]
 
@@ -24,10 +25,11 @@ def relative_error(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """Weighted mean over tokens of ||output - target||^2 / ||target||^2.
 
     The next block normalises every token by its own size, so an error counts relative to that; a plain mean square
-    would see only the few tokens with massive activations. output, target (B, T, I), weight (B, T); a scalar.
+    would see only the few tokens with massive activations. output, target (B, T, I), weight (B, T); a scalar. Each
+    process has some of the tokens; the mean of their results is that of them all.
     """
     error = (output - target).float().square().sum(-1) / target.float().square().sum(-1).clamp_min(1e-12)
-    return (error * weight).sum() / weight.sum()
+    return (error * weight).sum() / mean_of_all(weight.sum())
 
 
 class BlockwiseModule(pl.LightningModule):
@@ -38,6 +40,7 @@ class BlockwiseModule(pl.LightningModule):
         train: (inputs of the first block behind the compressed prefix, the original's output of the last) per batch.
         held_back: the same for early stopping, with the original's output of every block.
         first: number of the first block, for the names in the log.
+        seed: decides in which order training sees the batches, in every process the same.
         lr: step of Adam relative to the size of each tensor.
         epochs: passes over the cached batches; early stopping ends sooner.
         warmup: share of the steps over which the learning rate rises.
@@ -54,6 +57,7 @@ class BlockwiseModule(pl.LightningModule):
         held_back: Sequence[tuple[BlockBatch, Sequence[Tensor]]],
         *,
         first: int = 0,
+        seed: int = 0,
         lr: float = 4e-3,
         epochs: int = 2,
         warmup: float = 0.2,
@@ -63,6 +67,7 @@ class BlockwiseModule(pl.LightningModule):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.first = first
+        self.seed = seed
         self.lr = lr
         self.epochs = epochs
         self.warmup = warmup
@@ -72,8 +77,9 @@ class BlockwiseModule(pl.LightningModule):
         trainable_parameters(self.blocks)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """The cached batches in a new order every epoch; the order is seeded by the run's seed."""
-        return DataLoader(self._train, batch_size=None, shuffle=True)  # type: ignore[arg-type]  # a sequence will do
+        """The cached batches in a new order every epoch."""
+        order = torch.Generator().manual_seed(self.seed)
+        return DataLoader(self._train, batch_size=None, shuffle=True, generator=order)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The batches held back."""
@@ -86,7 +92,7 @@ class BlockwiseModule(pl.LightningModule):
     def training_step(self, batch: tuple[BlockBatch, Tensor], batch_idx: int) -> Tensor:
         """Relative error of one batch behind the last block."""
         loss = self.batch_loss(batch)
-        self.log(f"block_tuning/train_{self.first + len(self.blocks) - 1:03d}", loss, batch_size=1)
+        self.log(f"block_tuning/train_{self.first + len(self.blocks) - 1:03d}", loss, batch_size=1, sync_dist=True)
         return loss
 
     def validation_step(self, batch: tuple[BlockBatch, Sequence[Tensor]], batch_idx: int) -> None:
@@ -95,8 +101,8 @@ class BlockwiseModule(pl.LightningModule):
         outputs = self._outputs(inputs)
         for number, (output, target) in enumerate(zip(outputs, targets, strict=True), start=self.first):
             loss = relative_error(output, target, self._weight(inputs))
-            self.log(f"block_tuning/held_back_{number:03d}", loss, batch_size=1)
-        self.log("val_loss", loss, batch_size=1, logger=False)
+            self.log(f"block_tuning/held_back_{number:03d}", loss, batch_size=1, sync_dist=True)
+        self.log("val_loss", loss, batch_size=1, logger=False, sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Adam with relative steps, a short rise, then half a cosine."""

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from casp_pl.errors import NumericsError
 from casp_pl.linalg import full_width_products, relative_proxy_loss, whitened_svd
 from casp_pl.models.adapter import ModelAdapter
-from casp_pl.models.branches import visible_pairs
+from casp_pl.models.branches import real_tokens, visible_pairs
 from casp_pl.models.streams import model_inputs
 from casp_pl.modules.statistics import CalibrationStatistics
+from casp_pl.processes import process_count, process_rank, sum_of_all
 from casp_pl.quantizers import RTNQuantizer
 
 __all__ = ["CalibrationModule"]
@@ -58,12 +59,12 @@ class CalibrationModule(pl.LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """One batch of the original model; the hooks do the rest."""
-        self._real = batch["attention_mask"].bool()
+        self._real = real_tokens(batch)
         self._image = self.adapter.image_mask(batch["input_ids"]) & self._real
         self._visible = visible_pairs(batch)
         self._tokens += int(self._real.sum())
         self._image_tokens += int(self._image.sum())
-        self._watch_attention = batch_idx < self.sparsity_batches
+        self._watch_attention = batch_idx * process_count() + process_rank() < self.sparsity_batches
         before = self.adapter.decoder.config._attn_implementation
         self.adapter.decoder.set_attn_implementation("eager" if self._watch_attention else before)
         try:
@@ -76,10 +77,9 @@ class CalibrationModule(pl.LightningModule):
         """Sum over ranks, then spectra and scores."""
         for handle in self._handles:
             handle.remove()
-        reduce = self.trainer.strategy.reduce
-        sums = torch.tensor([self._tokens, self._image_tokens], dtype=torch.float64)
-        sums, cosines, sparsity = (reduce(value, reduce_op="sum") for value in (sums, self._cosines, self._sparsity))
-        moments = {name: reduce(value, reduce_op="sum") / sums[0] for name, value in self._moments.items()}
+        counts = torch.tensor([self._tokens, self._image_tokens], dtype=torch.float64)
+        sums, cosines, sparsity = (sum_of_all(value) for value in (counts, self._cosines, self._sparsity))
+        moments = {name: (sum_of_all(value) / sums[0]).float() for name, value in self._moments.items()}
         bad = [name for name, value in moments.items() if not value.isfinite().all()]
         if bad:
             raise NumericsError(
@@ -116,7 +116,7 @@ class CalibrationModule(pl.LightningModule):
                 x = inputs[0][self._real].float()
                 # in fp32, whatever the model computes in
                 with torch.autocast(x.device.type, enabled=False), full_width_products():
-                    self._moments[name] = self._moments.get(name, 0) + x.T @ x
+                    self._moments[name] = self._moments.get(name, 0) + (x.T @ x).double()  # see `collect_moments`
 
             return hook
 

@@ -12,9 +12,11 @@ from torch import Tensor
 from casp_pl.data.tokenize import IGNORE
 from casp_pl.kernels import head_divergence
 from casp_pl.models.adapter import ModelAdapter
+from casp_pl.models.branches import is_counted
 from casp_pl.models.streams import model_inputs
 from casp_pl.modules.checkpointing import checkpointed
 from casp_pl.modules.parameters import relative_groups, trainable_parameters, warmed_cosine
+from casp_pl.processes import mean_of_all, process_count, sum_of_all
 
 __all__ = ["EndToEndModule", "answer_mask", "final_states", "target_mask", "teacher_states"]
 
@@ -27,7 +29,7 @@ def teacher_states(adapter: ModelAdapter, batches: Iterable[dict[str, Any]]) -> 
     """
     states: dict[str, Tensor] = {}
     for batch in batches:
-        if all(sample in states for sample in batch["sample_ids"]):
+        if not is_counted(batch) or all(sample in states for sample in batch["sample_ids"]):
             continue
         hidden, targets = final_states(adapter, batch), target_mask(batch)
         for row, sample in enumerate(batch["sample_ids"]):
@@ -46,7 +48,7 @@ def target_mask(batch: Mapping[str, Any]) -> Tensor:
     """True where the next token is labelled, of an answer or of a plain text: (B, T) bool."""
     labelled: Tensor = batch["labels"][:, 1:] != IGNORE
     mask: Tensor = F.pad(labelled, (0, 1))
-    return mask
+    return mask if is_counted(batch) else torch.zeros_like(mask)
 
 
 def answer_mask(batch: Mapping[str, Any]) -> Tensor:
@@ -103,7 +105,7 @@ class EndToEndModule(pl.LightningModule):
         """Loss of one batch."""
         with checkpointed(self.blocks if self.activation_checkpointing else []):
             loss = self.batch_loss(batch)
-        self.log("end_to_end/train_kl", loss, batch_size=1)
+        self.log("end_to_end/train_kl", loss, batch_size=1, sync_dist=True)
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -117,7 +119,8 @@ class EndToEndModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """`val_loss`, the loss of all held-back tokens, is what the best state is kept by."""
-        text, answers = (self._held_back[:, 0] / self._held_back[:, 1].clamp_min(1)).tolist()
+        sums = sum_of_all(self._held_back)
+        text, answers = (sums[:, 0] / sums[:, 1].clamp_min(1)).tolist()
         self.log("val_loss", text + self.answer_weight * answers, logger=False)
         self.log("end_to_end/held_back_kl", text)
         self.log("end_to_end/held_back_answer_kl", answers)
@@ -130,15 +133,23 @@ class EndToEndModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def batch_loss(self, batch: dict[str, Any]) -> Tensor:
-        """KL of plain texts plus the weighted KL of answers of one batch in nats, a scalar."""
-        (text, _), (answers, _) = self._divergences(batch)
-        return text + self.answer_weight * answers
+        """KL of plain texts plus the weighted KL of answers of one batch in nats, a scalar.
+
+        Its mean over processes, and that of its gradient, is that of the whole batch.
+        """
+        (text, text_tokens), (answers, answer_tokens) = self._divergences(batch)
+        counts = torch.tensor([text_tokens, answer_tokens], dtype=torch.float32, device=text.device)
+        text_share, answer_share = counts / mean_of_all(counts).clamp_min(1 / process_count())
+        loss: Tensor = text_share * text + answer_share * self.answer_weight * answers
+        return loss
 
     def _divergences(self, batch: dict[str, Any]) -> list[tuple[Tensor, int]]:
         """Mean KL and number of tokens, of plain texts and of answers."""
         targets = target_mask(batch)
         student = final_states(self.adapter, batch)[targets]
-        teacher = torch.cat([self.teacher[sample] for sample in batch["sample_ids"]]).to(student)
+        samples = batch["sample_ids"] if is_counted(batch) else []
+        states = [self.teacher[sample].to(student) for sample in samples]
+        teacher = torch.cat([student.new_empty(0, student.shape[1]), *states])
         answers = answer_mask(batch)[targets]
         return [self._divergence(student[chosen], teacher[chosen]) for chosen in (~answers, answers)]
 

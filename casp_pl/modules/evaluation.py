@@ -2,9 +2,10 @@
 
 import time
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor, nn
 
 from casp_pl.data.tokenize import Processor
@@ -16,8 +17,20 @@ from casp_pl.evaluation.text import chunked_logits, predicting_hidden
 from casp_pl.evaluation.vqa import answer_questions, decode_answers, end_token_ids
 from casp_pl.layers import materialized
 from casp_pl.linalg import full_width_products
+from casp_pl.models.branches import is_counted
+from casp_pl.processes import of_all
 
 __all__ = ["EvaluationModule"]
+
+
+class _Answer(NamedTuple):
+    """What became of one question: hidden (E,) is the state that the first answer token is read from."""
+
+    sample_id: str
+    image: int
+    given: str
+    expected: str
+    hidden: Tensor
 
 
 class EvaluationModule(pl.LightningModule):
@@ -50,15 +63,15 @@ class EvaluationModule(pl.LightningModule):
         self.reference = reference
         self.max_new_tokens = max_new_tokens
         self.chunk = chunk
-        self.accuracy = VQAAccuracy(sync_on_compute=False)
+        self.accuracy = VQAAccuracy(sync_on_compute=False)  # these two see the answers of all processes
         self.flips = FlipRate(sync_on_compute=False)
-        self.perplexity = Perplexity(sync_on_compute=False)
-        self.text_kl = KLDivergence(sync_on_compute=False)
-        self.answer_kl = KLDivergence(sync_on_compute=False)
+        self.perplexity = Perplexity()
+        self.text_kl = KLDivergence()
+        self.answer_kl = KLDivergence()
         self.figures: StageFigures | None = None
         self.outputs: ReferenceOutputs | None = None
         self._fast = ExitStack()
-        self._answers: dict[int, tuple[str, str, Tensor]] = {}
+        self._answers: dict[int, _Answer] = {}
         self._windows: dict[int, Tensor] = {}
         self._start = 0.0
 
@@ -74,6 +87,8 @@ class EvaluationModule(pl.LightningModule):
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """A batch of questions or of text windows, told apart by what it holds."""
+        if not is_counted(batch):
+            return
         if "prefix_ids" in batch:
             self._answer(batch)
         else:
@@ -82,7 +97,12 @@ class EvaluationModule(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Figures out of the metrics; those that apply are logged under `test/`."""
         self._fast.close()
-        self.outputs = ReferenceOutputs.collect(self._answers, self._windows)
+        for answers, windows in of_all((self._answers, self._windows)):
+            self._answers |= answers
+            self._windows |= windows
+        self._compare_answers()
+        rows = {number: (a.sample_id, a.given, a.hidden) for number, a in self._answers.items()}
+        self.outputs = ReferenceOutputs.collect(rows, self._windows)
         self.figures = self._compute_figures()
         logged = {name: value for name, value in self.figures.to_dict().items() if isinstance(value, float)}
         self.log_dict({f"test/{name}": value for name, value in logged.items()})
@@ -90,17 +110,25 @@ class EvaluationModule(pl.LightningModule):
     def _answer(self, batch: dict[str, Any]) -> None:
         answered = answer_questions(self.model, batch, max_new_tokens=self.max_new_tokens)
         predictions = decode_answers(answered.tokens, self.processor, end_token_ids(self.model))
-        self.accuracy.update(predictions, batch["answers"], batch["image_numbers"])
         hidden = answered.hidden.float().cpu()
-        numbers = batch["numbers"].tolist()
-        for row, number in enumerate(numbers):
-            self._answers[number] = (batch["sample_ids"][row], predictions[row], hidden[row])
+        numbers, images = batch["numbers"].tolist(), batch["image_numbers"].tolist()
+        rows = zip(batch["sample_ids"], images, predictions, batch["answers"], hidden, strict=True)
+        self._answers |= {number: _Answer(*row) for number, row in zip(numbers, rows, strict=True)}
         if self.reference is not None:
             self.reference.check_fits(batch["numbers"], batch["sample_ids"])
-            self.flips.update(predictions, [self.reference.answers[number] for number in numbers])
             theirs = self.reference.answer_hidden[numbers].to(answered.hidden)
             head = self.model.get_output_embeddings()
             self.answer_kl.update(head(theirs), head(answered.hidden))
+
+    def _compare_answers(self) -> None:
+        numbers = sorted(self._answers)
+        if not numbers:
+            return
+        answers = [self._answers[number] for number in numbers]
+        given, images = [answer.given for answer in answers], torch.tensor([answer.image for answer in answers])
+        self.accuracy.update(given, [answer.expected for answer in answers], images)
+        if self.reference is not None:
+            self.flips.update(given, [self.reference.answers[number] for number in numbers])
 
     def _read(self, batch: dict[str, Any]) -> None:
         hidden = predicting_hidden(self.model, batch["input_ids"])
@@ -136,6 +164,6 @@ class EvaluationModule(pl.LightningModule):
             kl_answers=self.answer_kl.compute() if compared and self._answers else None,
             flip_rate=self.flips.compute() if compared and self._answers else None,
             questions=len(self._answers),
-            text_tokens=int(self.perplexity.total),
+            text_tokens=sum(map(len, self._windows.values())),
             seconds=time.perf_counter() - self._start,
         )

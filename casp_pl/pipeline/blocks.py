@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
@@ -135,8 +134,8 @@ def tune_blocks(
             tuned = [copy.deepcopy(quantized[number]) for number in numbers]
             pairs = [(batch, target.hidden) for batch, target in zip(student[:count], teacher[:count], strict=True)]
             held = list(zip(student[count:], zip(*held_back_targets, strict=True), strict=True))
-            pl.seed_everything(seed * 1000 + first, verbose=False)
-            losses = _fit_window(BlockwiseModule(tuned, pairs, held, first=first, **tuning), trainers, update)
+            module = BlockwiseModule(tuned, pairs, held, first=first, seed=seed * 1000 + first, **tuning)
+            losses = _fit_window(module, trainers, update)
             for name, block in zip(names, tuned, strict=True):
                 round_to_storage(block)
                 block.eval().requires_grad_(False)

@@ -21,6 +21,7 @@ from casp_pl.export import export_model
 from casp_pl.models.adapter import adapt
 from casp_pl.modules.evaluation import EvaluationModule
 from casp_pl.pipeline.estimate import planned_estimate, stage_weights
+from casp_pl.pipeline.launch import launch
 from casp_pl.pipeline.measure import Measurement, bits_per_weight
 from casp_pl.pipeline.predict import answer
 from casp_pl.pipeline.prepare import Prepared, fingerprint, load_batches, prepare
@@ -28,22 +29,26 @@ from casp_pl.pipeline.reporting import build_report, model_card
 from casp_pl.pipeline.run import CompressionRun
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import TrainerFactory
+from casp_pl.processes import is_first, process_count, said_by_first
 
 __all__ = ["export", "fit", "plan", "predict", "test", "validate", "verify"]
 
 
 def fit(settings: RunSettings, *, override_memory: bool = False) -> int:
     """Compress, fine-tune, evaluate and save; goes on where an earlier run of the same recipe stopped."""
+    launch(settings.trainer)
     prepared = prepare(settings)
     estimate = planned_estimate(settings, prepared)
-    _check_memory(estimate.memory_bytes, override_memory)
+    _check_memory(estimate.memory_bytes, settings, override_memory)
     with RunDirectory.open(settings.run_dir, fingerprint(settings, prepared)) as run:
-        write_text(run.path("config.yaml"), settings.recipe)
-        with RunProgress(stage_weights(settings, estimate)) as progress:
+        if is_first():
+            write_text(run.path("config.yaml"), settings.recipe)
+        with RunProgress(stage_weights(settings, estimate), enabled=is_first()) as progress:
             report = _fit(settings, prepared, run, progress)
-    console = make_console()
-    print_stages(report.stages, console)
-    console.print(f"model: {run.path('model')}   report: {run.path('report.md')}", soft_wrap=True)
+    if is_first():
+        console = make_console()
+        print_stages(report.stages, console)
+        console.print(f"model: {run.path('model')}   report: {run.path('report.md')}", soft_wrap=True)
     return 0
 
 
@@ -52,16 +57,18 @@ def _fit(settings: RunSettings, prepared: Prepared, run: RunDirectory, progress:
     trainers = TrainerFactory(settings.trainer, logger)
     measurement = Measurement(run, settings.evaluation, prepared.processor, trainers)
     compression = CompressionRun(settings, run, prepared.adapter, measurement, trainers, progress)
-    blocks = compression.stages(*load_batches(settings, prepared.device))
+    blocks = compression.stages(load_batches(settings, prepared.device))
     rows, statistics = compression.rows(), compression.statistics()
     report = build_report(settings, run, rows, compression.linears, statistics, measurement, compression.seconds)
     with progress.stage("save", 1), prepared.adapter.with_blocks(blocks) as model:
         if not run.has("model"):
-            save_compressed(model, prepared.processor, run.path("model"), card=model_card(report))
+            if is_first():
+                save_compressed(model, prepared.processor, run.path("model"), card=model_card(report))
             run.record("model")
-        for name in write_report(report, run.root):
+        for name in said_by_first(write_report(report, run.root) if is_first() else []):
             run.record(name)
-        log_report(logger.experiment, report)
+        if is_first():
+            log_report(logger.experiment, report)
         logger.finalize("success")
     return report
 
@@ -136,8 +143,9 @@ def export(directory: Path, out: Path, format: str, *, dtype: str | None = None)
 
 def _side_by_side(settings: RunSettings, file: str) -> int:
     directory = _model_directory(settings)
+    launch(settings.trainer)
     prepared = prepare(settings)
-    with RunProgress({"evaluate original": 1.0, "evaluate compressed": 1.0}) as progress:
+    with RunProgress({"evaluate original": 1.0, "evaluate compressed": 1.0}, enabled=is_first()) as progress:
         model, processor = prepared.adapter.model, prepared.processor
         original, outputs = _evaluate("original", model, processor, settings, None, progress)
         compressed, processor = load_compressed(directory, device=prepared.device)
@@ -149,8 +157,9 @@ def _side_by_side(settings: RunSettings, file: str) -> int:
         StageRow(name="original", bits_per_weight_codes=16.0, bits_per_weight_total=16.0, **original.to_dict()),
         StageRow(name="end_to_end", bits_per_weight_codes=codes, bits_per_weight_total=total, **tuned.to_dict()),
     ]
-    print_stages(rows, make_console())
-    write_text(settings.run_dir / file, json.dumps([vars(row) for row in rows], indent=2) + "\n")
+    if is_first():
+        print_stages(rows, make_console())
+        write_text(settings.run_dir / file, json.dumps([vars(row) for row in rows], indent=2) + "\n")
     return 0
 
 
@@ -173,7 +182,8 @@ def _model_directory(settings: RunSettings) -> Path:
     return directory
 
 
-def _check_memory(needed: int, override: bool) -> None:
+def _check_memory(needed_each: int, settings: RunSettings, override: bool) -> None:
+    needed = needed_each * process_count() // int(settings.trainer.get("num_nodes") or 1)  # on one machine
     free = psutil.virtual_memory().available
     if needed > free and not override:
         raise ResourceError(

@@ -1,5 +1,6 @@
 """What every command needs before it can start: model, processor, data on the right device."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,11 @@ from casp_pl.checkpoint.registration import compact_state_dict
 from casp_pl.errors import ConfigError, InputError
 from casp_pl.models.adapter import ModelAdapter, adapt
 from casp_pl.pipeline.blocks import Batches
+from casp_pl.pipeline.launch import accelerator_type
 from casp_pl.pipeline.settings import RunSettings
+from casp_pl.processes import process_count
 
-__all__ = ["Prepared", "fingerprint", "load_batches", "prepare"]
+__all__ = ["Prepared", "RunBatches", "fingerprint", "load_batches", "on_device", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,9 @@ def prepare(settings: RunSettings) -> Prepared:
     """Load the model, tell the data its processor, check the settings that need the model.
 
     Raises:
-        ConfigError: several devices, or a budget that cannot be met.
+        ConfigError: no such device, or a budget that cannot be met.
         InputError: the model or the data cannot be read.
     """
-    if settings.trainer.get("devices") not in (1, "1", None, "auto") or settings.trainer.get("num_nodes", 1) != 1:
-        raise ConfigError("trainer.devices: this version compresses in one process on one device; set it to 1.")
     pl.seed_everything(settings.seed, verbose=False)
     settings.bits.attach(settings.quantizer, settings.low_rank)
     model, processor = settings.model.load()
@@ -43,27 +44,49 @@ def prepare(settings: RunSettings) -> Prepared:
     settings.evaluation.attach(processor)
     # an impossible budget or rank is found now, not after an hour
     settings.bits.make_plan(adapter, settings.low_rank.choose(adapter, None), None)
-    device = torch.device("cuda" if settings.trainer.get("accelerator") in ("gpu", "cuda") else "cpu")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("trainer.accelerator: there is no GPU here; set it to cpu.")
+    device = _device(accelerator_type(settings.trainer))
     model.to(device)
     return Prepared(adapter, processor, device)
 
 
-def load_batches(settings: RunSettings, device: torch.device) -> tuple[Batches, Batches]:
-    """Calibration batches and batches held back, in memory.
+def _device(accelerator: str) -> torch.device:
+    if accelerator == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("trainer.accelerator: there is no GPU here; set it to cpu.")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@dataclass(frozen=True)
+class RunBatches:
+    """What a run is fitted on, in memory.
+
+    Attributes:
+        calibration: whole batches of this process, for moments.
+        tuning: this process's share of each of all these batches, for gradients.
+        held_back: its share of those that fine-tuning is stopped by.
+    """
+
+    calibration: Batches
+    tuning: Batches
+    held_back: Batches
+
+
+def load_batches(settings: RunSettings, device: torch.device) -> RunBatches:
+    """The batches of this process.
 
     Raises:
         InputError: there is none.
     """
-    calibration = _on_device(settings.data.calibration_dataloader(), device)
-    held_back = _on_device(settings.data.val_dataloader(), device)
+    calibration = on_device(settings.data.calibration_dataloader(), device)
+    tuning = calibration if process_count() == 1 else on_device(settings.data.tuning_dataloader(), device)
+    held_back = on_device(settings.data.val_dataloader(), device)
     if not calibration:
         raise InputError("data: no sample is left to calibrate on; raise data.samples.")
     needs_held_back = settings.block_tuning.get("epochs", 0) > 0 or settings.end_to_end.get("steps", 0) > 0
     if needs_held_back and not held_back:
         raise InputError("data: fine-tuning needs samples held back; raise data.holdout or data.samples.")
-    return calibration, held_back
+    return RunBatches(calibration, tuning, held_back)
 
 
 def fingerprint(settings: RunSettings, prepared: Prepared) -> dict[str, Any]:
@@ -75,7 +98,8 @@ def fingerprint(settings: RunSettings, prepared: Prepared) -> dict[str, Any]:
     return {"recipe": settings.flat, "model": float(total).hex(), "data": settings.data.fingerprint}
 
 
-def _on_device(batches: Iterable[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
+def on_device(batches: Iterable[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
+    """The batches in memory, their tensors on this device."""
     return [
         {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         for batch in batches

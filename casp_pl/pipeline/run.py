@@ -29,6 +29,7 @@ from casp_pl.modules.sensitivity import linear_sensitivities
 from casp_pl.pipeline.blocks import Batches, load_blocks, quantize_blocks, save_block, tune_blocks
 from casp_pl.pipeline.measure import Measurement
 from casp_pl.pipeline.memory import release_memory
+from casp_pl.pipeline.prepare import RunBatches, on_device
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import TrainerFactory, as_loader
 
@@ -68,24 +69,19 @@ class CompressionRun:
         self._started = time.monotonic()
         self._earlier = sum(row.seconds or 0.0 for row in self.rows())
 
-    def stages(self, calibration: Batches, held_back: Batches) -> list[nn.Module]:
-        """Run (or read) all stages; returns the final blocks.
-
-        Args:
-            calibration: batches that everything is fitted on.
-            held_back: batches that fine-tuning is stopped by.
-        """
+    def stages(self, batches: RunBatches) -> list[nn.Module]:
+        """Run (or read) all stages; returns the final blocks."""
         self._measure("original", list(self.adapter.blocks))
         if self.settings.baseline is not None:
             self._baseline(self.settings.baseline)
         if self.trainers.working_precision is not None:
             self.progress.say(f"everything but evaluation computes in {self.trainers.working_precision}")
-        plan = self.plan(calibration)
-        blocks = self._quantize(plan, calibration)
+        plan = self.plan(batches.calibration)
+        blocks = self._quantize(plan, batches.calibration)
         if self.settings.block_tuning.get("epochs", 0) > 0:
-            blocks = self._tune(blocks, calibration, held_back)
+            blocks = self._tune(blocks, batches.tuning, batches.held_back)
         if self.settings.end_to_end.get("steps", 0) > 0:
-            blocks = self._end_to_end(blocks, held_back)
+            blocks = self._end_to_end(blocks, batches.held_back)
         return blocks
 
     def plan(self, calibration: Batches) -> CompressionPlan:
@@ -97,7 +93,7 @@ class CompressionRun:
             module = CalibrationModule(
                 self.adapter,
                 measure_rounding=settings.bits.score == "proxy_loss",
-                sensitivity=self._sensitivity(calibration) if settings.bits.score == "sensitivity" else None,
+                sensitivity=self._sensitivity() if settings.bits.score == "sensitivity" else None,
                 **settings.calibration,
             )
             callbacks = [settings.low_rank, settings.bits, Advance(self.progress.advance, loop="validation")]
@@ -109,9 +105,9 @@ class CompressionRun:
         self.run.write_json("plan.json", settings.bits.plan.to_json())
         return settings.bits.plan
 
-    def _sensitivity(self, calibration: Batches) -> dict[str, float]:
-        chosen, autocast = calibration[:_SENSITIVITY_BATCHES], self.trainers.autocast
-        return linear_sensitivities(self.adapter, chosen, seed=self.settings.seed, autocast=autocast)
+    def _sensitivity(self) -> dict[str, float]:
+        chosen = on_device(self.settings.data.first_batches(_SENSITIVITY_BATCHES), self.adapter.model.device)
+        return linear_sensitivities(self.adapter, chosen, seed=self.settings.seed, autocast=self.trainers.autocast)
 
     def statistics(self) -> CalibrationStatistics:
         """What the calibration pass found."""

@@ -7,9 +7,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
 from casp_pl.errors import ConfigError
+from casp_pl.pipeline.launch import PATIENCE
+from casp_pl.processes import process_count
 
 __all__ = ["TrainerFactory", "as_loader"]
 
@@ -61,7 +64,11 @@ class TrainerFactory:
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "enable_checkpointing": False,
+            "use_distributed_sampler": False,  # our loaders know of the processes themselves
         }
+        if process_count() > 1:
+            # codes are buffers: they are the same everywhere, and would be sent around with every step
+            overrides |= {"strategy": DDPStrategy(broadcast_buffers=False, timeout=PATIENCE)}
         try:
             return pl.Trainer(**{**self.settings, **own, **overrides})
         except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:

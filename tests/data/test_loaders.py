@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from casp_pl.data.loaders import FixedLoader, StatefulLoader, rank_batches
+from casp_pl.data.loaders import FixedLoader, Share, StatefulLoader, dealt_out, divided, in_batches
 from casp_pl.errors import ConfigError
 
 
@@ -28,18 +28,28 @@ def ids(batches):
     return [batch["ids"] for batch in batches]
 
 
-@pytest.mark.parametrize(
-    ("samples", "batch_size", "world_size"), [(11, 3, 1), (11, 3, 2), (2, 4, 3), (1, 1, 4), (12, 2, 3)]
-)
-def test_every_rank_makes_the_same_steps_and_nothing_is_lost(samples, batch_size, world_size):
-    order = list(range(samples))
-    ranks = [rank_batches(order, batch_size, rank=rank, world_size=world_size) for rank in range(world_size)]
-    assert len({len(batches) for batches in ranks}) == 1
-    seen = Counter(number for batches in ranks for batch in batches for number in batch)
-    assert set(seen) == set(order)
-    if samples % (batch_size * world_size) % world_size == 0:
-        assert set(seen.values()) == {1}
-    assert all(1 <= len(batch) <= batch_size for batches in ranks for batch in batches)
+SIZES = [(11, 3, 1), (11, 3, 2), (2, 4, 3), (1, 1, 4), (12, 2, 3), (13, 6, 4)]
+
+
+@pytest.mark.parametrize("share", [divided, dealt_out])
+@pytest.mark.parametrize(("samples", "batch_size", "world_size"), SIZES)
+def test_every_rank_makes_the_same_steps_and_every_sample_counts_once(share, samples, batch_size, world_size):
+    batches = in_batches(range(samples), batch_size)
+    ranks = [share(batches, rank, world_size) for rank in range(world_size)]
+    assert len({len(own) for own in ranks}) == 1
+    assert all(part.samples for own in ranks for part in own)
+    counted = Counter(number for own in ranks for part in own if part.counted for number in part.samples)
+    assert counted == Counter(range(samples))
+
+
+def test_batches_are_what_they_are_in_one_process():
+    batches = in_batches(range(11), 3)
+    steps = zip(*(divided(batches, rank, 2) for rank in range(2)), strict=True)
+    assert [sorted(sum((list(part.samples) for part in step if part.counted), [])) for step in steps] == list(
+        map(list, batches)
+    )
+    whole = [part.samples for rank in range(3) for part in dealt_out(batches, rank, 3) if part.counted]
+    assert sorted(map(list, whole)) == list(map(list, batches))
 
 
 def test_epochs_are_complete_and_differ():
@@ -81,14 +91,21 @@ def test_a_state_of_other_data_is_refused():
 
 
 def test_ranks_share_an_epoch():
+    alone = ids(loader(seed=2))
     parts = [ids(loader(seed=2, rank=rank, world_size=2)) for rank in range(2)]
-    assert sorted(number for part in parts for batch in part for number in batch) == [*range(11)]
+    assert [sorted(one + other) for one, other in zip(*parts, strict=True)] == [sorted(batch) for batch in alone]
+
+
+def test_a_rank_that_nothing_is_left_for_gets_what_does_not_count():
+    last = list(loader(samples=4, batch_size=3, rank=1, world_size=2))
+    assert sorted(batch.get("counted", True) for batch in last) == [False, True]
 
 
 def test_fixed_loader_repeats():
-    batches = FixedLoader([[1, 2], [3]], collate)
+    batches = FixedLoader([Share([1, 2]), Share([3], counted=False)], collate)
     assert len(batches) == 2
     assert ids(batches) == ids(batches) == [[1, 2], [3]]
+    assert [batch.get("counted", True) for batch in batches] == [True, False]
 
 
 class Recorder(pl.LightningModule):

@@ -1,0 +1,58 @@
+"""The processes of a run: started here on one machine, or before by torchrun or SLURM with the same command on each."""
+
+import ctypes
+import os
+import platform
+import signal
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.strategies.ddp import DDPStrategy
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from casp_pl.errors import ConfigError
+from casp_pl.processes import is_first
+
+__all__ = ["BACKEND", "PATIENCE", "accelerator_type", "launch"]
+
+BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+"""Of the process group, by accelerator: some of what processes say to each other lies on the CPU everywhere."""
+
+PATIENCE = timedelta(hours=2)
+"""How long a process waits for another: the first one alone writes the model and the report."""
+
+_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
+
+
+def accelerator_type(trainer: Mapping[str, Any]) -> str:
+    """`cuda` or `cpu`: what Lightning makes of `trainer.accelerator`."""
+    chosen = trainer.get("accelerator") or "auto"
+    return "cuda" if chosen in ("gpu", "cuda") or (chosen == "auto" and torch.cuda.is_available()) else "cpu"
+
+
+def launch(trainer: Mapping[str, Any]) -> None:
+    """Start the run's other processes where `trainer` wants several, and join them; nothing for a single one.
+
+    Raises:
+        ConfigError: a strategy that does not exist here, or other processes than were started already.
+    """
+    devices, nodes = trainer.get("devices"), int(trainer.get("num_nodes") or 1)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    strategy = trainer.get("strategy") or "auto"
+    if devices in (1, "1", None) and nodes == 1:
+        if started > 1:
+            raise ConfigError(f"{started} processes were started, but trainer.devices is 1: set it to {started}.")
+        return
+    if strategy not in ("auto", "ddp"):
+        raise ConfigError(f"trainer.strategy: {strategy} is not for several processes here; set it to ddp.")
+    ddp = DDPStrategy(process_group_backend=BACKEND[accelerator_type(trainer)], timeout=PATIENCE)
+    accelerator = trainer.get("accelerator") or "auto"
+    try:
+        Fabric(accelerator=accelerator, devices=devices or 1, num_nodes=nodes, strategy=ddp).launch()
+    except (ValueError, TypeError, MisconfigurationException) as error:
+        raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from error
+    if not is_first() and platform.system() == "Linux":
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)  # not to outlive the process that started this one

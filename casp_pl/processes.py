@@ -1,0 +1,98 @@
+"""What the processes of one run say to each other; alone, a process hears what it says itself.
+
+Everything goes through torch.distributed's default group. Every process has to make the same calls in the same order.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from casp_pl.errors import ResourceError
+
+__all__ = [
+    "is_first",
+    "mean_of_all",
+    "of_all",
+    "process_count",
+    "process_rank",
+    "said_by_first",
+    "sum_of_all",
+    "wait_for_all",
+]
+
+T = TypeVar("T")
+
+
+def process_count() -> int:
+    """How many processes run together."""
+    return dist.get_world_size() if _together() else 1
+
+
+def process_rank() -> int:
+    """The number of this one."""
+    return dist.get_rank() if _together() else 0
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and prints."""
+    return process_rank() == 0
+
+
+def sum_of_all(tensor: Tensor) -> Tensor:
+    """The sum over processes of a tensor of one shape and dtype; its own is not changed."""
+    if process_count() == 1:
+        return tensor
+    total = tensor.detach().clone(memory_format=torch.contiguous_format)
+    with _others_alive():
+        dist.all_reduce(total)
+    return total
+
+
+def mean_of_all(tensor: Tensor) -> Tensor:
+    """The mean over processes; alone, the tensor itself."""
+    return tensor if process_count() == 1 else sum_of_all(tensor) / process_count()
+
+
+def of_all(value: T) -> list[T]:
+    """What every process gave, in the order of ranks. For small things: they are pickled."""
+    if process_count() == 1:
+        return [value]
+    values: list[Any] = [None] * process_count()
+    with _others_alive():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def said_by_first(value: T) -> T:
+    """What the first process gave."""
+    if process_count() == 1:
+        return value
+    values = [value]
+    with _others_alive():
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def wait_for_all() -> None:
+    """Returns once every process is here."""
+    of_all(None)
+
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+@contextmanager
+def _others_alive() -> Iterator[None]:
+    """Turns the backend's error about a lost connection into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ResourceError(
+            f"Process {process_rank()}: another process of this run has stopped; its own message says why.\n"
+            "What is finished is saved; the same command goes on from here."
+        ) from error

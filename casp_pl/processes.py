@@ -19,6 +19,7 @@ __all__ = [
     "of_all",
     "process_count",
     "process_rank",
+    "rank_and_count",
     "said_by_first",
     "sum_of_all",
     "wait_for_all",
@@ -35,6 +36,11 @@ def process_count() -> int:
 def process_rank() -> int:
     """The number of this one."""
     return dist.get_rank() if _together() else 0
+
+
+def rank_and_count() -> tuple[int, int]:
+    """Both, for what shares something out."""
+    return process_rank(), process_count()
 
 
 def is_first() -> bool:
@@ -92,7 +98,8 @@ def _others_alive() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ResourceError(
-            f"Process {process_rank()}: another process of this run has stopped; its own message says why.\n"
+            f"Process {process_rank()} hears nothing of the others; one that has stopped said why. {reason}\n"
             "What is finished is saved; the same command goes on from here."
         ) from error

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 
 from casp_pl.data.collate import Collator
-from casp_pl.data.loaders import FixedLoader, StatefulLoader, deal, dealt_out, divided, in_batches
+from casp_pl.data.loaders import FixedLoader, Share, StatefulLoader, deal, dealt_out, divided, in_batches
 from casp_pl.data.selection import (
     choose_windows,
     encode_conversations,
@@ -21,7 +21,7 @@ from casp_pl.data.skipped import Skipped, refuse_too_many_skipped
 from casp_pl.data.sources import DataSource, EasyVQA, PydocProse
 from casp_pl.data.tokenize import Encoded, Processor
 from casp_pl.errors import ConfigError, InputError
-from casp_pl.processes import process_count, process_rank
+from casp_pl.processes import rank_and_count
 
 __all__ = ["CalibrationData"]
 
@@ -123,20 +123,20 @@ class CalibrationData(pl.LightningDataModule):
 
         Each process gets whole batches.
         """
-        return FixedLoader(dealt_out(self._batches(self._set_up()._kept), *_process()), self._collator)
+        return FixedLoader(dealt_out(self._batches(self._set_up()._kept), *rank_and_count()), self._collator)
 
     def first_batches(self, count: int) -> FixedLoader[Encoded]:
         """The first batches of the whole calibration, the same in each process."""
-        return FixedLoader(dealt_out(self._batches(self._set_up()._kept)[:count], 0, 1), self._collator)
+        return FixedLoader([Share(batch) for batch in self._batches(self._set_up()._kept)[:count]], self._collator)
 
     def tuning_dataloader(self) -> FixedLoader[Encoded]:
         """The same batches; each process gets its share of every one."""
-        return FixedLoader(divided(self._batches(self._set_up()._kept), *_process()), self._collator)
+        return FixedLoader(divided(self._batches(self._set_up()._kept), *rank_and_count()), self._collator)
 
     def train_dataloader(self) -> StatefulLoader[Encoded]:
         """The fine-tuning samples but those held back, shuffled in every epoch; its position survives a resume."""
         self.setup()
-        rank, world_size = _process()
+        rank, world_size = rank_and_count()
         return StatefulLoader(
             self._kept + self._more,
             self._collator,
@@ -149,7 +149,7 @@ class CalibrationData(pl.LightningDataModule):
 
     def val_dataloader(self) -> FixedLoader[Encoded]:
         """The samples held back, in a fixed order, each batch divided among the processes; empty with holdout 0."""
-        return FixedLoader(divided(self._batches(self._set_up()._held_back), *_process()), self._collator)
+        return FixedLoader(divided(self._batches(self._set_up()._held_back), *rank_and_count()), self._collator)
 
     @property
     def _collator(self) -> Collator:
@@ -219,10 +219,6 @@ class CalibrationData(pl.LightningDataModule):
         by_length = sorted(range(len(samples)), key=lambda number: (len(samples[number]), number))
         order = deal([[n for n in by_length if _has_image(samples[n]) == kind] for kind in (True, False)])
         return in_batches([samples[number] for number in order], self.batch_size)
-
-
-def _process() -> tuple[int, int]:
-    return process_rank(), process_count()
 
 
 def _has_image(sample: Encoded) -> bool:

@@ -1,25 +1,22 @@
 """What every stage is judged on: the same test questions about images and the same windows of held-out text."""
 
-from collections.abc import Sequence
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
 from casp_pl.data.collate import pad_right
-from casp_pl.data.loaders import FixedLoader, Share, dealt_out, in_batches
+from casp_pl.data.loaders import FixedLoader, dealt_out, in_batches
 from casp_pl.data.questions import QuestionCollator, QuestionGroup, batch_groups, choose_questions, encode_questions
 from casp_pl.data.sample import Sample
 from casp_pl.data.skipped import Skipped, refuse_too_many_skipped
 from casp_pl.data.sources import DataSource, EasyVQA, PydocProse
 from casp_pl.data.tokenize import Encoded, Processor, encode_windows, takes_images
 from casp_pl.errors import ConfigError, InputError
-from casp_pl.processes import process_count, process_rank
+from casp_pl.processes import rank_and_count
 
 __all__ = ["EvaluationData", "question_loader", "window_loader"]
-
-T = TypeVar("T")
 
 
 class EvaluationData(pl.LightningDataModule):
@@ -145,7 +142,9 @@ def question_loader(
     groups: list[QuestionGroup], processor: Processor, images_per_batch: int
 ) -> FixedLoader[QuestionGroup]:
     """Batches as `QuestionCollator` makes them."""
-    return FixedLoader(_own(batch_groups(groups, images_per_batch)), QuestionCollator(processor))
+    return FixedLoader(
+        dealt_out(batch_groups(groups, images_per_batch), *rank_and_count()), QuestionCollator(processor)
+    )
 
 
 def window_loader(windows: list[Encoded], windows_per_batch: int) -> FixedLoader[Encoded]:
@@ -156,8 +155,4 @@ def window_loader(windows: list[Encoded], windows_per_batch: int) -> FixedLoader
         ids = pad_right([window.input_ids for window in batch], 0)
         return {"input_ids": ids, "numbers": torch.tensor([numbered[window.id] for window in batch])}
 
-    return FixedLoader(_own(in_batches(windows, windows_per_batch)), collate)
-
-
-def _own(batches: Sequence[Sequence[T]]) -> list[Share[T]]:
-    return dealt_out(batches, process_rank(), process_count())
+    return FixedLoader(dealt_out(in_batches(windows, windows_per_batch), *rank_and_count()), collate)

@@ -151,7 +151,7 @@ def collect_moments(
             cross += reference.float().T @ inputs
         tokens += len(inputs)
     count = sum_of_all(tokens)
-    return Moments((sum_of_all(second) / count).float(), (sum_of_all(cross) / count).float())
+    return Moments(sum_of_all(second).div_(count).float(), sum_of_all(cross).div_(count).float())
 
 
 @torch.no_grad()

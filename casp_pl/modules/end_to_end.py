@@ -139,7 +139,8 @@ class EndToEndModule(pl.LightningModule):
         """
         (text, text_tokens), (answers, answer_tokens) = self._divergences(batch)
         counts = torch.tensor([text_tokens, answer_tokens], dtype=torch.float32, device=text.device)
-        text_share, answer_share = counts / mean_of_all(counts).clamp_min(1 / process_count())
+        least = 1 / process_count()  # what the mean is where the whole batch has one token; with none, all shares are 0
+        text_share, answer_share = counts / mean_of_all(counts).clamp_min(least)
         loss: Tensor = text_share * text + answer_share * self.answer_weight * answers
         return loss
 

@@ -16,14 +16,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from casp_pl.errors import ConfigError
 from casp_pl.processes import is_first
 
-__all__ = ["BACKEND", "PATIENCE", "accelerator_type", "launch"]
+__all__ = ["accelerator_type", "launch"]
 
-BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
-"""Of the process group, by accelerator: some of what processes say to each other lies on the CPU everywhere."""
-
-PATIENCE = timedelta(hours=2)
-"""How long a process waits for another: the first one alone writes the model and the report."""
-
+_BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # some of what processes say lies on the CPU everywhere
+_PATIENCE = timedelta(hours=2)  # with another process: the first one alone writes the model and the report
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
 
@@ -37,7 +33,7 @@ def launch(trainer: Mapping[str, Any]) -> None:
     """Start the run's other processes where `trainer` wants several, and join them; nothing for a single one.
 
     Raises:
-        ConfigError: a strategy that does not exist here, or other processes than were started already.
+        ConfigError: a strategy that does not exist here, or torchrun started more processes than `trainer` says.
     """
     devices, nodes = trainer.get("devices"), int(trainer.get("num_nodes") or 1)
     started = int(os.environ.get("WORLD_SIZE", "1"))
@@ -48,7 +44,7 @@ def launch(trainer: Mapping[str, Any]) -> None:
         return
     if strategy not in ("auto", "ddp"):
         raise ConfigError(f"trainer.strategy: {strategy} is not for several processes here; set it to ddp.")
-    ddp = DDPStrategy(process_group_backend=BACKEND[accelerator_type(trainer)], timeout=PATIENCE)
+    ddp = DDPStrategy(process_group_backend=_BACKEND[accelerator_type(trainer)], timeout=_PATIENCE)
     accelerator = trainer.get("accelerator") or "auto"
     try:
         Fabric(accelerator=accelerator, devices=devices or 1, num_nodes=nodes, strategy=ddp).launch()

@@ -1,6 +1,5 @@
 """What every command needs before it can start: model, processor, data on the right device."""
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +53,7 @@ def _device(accelerator: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("trainer.accelerator: there is no GPU here; set it to cpu.")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", torch.cuda.current_device())  # `launch` has chosen this process's own
 
 
 @dataclass(frozen=True)

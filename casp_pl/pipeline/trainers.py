@@ -11,7 +11,6 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
 from casp_pl.errors import ConfigError
-from casp_pl.pipeline.launch import PATIENCE
 from casp_pl.processes import process_count
 
 __all__ = ["TrainerFactory", "as_loader"]
@@ -68,7 +67,7 @@ class TrainerFactory:
         }
         if process_count() > 1:
             # codes are buffers: they are the same everywhere, and would be sent around with every step
-            overrides |= {"strategy": DDPStrategy(broadcast_buffers=False, timeout=PATIENCE)}
+            overrides |= {"strategy": DDPStrategy(forward_sync_buffers=False)}
         try:
             return pl.Trainer(**{**self.settings, **own, **overrides})
         except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:

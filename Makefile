@@ -31,7 +31,8 @@ peers: .venv  ## install the other tools of benchmarks/peers.py into .venv-peers
 	@$(PYTHON) -m venv .venv-peers
 	@$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
 	    > "$$(.venv-peers/bin/python -c 'import site; print(site.getsitepackages()[0])')/casp_pl.pth"
-	@.venv-peers/bin/python -m pip install --quiet --no-deps --no-build-isolation $(PEERS)
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --constraint constraints.txt setuptools
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation $(PEERS)
 
 lint: .venv  ## check style and formatting
 	$(BIN)/ruff check .

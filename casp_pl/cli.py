@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import yaml
@@ -108,9 +108,18 @@ def _recipe_parser(name: str, text: str) -> LightningArgumentParser:
     parser.add_class_arguments(LowRankAllocation, "low_rank")
     parser.add_class_arguments(BitAllocation, "bits")
     parser.add_class_arguments(BlockQuantization, "quantization", skip={"seed"})
+    parser.add_argument(
+        "--activations",
+        type=Literal["auto", "memory", "disk"],
+        default="auto",
+        help="where inputs of blocks are kept: files in the run directory, or memory; auto: memory while there is room",
+    )
     kwargs_only: dict[str, Any] = {"instantiate": False}
     parser.add_class_arguments(
-        CalibrationModule, "calibration", skip={"adapter", "measure_rounding", "sensitivity"}, **kwargs_only
+        CalibrationModule,
+        "calibration",
+        skip={"adapter", "batches", "keep", "measure_rounding", "sensitivity"},
+        **kwargs_only,
     )
     parser.add_class_arguments(
         BlockwiseModule, "block_tuning", skip={"blocks", "train", "held_back", "first", "seed"}, **kwargs_only
@@ -131,7 +140,10 @@ def settings_from(parser: LightningArgumentParser, chosen: Namespace) -> RunSett
     flat = {key: str(value) for key, value in chosen.items() if key not in _NOT_IN_FINGERPRINT}
     recipe = parser.dump(chosen)
     built = parser.instantiate(chosen)
-    fields = {key: built[key] for key in ("name", "data", "evaluation", "quantizer", "baseline", "baseline_bits")}
+    fields = {
+        key: built[key]
+        for key in ("name", "data", "evaluation", "quantizer", "baseline", "baseline_bits", "activations")
+    }
     fields |= {key: built[key] for key in ("model", "low_rank", "bits", "quantization")}
     kwargs_only = ("calibration", "block_tuning", "end_to_end", "codebook_update", "trainer")
     fields |= {key: built[key].as_dict() for key in kwargs_only}
@@ -146,7 +158,8 @@ def settings_from(parser: LightningArgumentParser, chosen: Namespace) -> RunSett
 
 
 _NOT_IN_FINGERPRINT = frozenset(
-    {"config", "run_dir", "verbose", "override_memory", "name", "image", "question"}
+    {"activations", "model.streaming"}  # where numbers lie does not change them
+    | {"config", "run_dir", "verbose", "override_memory", "name", "image", "question"}
     | {"trainer.devices", "trainer.num_nodes", "trainer.strategy"}  # a run may go on with more or fewer processes
 )
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from casp_pl.models.activations import Keep, in_memory
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.branches import additive_mask, real_tokens
 
@@ -55,9 +56,12 @@ class _StopForwardError(Exception):
 
 @torch.no_grad()
 def first_block_batches(
-    adapter: ModelAdapter, batches: Iterable[Mapping[str, Any]], autocast: torch.dtype | None = None
+    adapter: ModelAdapter,
+    batches: Iterable[Mapping[str, Any]],
+    autocast: torch.dtype | None = None,
+    keep: Keep = in_memory,
 ) -> list[BlockBatch]:
-    """Run embeddings, vision tower and projector, and catch what block 0 is given; see `BlockBatch.autocast`."""
+    """Run embeddings, vision tower and projector, and `keep` what block 0 is given; see `BlockBatch.autocast`."""
     caught: list[tuple[Tensor, dict[str, Any]]] = []
 
     def catch(_: nn.Module, positional: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
@@ -67,7 +71,7 @@ def first_block_batches(
         raise _StopForwardError
 
     result = []
-    handle = adapter.blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
+    handle = adapter.blocks[0].register_forward_pre_hook(catch, with_kwargs=True)  # a stored block is not read for it
     try:
         for batch in batches:
             try:
@@ -76,7 +80,7 @@ def first_block_batches(
                 hidden, arguments = caught.pop()
             real = real_tokens(batch)
             image = adapter.image_mask(batch["input_ids"]) & real
-            result.append(BlockBatch(hidden, real, image, arguments, autocast))
+            result.append(BlockBatch(keep(hidden), real, image, arguments, autocast))
     finally:
         handle.remove()
     return result
@@ -97,29 +101,31 @@ def model_inputs(batch: Mapping[str, Any], dtype: torch.dtype = torch.float32) -
 
 
 def run_block(block: nn.Module, batch: BlockBatch) -> Tensor:
-    """The block's output (B, T, I)."""
-    with _autocast_to(batch.autocast, batch.hidden.device):
-        output = block(batch.hidden, **batch.arguments)
+    """The block's output (B, T, I), on the device of the block; inputs that were kept elsewhere are moved there."""
+    inputs = batch.hidden.to(batch.real.device)
+    with _autocast_to(batch.autocast, inputs.device):
+        output = block(inputs, **batch.arguments)
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 
 
 @torch.no_grad()
-def run_blocks(block: nn.Module, batches: Sequence[BlockBatch]) -> list[BlockBatch]:
+def run_blocks(block: nn.Module, batches: Sequence[BlockBatch], keep: Keep = in_memory) -> list[BlockBatch]:
     """Every batch one block further along."""
-    return [batch.with_hidden(run_block(block, batch)) for batch in batches]
+    return [batch.with_hidden(keep(run_block(block, batch))) for batch in batches]
 
 
 @torch.no_grad()
 def run_blocks_seeing(
-    block: nn.Module, batches: Sequence[BlockBatch], names: Sequence[str]
+    block: nn.Module, batches: Sequence[BlockBatch], names: Sequence[str], keep: Keep = in_memory
 ) -> tuple[list[BlockBatch], list[dict[str, Tensor]]]:
     """`run_blocks`, and on the way per batch what the named linears read at real tokens, each (real tokens, I)."""
     outputs, inputs = [], []
     for batch in batches:
         with _watched(block, batch, names) as seen:
-            outputs.append(batch.with_hidden(run_block(block, batch)))
-        inputs.append(seen)
+            outputs.append(batch.with_hidden(keep(run_block(block, batch))))
+        inputs.append({name: keep(tensor) for name, tensor in seen.items()})
+        seen.clear()
     return outputs, inputs
 
 

@@ -4,12 +4,20 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from casp_pl.errors import IntegrityError
 from casp_pl.layers import LowRankLinear, QuantizedLinear, build_layer
 
-__all__ = ["block_from_tensors", "compressed_layers", "install_layers", "layer_specs", "round_to_storage"]
+__all__ = [
+    "block_from_tensors",
+    "compressed_layers",
+    "install_layers",
+    "layer_specs",
+    "round_to_storage",
+    "skeleton_of",
+]
 
 
 def compressed_layers(module: nn.Module) -> dict[str, "QuantizedLinear | LowRankLinear"]:
@@ -56,14 +64,25 @@ def install_layers(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -
         setattr(model.get_submodule(parent), child, layer.train(linear.training))
 
 
+def skeleton_of(module: nn.Module) -> nn.Module:
+    """A copy on the meta device: the structure without the numbers. Model configs are shared with it, not copied."""
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        empty = torch.empty_like(parameter, device="meta")
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    memo |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in module.buffers()}
+    configs = (vars(part).get("config") for part in module.modules())
+    memo |= {id(config): config for config in configs if config is not None}  # it says which attention is computed
+    return copy.deepcopy(module, memo)
+
+
 def block_from_tensors(
-    original: nn.Module, specs: Mapping[str, dict[str, Any]], tensors: Mapping[str, Tensor]
+    skeleton: nn.Module, specs: Mapping[str, dict[str, Any]], tensors: Mapping[str, Tensor], device: torch.device
 ) -> nn.Module:
-    """A compressed copy of `original` with the given layers and all of its tensors loaded."""
-    block = copy.deepcopy(original)
-    install_layers(block, specs)
-    block.load_state_dict(dict(tensors))
-    return block.eval().requires_grad_(False)
+    """A compressed block out of the original's `skeleton_of`, which is changed, its layers and all of its tensors."""
+    install_layers(skeleton, specs)
+    skeleton.load_state_dict(dict(tensors), assign=True)
+    return skeleton.to(device).eval().requires_grad_(False)
 
 
 def round_to_storage(module: nn.Module) -> None:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from casp_pl.data.tokenize import IGNORE
 from casp_pl.kernels import head_divergence
+from casp_pl.models.activations import Keep, in_memory
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.branches import is_counted
-from casp_pl.models.streams import model_inputs
+from casp_pl.models.streams import first_block_batches, model_inputs, run_blocks
 from casp_pl.modules.checkpointing import checkpointed
 from casp_pl.modules.parameters import relative_groups, trainable_parameters, warmed_cosine
 from casp_pl.processes import mean_of_all, process_count, sum_of_all
@@ -22,19 +23,28 @@ __all__ = ["EndToEndModule", "answer_mask", "final_states", "target_mask", "teac
 
 
 @torch.no_grad()
-def teacher_states(adapter: ModelAdapter, batches: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
+def teacher_states(
+    adapter: ModelAdapter, batches: Iterable[dict[str, Any]], keep: Keep = in_memory
+) -> dict[str, Tensor]:
     """The original's final hidden states at the tokens that are trained on, by sample id: each (tokens, I).
 
     The output head is never compressed, so these few numbers give the original's logits exactly, at 1/85 of their size.
+    All batches go through a block before the next is read; `keep` keeps what they are in between.
     """
-    states: dict[str, Tensor] = {}
+    wanted, seen = [], set[str]()
     for batch in batches:
-        if not is_counted(batch) or all(sample in states for sample in batch["sample_ids"]):
-            continue
-        hidden, targets = final_states(adapter, batch), target_mask(batch)
+        if is_counted(batch) and not seen.issuperset(batch["sample_ids"]):
+            wanted.append(batch)
+            seen.update(batch["sample_ids"])
+    states = first_block_batches(adapter, wanted, keep=keep)
+    for block in adapter.originals():
+        states = run_blocks(block, states, keep)
+    teacher: dict[str, Tensor] = {}
+    for batch, state in zip(wanted, states, strict=True):
+        hidden, targets = adapter.decoder.norm(state.hidden.to(adapter.device)), target_mask(batch)
         for row, sample in enumerate(batch["sample_ids"]):
-            states[sample] = hidden[row][targets[row]].cpu()
-    return states
+            teacher[sample] = hidden[row][targets[row]].cpu()
+    return teacher
 
 
 def final_states(adapter: ModelAdapter, batch: Mapping[str, Any]) -> Tensor:

@@ -12,7 +12,7 @@ from casp_pl.callbacks.report import CompressionReport, StageRow
 from casp_pl.callbacks.report_files import write_report
 from casp_pl.callbacks.stage_table import print_stages, size
 from casp_pl.callbacks.tensorboard import log_report
-from casp_pl.checkpoint import RunDirectory, load_compressed, save_compressed, write_text
+from casp_pl.checkpoint import RunDirectory, load_compressed, save_compressed, save_streamed, write_text
 from casp_pl.checkpoint import verify as find_problems
 from casp_pl.console import RunProgress, make_console, print_table
 from casp_pl.errors import InputError, ResourceError
@@ -20,6 +20,7 @@ from casp_pl.evaluation import StageFigures
 from casp_pl.export import export_model
 from casp_pl.models.adapter import adapt
 from casp_pl.modules.evaluation import EvaluationModule
+from casp_pl.pipeline.block_files import BlockFiles
 from casp_pl.pipeline.estimate import planned_estimate, stage_weights
 from casp_pl.pipeline.launch import launch
 from casp_pl.pipeline.measure import Measurement, bits_per_weight
@@ -60,10 +61,10 @@ def _fit(settings: RunSettings, prepared: Prepared, run: RunDirectory, progress:
     blocks = compression.stages(load_batches(settings, prepared.device))
     rows, statistics = compression.rows(), compression.statistics()
     report = build_report(settings, run, rows, compression.linears, statistics, measurement, compression.seconds)
-    with progress.stage("save", 1), prepared.adapter.with_blocks(blocks) as model:
+    with progress.stage("save", 1):
         if not run.has("model"):
             if is_first():
-                save_compressed(model, prepared.processor, run.path("model"), card=model_card(report))
+                _save(prepared, blocks, run.path("model"), model_card(report))
             run.record("model")
         for name in said_by_first(write_report(report, run.root) if is_first() else []):
             run.record(name)
@@ -71,6 +72,15 @@ def _fit(settings: RunSettings, prepared: Prepared, run: RunDirectory, progress:
             log_report(logger.experiment, report)
         logger.finalize("success")
     return report
+
+
+def _save(prepared: Prepared, blocks: BlockFiles, directory: Path, card: str) -> None:
+    adapter = prepared.adapter
+    if adapter.stored is not None:
+        save_streamed(adapter, blocks, prepared.processor, directory, card=card)
+        return
+    with adapter.with_blocks(blocks) as model:
+        save_compressed(model, prepared.processor, directory, card=card)
 
 
 def plan(settings: RunSettings) -> int:

@@ -14,6 +14,7 @@ from casp_pl.evaluation import ReferenceOutputs
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.surgery import compressed_layers
 from casp_pl.modules.evaluation import EvaluationModule
+from casp_pl.pipeline.block_files import runnable
 from casp_pl.pipeline.trainers import TrainerFactory
 
 __all__ = ["Measurement", "bits_per_weight"]
@@ -67,7 +68,7 @@ class Measurement:
             started: when the stage began (`time.monotonic`): its seconds include the work before the evaluation.
         """
         reference = None if stage == "original" else self.outputs("original")
-        with adapter.with_blocks(blocks) as model:
+        with adapter.with_blocks(runnable(blocks, adapter)) as model:
             module = EvaluationModule(model, self.processor, reference=reference)
             report = StageReport(_costs(stage, adapter, blocks), started=started, logger=self.trainers.logger)
             trainer = self.trainers.make(callbacks=[Advance(advance, loop="test"), report], logger=False)
@@ -79,13 +80,17 @@ class Measurement:
 
 
 def _costs(stage: str, adapter: ModelAdapter, blocks: Sequence[nn.Module]) -> StageRow:
-    """The row of a stage whose blocks are in place: what it costs."""
+    """The row of a stage: what it costs."""
     codes, total = bits_per_weight(adapter, blocks)
-    # by identity, so that a tied tensor counts once
-    stored = {id(tensor): tensor.nbytes for tensor in compact_state_dict(adapter.model).values()}
-    return StageRow(
-        name=stage, bits_per_weight_codes=codes, bits_per_weight_total=total, model_bytes=sum(stored.values())
-    )
+    with adapter.with_blocks([]) as model:
+        stored = _stored_bytes(model)
+    stored += sum(map(_stored_bytes, blocks))
+    return StageRow(name=stage, bits_per_weight_codes=codes, bits_per_weight_total=total, model_bytes=stored)
+
+
+def _stored_bytes(module: nn.Module) -> int:
+    """Bytes in a file; tensors are told apart by identity, so that a tied one counts once."""
+    return sum({id(tensor): tensor.nbytes for tensor in compact_state_dict(module).values()}.values())
 
 
 def bits_per_weight(adapter: ModelAdapter, blocks: Sequence[nn.Module]) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """What every command needs before it can start: model, processor, data on the right device."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +8,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from casp_pl.checkpoint.registration import compact_state_dict
 from casp_pl.errors import ConfigError, InputError
-from casp_pl.models.adapter import ModelAdapter, adapt
+from casp_pl.models.adapter import ModelAdapter
 from casp_pl.pipeline.blocks import Batches
 from casp_pl.pipeline.launch import accelerator_type
 from casp_pl.pipeline.settings import RunSettings
@@ -37,14 +36,12 @@ def prepare(settings: RunSettings) -> Prepared:
     """
     pl.seed_everything(settings.seed, verbose=False)
     settings.bits.attach(settings.quantizer, settings.low_rank)
-    model, processor = settings.model.load()
-    adapter = adapt(model)
+    device = _device(accelerator_type(settings.trainer))
+    adapter, processor = settings.model.open(device)
     settings.data.attach(processor)
     settings.evaluation.attach(processor)
     # an impossible budget or rank is found now, not after an hour
     settings.bits.make_plan(adapter, settings.low_rank.choose(adapter, None), None)
-    device = _device(accelerator_type(settings.trainer))
-    model.to(device)
     return Prepared(adapter, processor, device)
 
 
@@ -90,11 +87,27 @@ def load_batches(settings: RunSettings, device: torch.device) -> RunBatches:
 
 def fingerprint(settings: RunSettings, prepared: Prepared) -> dict[str, Any]:
     """What the artifacts of a run depend on: the recipe key by key, the model's weights, the samples."""
+    return {"recipe": settings.flat, "model": _weight_sum(prepared.adapter), "data": settings.data.fingerprint}
+
+
+def _weight_sum(adapter: ModelAdapter) -> str:
+    """The sum of all absolute values, exactly as written; the same whether the model is streamed or not."""
+    skeletons = [adapter.skeleton(number) for number in range(len(adapter.blocks))]
+    with adapter.with_blocks(skeletons) as model:
+        names = list(model.state_dict())
+    with adapter.with_blocks([]) as model:
+        sums = _sums(model.state_dict())
+    for number, block in enumerate(adapter.originals()):
+        sums |= {adapter.full_name(number, name): value for name, value in _sums(block.state_dict()).items()}
     total = torch.zeros((), dtype=torch.float64)
-    for tensor in compact_state_dict(prepared.adapter.model).values():
-        if tensor.is_floating_point():
-            total += tensor.double().abs().sum().cpu()
-    return {"recipe": settings.flat, "model": float(total).hex(), "data": settings.data.fingerprint}
+    for name in names:  # in this order, because the sum depends on it
+        total += sums.get(name, 0.0)
+    return float(total).hex()
+
+
+def _sums(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    return {name: tensor.double().abs().sum().cpu() for name, tensor in floating.items()}
 
 
 def on_device(batches: Iterable[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:

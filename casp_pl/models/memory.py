@@ -13,6 +13,7 @@ __all__ = ["StreamingMemory", "fits_in_memory", "free_memory", "streaming_memory
 
 _COMFORT = 2.2  # a run that is not streamed holds the model and, for evaluation, dense copies of what is compressed
 _PROCESS_BYTES = 900 << 20  # Python with torch, lightning and transformers, before any weight
+_COMPRESSED = 0.5  # bytes of a weight of two to four bits with its tables in float32
 _WIDE, _SINGLE = 8, 4  # bytes of a number in sums of moments, and in what is computed from them
 
 
@@ -35,7 +36,8 @@ class StreamingMemory:
 
     Attributes:
         outside: the process itself, and the parts of the model outside its decoder blocks.
-        block: one block and the dense copies of its compressed linears.
+        block: one block and the dense copies of its compressed linears, or those of a window; all compressed blocks if
+            they are fine-tuned together.
         moments: both second moments of the widest linear, and what a quantizer derives from them.
         inputs: inputs of a block and of its linears for all samples; 0 where they lie on disk.
     """
@@ -51,14 +53,27 @@ class StreamingMemory:
         return self.outside + self.block + self.moments + self.inputs
 
 
-def streaming_memory(adapter: ModelAdapter, tokens: int, *, dtype: torch.dtype, on_disk: bool) -> StreamingMemory:
-    """What calibration and quantization of a streamed model hold at most; neither depends on the number of blocks.
+def streaming_memory(
+    adapter: ModelAdapter,
+    tokens: int,
+    *,
+    dtype: torch.dtype,
+    on_disk: bool,
+    window: int = 0,
+    whole_compressed: bool = False,
+) -> StreamingMemory:
+    """What the stages of a streamed model hold at most.
+
+    Calibration and quantization do not depend on the number of blocks, block tuning on that of a window; end-to-end
+    fine-tuning holds all compressed blocks.
 
     Args:
         adapter: the model; shapes are all that is read of it.
         tokens: calibration tokens of this process.
         dtype: what matrices are multiplied in (`BlockBatch.autocast`, or that of the weights).
         on_disk: whether block inputs are kept in files.
+        window: blocks that are tuned together; 0 without block tuning.
+        whole_compressed: whether end-to-end fine-tuning is to be done.
     """
     shapes = adapter.shapes(0)
     weights = sum(rows * columns for rows, columns in shapes.values())
@@ -69,7 +84,8 @@ def streaming_memory(adapter: ModelAdapter, tokens: int, *, dtype: torch.dtype, 
     moment = widest * widest
     return StreamingMemory(
         outside=_PROCESS_BYTES + sum(held),
-        block=2 * weights * adapter.model.dtype.itemsize,
+        block=max(2, window + 1) * weights * adapter.model.dtype.itemsize
+        + (int(_COMPRESSED * weights * len(adapter.blocks)) if whole_compressed else 0),
         moments=2 * moment * (_WIDE + _SINGLE) + 2 * moment * _WIDE,
         inputs=0 if on_disk else tokens * (3 * hidden * _SINGLE + read * dtype.itemsize),
     )

@@ -1,13 +1,17 @@
 """The estimate of a recipe's run, and the weights of its progress bar."""
 
+from dataclasses import replace
+
 import torch
 
+from casp_pl.models.adapter import ModelAdapter
+from casp_pl.models.memory import StreamingMemory, streaming_memory
 from casp_pl.pipeline.planning import RunEstimate, Workload, effective_rate, estimate_run
 from casp_pl.pipeline.prepare import Prepared
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import TrainerFactory
 
-__all__ = ["planned_estimate", "stage_weights"]
+__all__ = ["planned_estimate", "stage_weights", "streamed_memory"]
 
 _QUESTION_TOKENS = 24  # a question's own tokens; the image prefix is shared
 
@@ -16,7 +20,23 @@ def planned_estimate(settings: RunSettings, prepared: Prepared) -> RunEstimate:
     """Memory and time of this recipe on this machine."""
     dtype = TrainerFactory(settings.trainer, None).autocast or torch.float32
     rates = {kind: effective_rate(kind, prepared.device) for kind in {dtype, torch.float32}}
-    return estimate_run(prepared.adapter, _workload(settings), dtype=dtype, rates=rates)
+    estimate = estimate_run(prepared.adapter, _workload(settings), dtype=dtype, rates=rates)
+    if prepared.adapter.stored is None:
+        return estimate
+    return replace(estimate, memory_bytes=streamed_memory(settings, prepared.adapter, dtype).total)
+
+
+def streamed_memory(settings: RunSettings, adapter: ModelAdapter, dtype: torch.dtype) -> StreamingMemory:
+    """Memory of this recipe on a streamed model; activations that do not fit go to disk, so they are not asked for."""
+    tuned, trained = settings.block_tuning.get("epochs", 0) > 0, settings.end_to_end.get("steps", 0) > 0
+    return streaming_memory(
+        adapter,
+        settings.data.counts["image_tokens"] + settings.data.counts["text_tokens"],
+        dtype=dtype,
+        on_disk=settings.activations != "memory",
+        window=settings.block_tuning.get("window", 1) if tuned else 0,
+        whole_compressed=trained,
+    )
 
 
 def _workload(settings: RunSettings) -> Workload:

@@ -1,6 +1,8 @@
 """Figures of one stage: what the model answers, how far it is from the original, what it costs."""
 
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -37,8 +39,8 @@ class Measurement:
         self.trainers = trainers
 
     def knows(self, stage: str) -> bool:
-        """Whether the outputs of a stage are kept."""
-        return self.run.has(_file(stage))
+        """Whether the outputs of a stage are kept, if there are any."""
+        return self.steps == 0 or self.run.has(_file(stage))
 
     def outputs(self, stage: str) -> ReferenceOutputs:
         """What the model of a stage answered."""
@@ -60,6 +62,8 @@ class Measurement:
     ) -> StageRow:
         """Evaluate the model with these blocks in place; `advance` is called after every batch.
 
+        Without questions and text (`evaluation.questions` and `text_tokens` 0) the row says what the stage costs.
+
         Args:
             stage: its name.
             adapter: the original model.
@@ -67,10 +71,13 @@ class Measurement:
             advance: takes no argument.
             started: when the stage began (`time.monotonic`): its seconds include the work before the evaluation.
         """
+        costs = _costs(stage, adapter, blocks)
+        if self.steps == 0:
+            return replace(costs, seconds=time.monotonic() - started)
         reference = None if stage == "original" else self.outputs("original")
         with adapter.with_blocks(runnable(blocks, adapter)) as model:
             module = EvaluationModule(model, self.processor, reference=reference)
-            report = StageReport(_costs(stage, adapter, blocks), started=started, logger=self.trainers.logger)
+            report = StageReport(costs, started=started, logger=self.trainers.logger)
             trainer = self.trainers.make(callbacks=[Advance(advance, loop="test"), report], logger=False)
             trainer.test(module, datamodule=self.data, verbose=False)
         if module.outputs is None:

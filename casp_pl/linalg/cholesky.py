@@ -36,7 +36,7 @@ def safe_cholesky(matrix: Tensor, damping: float = 0.0) -> tuple[Tensor, float]:
     require_finite(matrix, "second moment")
     wide = matrix.detach().to(
         torch.float64, copy=True
-    )  # the damped matrix takes its place: at 11008 one has a gigabyte
+    )  # made damped in place: 1 GB at I = 11008
     diagonal = wide.diagonal().clone()
     unit = float(diagonal.abs().mean()) or 1.0
     relative = damping

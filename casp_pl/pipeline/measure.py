@@ -91,7 +91,7 @@ def _costs(stage: str, adapter: ModelAdapter, blocks: Sequence[nn.Module]) -> St
     codes, total = bits_per_weight(adapter, blocks)
     with adapter.with_blocks([]) as model:
         stored = _stored_bytes(model)
-    stored += sum(map(_stored_bytes, blocks))
+    stored += sum(map(_stored_bytes, adapter.originals() if stage == "original" else blocks))
     return StageRow(name=stage, bits_per_weight_codes=codes, bits_per_weight_total=total, model_bytes=stored)
 
 

@@ -198,7 +198,7 @@ def _products(decode: Decode, rows: int, tokens: int) -> Any:
             return context.get_dummy_value()
 
         floats, integer = types.Array(types.float32, 1, "C"), types.int64
-        numbers = types.UniTuple(integer, len(_Sizes._fields))
+        numbers = types.UniTuple(integer, len(_Sizes._fields))  # type: ignore[no-untyped-call]
         data = [floats, types.Array(tables.dtype, 1, "C"), types.Array(types.uint8, 1, "C"), floats]
         return types.void(*data, integer, numbers, integer, integer, integer, floats), generate
 

@@ -42,4 +42,4 @@ def _leave_linears_alone() -> None:
 
     Here, once a process, and not where the class is defined: the decorator imports for two seconds.
     """
-    QuantizedLinear.forward = torch.compiler.disable(QuantizedLinear.forward)  # type: ignore[method-assign]
+    QuantizedLinear.forward = torch.compiler.disable(QuantizedLinear.forward)  # type: ignore[method-assign,no-untyped-call]

@@ -34,9 +34,7 @@ def safe_cholesky(matrix: Tensor, damping: float = 0.0) -> tuple[Tensor, float]:
         NumericsError: NaN or infinity in the matrix, or no jitter helps.
     """
     require_finite(matrix, "second moment")
-    wide = matrix.detach().to(
-        torch.float64, copy=True
-    )  # made damped in place: 1 GB at I = 11008
+    wide = matrix.detach().to(torch.float64, copy=True)  # made damped in place: 1 GB at I = 11008
     diagonal = wide.diagonal().clone()
     unit = float(diagonal.abs().mean()) or 1.0
     relative = damping

@@ -61,11 +61,6 @@ class CalibrationModule(pl.LightningModule):
         self.sensitivity = sensitivity or {}
         self.statistics: CalibrationStatistics | None = None
 
-    @property
-    def steps(self) -> int:
-        """Steps of the loop."""
-        return len(self.adapter.blocks) * len(self.batches)
-
     def val_dataloader(self) -> DataLoader[Any]:
         """(block, batch) numbers, block by block."""
         numbers = list(product(range(len(self.adapter.blocks)), range(len(self.batches))))

@@ -7,6 +7,7 @@ Every stage leaves its figures in stages/NAME.json and its tensors beside; that 
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain, islice
 from typing import Any
@@ -38,6 +39,7 @@ from casp_pl.pipeline.trainers import TrainerFactory, as_loader
 
 __all__ = ["CompressionRun", "activation_store"]
 
+_WORK = "stages/work_seconds.json"
 _SENSITIVITY_BATCHES = 4  # of the calibration: squares of gradients need fewer tokens than second moments
 
 
@@ -95,16 +97,15 @@ class CompressionRun:
         settings = self.settings
         if self.run.has("plan.json") and self.run.has("calibration.safetensors"):
             return CompressionPlan.from_json(self.run.read_json("plan.json"))
-        sensitivity = self._sensitivity() if settings.bits.score == "sensitivity" else None
-        module = CalibrationModule(
-            self.adapter,
-            calibration,
-            keep=self.keep,
-            measure_rounding=settings.bits.score == "proxy_loss",
-            sensitivity=sensitivity,
-            **settings.calibration,
-        )
-        with self.progress.stage("calibration", module.steps):
+        with self._working("calibration", len(self.adapter.blocks) * len(calibration)):
+            module = CalibrationModule(
+                self.adapter,
+                calibration,
+                keep=self.keep,
+                measure_rounding=settings.bits.score == "proxy_loss",
+                sensitivity=self._sensitivity() if settings.bits.score == "sensitivity" else None,
+                **settings.calibration,
+            )
             callbacks = [settings.low_rank, settings.bits, Advance(self.progress.advance, loop="validation")]
             trainer = self.trainers.make(callbacks=callbacks, logger=False, precision=self.trainers.working_precision)
             trainer.validate(module, verbose=False)
@@ -128,6 +129,17 @@ class CompressionRun:
     def seconds(self) -> float:
         """Wall time so far: this process and the stages that earlier ones finished."""
         return self._earlier + time.monotonic() - self._started
+
+    def work_seconds(self) -> dict[str, float]:
+        """Wall time of the finished stages without their evaluation; of one that was interrupted, its last part."""
+        return self.run.read_json(_WORK) if self.run.has(_WORK) else {}
+
+    @contextmanager
+    def _working(self, stage: str, steps: float) -> Iterator[None]:
+        start = time.monotonic()
+        with self.progress.stage(stage, steps):
+            yield
+        self.run.write_json(_WORK, self.work_seconds() | {stage: time.monotonic() - start})
 
     def rows(self) -> list[StageRow]:
         """Figures of the finished stages, in order."""
@@ -158,7 +170,7 @@ class CompressionRun:
             seconds = sum(report.seconds for report in reports)
             self.progress.say(f"block {number:3d}  {bits} bits  worst relative loss {loss:.4f}  {seconds:5.1f} s")
 
-        with self.progress.stage("quantize", len(plan.modules)):
+        with self._working("quantize", len(plan.modules)):
             quantize_blocks(
                 self.run,
                 self.adapter,
@@ -188,7 +200,7 @@ class CompressionRun:
             for _ in numbers:
                 self.progress.advance()
 
-        with self.progress.stage("block tuning", len(blocks)):
+        with self._working("block tuning", len(blocks)):
             if finished_blocks(self.run, "tuned", self.adapter) is None:
                 tune_blocks(
                     self.run,
@@ -212,7 +224,7 @@ class CompressionRun:
         start = time.monotonic()
         if finished_blocks(self.run, "end_to_end", self.adapter) is None:
             steps = self.settings.end_to_end["steps"]
-            with self.progress.stage("end to end", steps):
+            with self._working("end to end", steps):
                 trained = list(blocks)
                 self._fit_end_to_end(trained, held_back, steps)
             for number, block in enumerate(trained):

@@ -14,6 +14,7 @@ from casp_pl.checkpoint.model_directory import CONFIG_NAME
 from casp_pl.checkpoint.reading import read_json
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.surgery import layer_specs
+from casp_pl.models.weight_files import weight_file
 
 __all__ = ["save_streamed"]
 
@@ -72,7 +73,5 @@ def _write(adapter: ModelAdapter, blocks: Sequence[nn.Module], processor: Any, d
 
 def _stored(path: Path) -> dict[str, int]:
     """Names and bytes of the tensors of a file."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as reader:
+    with weight_file(path) as reader:
         return {name: reader.get_tensor(name).nbytes for name in reader.keys()}  # noqa: SIM118 - not a mapping

@@ -102,7 +102,7 @@ class CalibrationModule(pl.LightningModule):
             tokens=int(tokens),
             image_tokens=int(image_tokens),
         )
-        self._states = []
+        self._states, self._block = [], None  # Lightning moves what is still here to the CPU
 
     @contextmanager
     def _attention_of(self, index: int) -> Iterator[None]:

@@ -107,7 +107,9 @@ class CompressionRun:
                 **settings.calibration,
             )
             callbacks = [settings.low_rank, settings.bits, Advance(self.progress.advance, loop="validation")]
-            trainer = self.trainers.make(callbacks=callbacks, logger=False, precision=self.trainers.working_precision)
+            trainer = self.trainers.make(
+                callbacks=callbacks, logger=False, precision=self.trainers.working_precision, limit_val_batches=1.0
+            )
             trainer.validate(module, verbose=False)
         if module.statistics is None or settings.bits.plan is None:
             raise InputError("The calibration pass saw no sample: give data.samples a larger number.")

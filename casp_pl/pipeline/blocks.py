@@ -46,7 +46,6 @@ def quantize_blocks(
     *,
     keep: Keep = in_memory,
     linear_done: LinearDone | None = None,
-    count: int | None = None,
 ) -> None:
     """Quantize block after block, each behind the compressed ones before it; files blocks/NNN.safetensors.
 
@@ -61,16 +60,17 @@ def quantize_blocks(
         autocast: see `BlockBatch.autocast`.
         keep: keeps the inputs of blocks and linears.
         linear_done: is told of every linear.
-        count: how many blocks to do; None for all.
     """
-    numbers = range(len(adapter.blocks))[:count]
+    numbers = range(len(adapter.blocks))
     if all(run.has(block_name("blocks", number)) for number in numbers):  # then nothing reads activations
         for number in numbers:
             _, notes = load_block(run, block_name("blocks", number), adapter, number)
             block_done(number, [LinearReport(**report) for report in notes["linears"]])
         return
     teacher = student = first_block_batches(adapter, batches, autocast, keep)
-    for number, original in zip(numbers, adapter.originals(numbers), strict=True):
+    originals = adapter.originals()
+    for number in numbers:
+        original = next(originals)  # zip would hold on to the one before
         name = block_name("blocks", number)
         if run.has(name):
             teacher = run_blocks(original, teacher, keep)

@@ -7,7 +7,9 @@ import torch
 
 from casp_pl.errors import InputError
 from casp_pl.models.demo import load_demo
+from casp_pl.models.hub import hub_directory
 from casp_pl.models.tiny import load_tiny
+from casp_pl.models.weight_files import check_original
 
 __all__ = ["ModelSource", "load_model"]
 
@@ -32,7 +34,9 @@ class ModelSource:
 
         Raises:
             InputError: the model cannot be found or read.
+            IntegrityError: its files are unsafe to read.
         """
+        dtype = getattr(torch, self.dtype)
         model: Any
         processor: Any
         if self.source == "tiny":
@@ -40,8 +44,8 @@ class ModelSource:
         elif self.source in ("embedded", "embedded-text"):
             model, processor = load_demo(text_only=self.source == "embedded-text")
         else:
-            model, processor = _load_hugging_face(self.source)
-        return model.to(getattr(torch, self.dtype)).eval().requires_grad_(False), processor
+            model, processor = _load_hugging_face(self.source, dtype)
+        return model.to(dtype).eval().requires_grad_(False), processor
 
 
 def load_model(source: str = "embedded") -> tuple[Any, Any]:
@@ -49,21 +53,48 @@ def load_model(source: str = "embedded") -> tuple[Any, Any]:
     return ModelSource(source=source).load()
 
 
-def _load_hugging_face(source: str) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+def _load_hugging_face(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    from safetensors import SafetensorError
+    from transformers import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
 
-    if not Path(source).exists() and source.count("/") != 1:
+    from casp_pl.models.processors import load_processor
+
+    directory = _directory(source)
+    check_original(directory)
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        factory: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+        model, loading = factory.from_pretrained(
+            directory,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+        )
+        processor = load_processor(directory, config.model_type, takes_images=multimodal)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"model.source: cannot load '{source}': {reason}") from error
+    lost = sorted(str(entry) for what in ("missing_keys", "mismatched_keys") for entry in loading[what])
+    if lost:
+        raise InputError(
+            f"model.source: '{source}' lacks {len(lost)} weights of a {type(model).__name__}, the first is {lost[0]}."
+        )
+    return model, processor
+
+
+def _directory(source: str) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    if Path(source).exists() or source.count("/") != 1:
         raise InputError(
             f"model.source: '{source}' is neither embedded, tiny, a directory, nor a hub name like org/name."
         )
-    try:
-        config = AutoConfig.from_pretrained(source)
-        if hasattr(config, "vision_config"):
-            processor = AutoProcessor.from_pretrained(source)  # type: ignore[no-untyped-call]
-            return AutoModelForImageTextToText.from_pretrained(source), processor
-        return AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"model.source: cannot load '{source}': {reason}\nGive a local directory if the hub is out of reach."
-        ) from error
+    return hub_directory(source)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from casp_pl.data.branches import positions
+from casp_pl.data.images import load_image
 from casp_pl.data.tokenize import IGNORE, Encoded, Processor, pad_token_id
-from casp_pl.data.videos import load_visual
 
 PADDING = -1  # the branch that nothing else is in
 
@@ -20,9 +20,6 @@ __all__ = ["Collator", "load_pixels", "pad_right"]
 
 class Collator:
     """Makes batches: right-padded input_ids, attention_mask, labels (B, T); float32 pixel_values (M, 3, H, W) if M > 0.
-
-    Where images are cut into tiles, pixel_values are (M, tiles, 3, H, W), and image_sizes (M, 2) tell how. Videos are
-    pixel_values_videos (videos, frames, 3, H, W).
 
     Where conversations share an image also `branches`, -1 at padding, and `position_ids` (B, T), see `visible_pairs`.
     `sample_ids` lists the B ids. Other tensors of the image processor, such as image_sizes, are passed on.
@@ -68,13 +65,9 @@ def pad_right(rows: Sequence[Sequence[int]], value: int, *, multiple: int = 1) -
 
 
 def load_pixels(samples: Sequence[Encoded], processor: Processor) -> dict[str, Tensor]:
-    """What the image and video processors make of the samples' pictures, in order; empty when no sample has one."""
-    visuals = [load_visual(sample.image) for sample in samples if sample.image is not None]
-    images = [visual for visual in visuals if not isinstance(visual, list)]
-    videos = [visual for visual in visuals if isinstance(visual, list)]
-    output: dict[str, Any] = {}
-    if images:
-        output |= processor.image_processor(images=images, return_tensors="pt")
-    if videos:
-        output |= processor.video_processor(videos=videos, return_tensors="pt")
+    """What the image processor makes of the samples' images, in order; empty when no sample has one."""
+    images = [load_image(sample.image) for sample in samples if sample.image is not None]
+    if not images:
+        return {}
+    output = processor.image_processor(images=images, return_tensors="pt")
     return {name: value for name, value in output.items() if isinstance(value, Tensor)}

@@ -22,7 +22,7 @@ class Sample:
         id: unique name, shown in every message about the sample.
         turns: the conversation; empty for plain text.
         text: the plain text; None for a conversation.
-        image: path of the image, or of the folder of frames of a video; None for samples without one.
+        image: path of the image; None for samples without one.
     """
 
     id: str

@@ -7,11 +7,10 @@ from typing import TypeVar
 import torch
 
 from casp_pl.data.branches import join_branches
-from casp_pl.data.images import ImageRefusedError
+from casp_pl.data.images import ImageRefusedError, load_image
 from casp_pl.data.sample import Sample
 from casp_pl.data.skipped import Skipped
 from casp_pl.data.tokenize import Encoded, Processor, count_image_tokens, encode_sample, encode_windows, truncate
-from casp_pl.data.videos import load_visual, visual_token_id
 from casp_pl.errors import InputError
 
 __all__ = ["choose_windows", "encode_conversations", "group_by_image", "hold_back", "shuffled", "spread_over_images"]
@@ -71,7 +70,7 @@ def encode_conversations(
     """
     try:
         path = group[0].image
-        image_tokens = 0 if path is None else count_image_tokens(processor, load_visual(path))
+        image_tokens = 0 if path is None else count_image_tokens(processor, load_image(path))
     except ImageRefusedError as error:
         return [], [Skipped(sample.id, str(error)) for sample in group]
     encoded, skipped = [], []
@@ -81,8 +80,7 @@ def encode_conversations(
             skipped.append(Skipped(sample.id, f"no answer within max_length = {max_length} tokens"))
         else:
             encoded.append(cut)
-    token = visual_token_id(processor, path)
-    return (join_branches(encoded, token) if image_tokens and token is not None else encoded), skipped
+    return (join_branches(encoded, processor.image_token_id) if image_tokens else encoded), skipped
 
 
 def choose_windows(

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from PIL import Image
+
 from casp_pl.data.sample import Sample
-from casp_pl.data.videos import Visual, is_video, visual_token_id
 from casp_pl.errors import ConfigError, InputError
 
 __all__ = [
@@ -43,7 +44,7 @@ class Encoded:
         id: id of the sample.
         input_ids: T token ids, image tokens expanded.
         labels: T labels, `IGNORE` where no loss is taken.
-        image: path of the image (of a video: the folder of its frames) or None.
+        image: path of the image or None.
         image_tokens: how many of the T tokens stand for the image.
         branches: where conversations share an image (`join_branches`), T numbers: 0 in the shared start, then the
             number of the conversation; empty for a single one.
@@ -79,18 +80,12 @@ def pad_token_id(processor: Processor) -> int:
     return 0
 
 
-def count_image_tokens(processor: Processor, image: Visual) -> int:
-    """Number of tokens that stand for this image, or video, where its mark was; 0 if the processor takes no such thing.
-
-    LLaVA-NeXT's and LLaVA-OneVision's depend on the image: on the tiles that it is cut into and what of them is padding.
-    """
-    video = isinstance(image, list)
-    token_id = getattr(processor, "video_token_id" if video else "image_token_id", None)
-    if token_id is None:
+def count_image_tokens(processor: Processor, image: Image.Image) -> int:
+    """Number of tokens that the processor puts in the place of `<image>` for this image; 0 for plain tokenizers."""
+    if not takes_images(processor):
         return 0
-    given = {"videos": [image], "text": [processor.video_token]} if video else {"images": [image]}
-    tokens = processor(**{"text": [processor.image_token]} | given, add_special_tokens=False)["input_ids"][0]
-    return sum(int(token) == token_id for token in tokens)
+    tokens = processor(images=[image], text=[processor.image_token], add_special_tokens=False)["input_ids"][0]
+    return sum(int(token) == processor.image_token_id for token in tokens)
 
 
 def encode_sample(sample: Sample, processor: Processor, *, image_tokens: int = 0) -> Encoded:
@@ -161,8 +156,6 @@ def _messages(sample: Sample, processor: Processor) -> list[dict[str, Any]]:
     """The conversation as the chat template wants it: parts for processors, strings for plain tokenizers."""
     if sample.image is not None and not takes_images(processor):
         raise InputError(f"Sample {sample.id} has an image, but the model takes none: set text_ratio to 1")
-    if is_video(sample.image) and visual_token_id(processor, sample.image) is None:
-        raise InputError(f"Sample {sample.id} has a video, but the model takes images alone")
     messages = []
     for number, turn in enumerate(sample.turns):
         for role, text in (("user", turn.question), ("assistant", turn.answer)):
@@ -170,7 +163,7 @@ def _messages(sample: Sample, processor: Processor) -> list[dict[str, Any]]:
             if hasattr(processor, "tokenizer"):
                 content = [{"type": "text", "text": text}]
                 if number == 0 and role == "user" and sample.image is not None:
-                    content.insert(0, {"type": "video" if is_video(sample.image) else "image"})
+                    content.insert(0, {"type": "image"})
             messages.append({"role": role, "content": content})
     return messages
 
@@ -200,13 +193,12 @@ def _tokenize(
     templated = bool(sample.turns) and tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     output = tokenizer(text, add_special_tokens=not templated, return_offsets_mapping=True, verbose=False)
     ids, offsets = list(output["input_ids"]), list(output["offset_mapping"])
-    known = (getattr(processor, name, None) for name in ("image_token_id", "video_token_id"))
-    marks, images = sum(ids.count(token) for token in known if token is not None), int(sample.image is not None)
+    image_token = getattr(processor, "image_token_id", None)
+    marks, images = ids.count(image_token), int(sample.image is not None)
     if marks != images:
         raise InputError(f"Sample {sample.id}: {marks} image marks in the text, but {images} images")
     if marks:
-        token = visual_token_id(processor, sample.image)
-        at = ids.index(token)
-        ids[at : at + 1] = [token] * image_tokens
+        at = ids.index(image_token)
+        ids[at : at + 1] = [image_token] * image_tokens
         offsets[at : at + 1] = [offsets[at]] * image_tokens
     return ids, offsets

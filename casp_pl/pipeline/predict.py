@@ -5,8 +5,7 @@ from typing import Any
 
 import torch
 
-from casp_pl.data.images import ImageRefusedError
-from casp_pl.data.videos import load_visual
+from casp_pl.data.images import ImageRefusedError, load_image
 from casp_pl.errors import InputError
 from casp_pl.layers import materialized
 
@@ -20,17 +19,15 @@ def answer(model: Any, processor: Any, image: Path, question: str, *, max_new_to
     Raises:
         InputError: the image is missing or cannot be read.
     """
-    if not image.exists():
+    if not image.is_file():
         raise InputError(f"--image {image}: no such file.")
     try:
-        visual = load_visual(image)
+        picture = load_image(image)
     except ImageRefusedError as error:
         raise InputError(f"--image {image}: {error}") from error
-    video = isinstance(visual, list)
-    content = [{"type": "video" if video else "image"}, {"type": "text", "text": question}]
+    content = [{"type": "image"}, {"type": "text", "text": question}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    given = {"videos" if video else "images": [visual]}
-    inputs = processor(**given, text=[prompt], return_tensors="pt").to(next(model.parameters()).device)
+    inputs = processor(images=[picture], text=[prompt], return_tensors="pt").to(next(model.parameters()).device)
     with materialized(model):
         tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     return str(processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]).strip()

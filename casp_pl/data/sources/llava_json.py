@@ -4,8 +4,6 @@ One conversation, two turns or more, of which the first has the mark of the imag
 
 {"id": "000000033471", "image": "coco/train2017/000000033471.jpg", "conversations": [
     {"from": "human", "value": "<image>\nWhat colour is the bus?"}, {"from": "gpt", "value": "White and red."}]}
-
-For a video `video` instead of `image` names the folder of its frames, marked by <video> or <image>.
 """
 
 import json
@@ -19,7 +17,6 @@ from casp_pl.errors import ConfigError, InputError
 __all__ = ["LlavaJson"]
 
 _PLACEHOLDER = "<image>"
-_MARKS = (_PLACEHOLDER, "<video>")
 
 
 class LlavaJson(DataSource):
@@ -68,18 +65,16 @@ def _to_sample(row: Any, number: int, path: Path, image_folder: Path) -> Sample:
         name = f"{name}/{row['id']}"
     try:
         questions, answers = _questions_and_answers(row["conversations"], name)
-        images = row.get("image") or row.get("video") or []
+        images = row.get("image") or []
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"Sample {name}: not a LLaVA conversation ({type(error).__name__}: {error})") from error
     images = [images] if isinstance(images, str) else list(images)
-    marks = sum(text.count(mark) for text in [*questions, *answers] for mark in _MARKS)
+    marks = sum(text.count(_PLACEHOLDER) for text in [*questions, *answers])
     if marks != len(images):
         raise InputError(f"Sample {name}: {marks} {_PLACEHOLDER} marks in the text, but {len(images)} images")
-    if marks > 1 or marks != sum(questions[0].count(mark) for mark in _MARKS):
+    if marks > 1 or marks != questions[0].count(_PLACEHOLDER):
         raise InputError(f"Sample {name}: only one image, marked in the first question, is supported")
-    for mark in _MARKS:
-        questions[0] = questions[0].replace(mark, "")
-    questions[0] = questions[0].strip()
+    questions[0] = questions[0].replace(_PLACEHOLDER, "").strip()
     turns = tuple(Turn(question, answer) for question, answer in zip(questions, answers, strict=True))
     return Sample(id=name, turns=turns, image=_inside(image_folder, images[0], name) if images else None)
 

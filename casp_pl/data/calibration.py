@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 
 from casp_pl.data.collate import Collator
+from casp_pl.data.counts import count_samples
 from casp_pl.data.loaders import FixedLoader, Share, StatefulLoader, deal, dealt_out, divided, in_batches
 from casp_pl.data.selection import (
     choose_windows,
@@ -20,8 +21,8 @@ from casp_pl.data.selection import (
 )
 from casp_pl.data.skipped import Skipped, refuse_too_many_skipped
 from casp_pl.data.sources import DataSource, EasyVQA, PydocProse
-from casp_pl.data.stream import read_samples
-from casp_pl.data.tokenize import IGNORE, Counted, Encoded, Processor
+from casp_pl.data.stream import SampleStream, read_samples
+from casp_pl.data.tokenize import Counted, Encoded, Processor
 from casp_pl.errors import ConfigError, InputError
 from casp_pl.processes import rank_and_count
 
@@ -169,21 +170,23 @@ class CalibrationData(pl.LightningDataModule):
     def counts(self) -> dict[str, Any]:
         """What really enters: samples, image and text tokens; how many are held back; what is skipped, and why."""
         kept = self._set_up()._kept
-        image_samples = sum(map(_has_image, kept))
-        image_tokens = sum(sample.image_tokens for sample in kept)
         return {
-            "samples": len(kept),
+            **count_samples(kept),
             "fine_tuning_samples": len(kept) + len(self._more),
-            "conversations": sum(max(sample.branches, default=1) for sample in kept if _has_image(sample)),
-            "image_samples": image_samples,
-            "text_samples": len(kept) - image_samples,
-            "images": sum(len(sample.images) for sample in kept),
-            "image_tokens": image_tokens,
-            "text_tokens": sum(map(len, kept)) - image_tokens,
-            "counted_tokens": sum(label != IGNORE for sample in kept for label in sample.labels),
             "held_back_samples": len(self._held_back),
             "skipped": [{"id": skipped.id, "reason": skipped.reason} for skipped in self._skipped],
         }
+
+    @property
+    def parts(self) -> dict[str, list[Encoded]]:
+        """All samples: for calibration, held back, and for fine-tuning alone."""
+        kept = self._set_up()._kept
+        return {"calibration": kept, "held back": self._held_back, "fine-tuning alone": self._more}
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """Conversations that did not enter; also after `setup` has refused too many of them."""
+        return self._skipped
 
     @property
     def fingerprint(self) -> str:
@@ -202,15 +205,20 @@ class CalibrationData(pl.LightningDataModule):
         if count == 0:
             return [], [], []
         source = self.source if self.source is not None else EasyVQA()
-        samples, unread = read_samples(source, "train", self.rows)
+        stream = SampleStream(source, limit=self.rows, check_images=False)
+        try:
+            samples = list(stream)
+        finally:
+            self._skipped = stream.skipped
         groups = spread_over_images(samples, count, generator, together=self.questions_per_image)
-        pieces, self._skipped = [], []
+        pieces: list[list[Encoded]] = []
+        unusable: list[Skipped] = []
         for group in groups:
             encoded, skipped = encode_conversations(group, self._processor, self.max_length, self.counted)
             pieces.append(encoded)
-            self._skipped += skipped
-        refuse_too_many_skipped(self._skipped, sum(map(len, groups)))
-        self._skipped = unread + self._skipped
+            unusable += skipped
+        self._skipped = stream.skipped + unusable
+        refuse_too_many_skipped(unusable, sum(map(len, groups)))
         by_image = join_overlapping(group_by_image(list(chain.from_iterable(pieces[:first]))))
         kept, held_back = hold_back(by_image, self.holdout)
         taken = {image for sample in held_back for image in sample.images}

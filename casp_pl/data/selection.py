@@ -100,7 +100,8 @@ def encode_conversations(
 ) -> tuple[list[Encoded], list[Skipped]]:
     """Tokenize the samples of the same image or images.
 
-    Each is decoded once, to see that it can be and how many tokens it takes. Those that can share the image are joined (`join_branches`).
+    Each is decoded once, to see that it can be and how many tokens it takes. Those that can share
+    the image are joined (`join_branches`).
     """
     try:
         image_tokens = [count_image_tokens(processor, load_image(image)) for image in group[0].images]

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 
 from casp_pl.errors import InputError
-from casp_pl.models.demo import load_demo
+from casp_pl.models.demo import load_demo, load_processor, load_tokenizer
 from casp_pl.models.tiny import load_tiny
 
 __all__ = ["ModelSource", "load_model"]
@@ -42,6 +42,24 @@ class ModelSource:
         else:
             model, processor = _load_hugging_face(self.source)
         return model.to(getattr(torch, self.dtype)).eval().requires_grad_(False), processor
+
+    def load_processor(self) -> Any:
+        """The processor alone (a tokenizer for a text model), without reading the weights.
+
+        Raises:
+            InputError: it cannot be found or read.
+        """
+        if self.source == "tiny":
+            return load_tiny()[1]
+        if self.source in ("embedded", "embedded-text"):
+            return load_processor() if self.source == "embedded" else load_tokenizer()
+        from transformers import AutoProcessor
+
+        try:
+            return AutoProcessor.from_pretrained(self.source)  # type: ignore[no-untyped-call]
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"model.source: cannot load the processor of '{self.source}': {reason}") from error
 
 
 def load_model(source: str = "embedded") -> tuple[Any, Any]:

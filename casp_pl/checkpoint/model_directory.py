@@ -3,22 +3,19 @@
 Only JSON and safetensors are read. Pickles and weights outside the directory are refused, its own code is ignored.
 """
 
-from collections.abc import Mapping
+import logging
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from casp_pl.checkpoint.manifest import MANIFEST_NAME, Manifest
 from casp_pl.checkpoint.reading import read_json
 from casp_pl.errors import CaspError, IntegrityError
 from casp_pl.layers.build import build_layer
-from casp_pl.models.weight_files import (
-    CONFIG_NAME,
-    PICKLES,
-    check_header,
-    check_index,
-    check_weight_files,
-    say_own_code_is_ignored,
-)
+from casp_pl.models.weight_files import checked_weight_map
 
 __all__ = [
     "CONFIG_NAME",
@@ -33,6 +30,10 @@ __all__ = [
 
 QUANT_METHOD = "casp"
 FORMAT_VERSION = 1
+CONFIG_NAME = "config.json"
+
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".h5", ".msgpack")
+_LOG = logging.getLogger(__name__)
 
 
 def checked_modules(modules: Any, version: Any) -> dict[str, dict[str, Any]]:
@@ -74,15 +75,31 @@ def check_layout(directory: Path) -> None:
     if not isinstance(quantization, dict):
         raise IntegrityError(f"{directory / CONFIG_NAME} has no quantization_config.")
     checked_modules(quantization.get("modules"), quantization.get("version"))
-    say_own_code_is_ignored(directory, config)
+    if "auto_map" in config:
+        _LOG.warning("%s asks for code of its own (auto_map): ignored", directory / CONFIG_NAME)
     for index in sorted(directory.glob("*.index.json")):
-        check_index(index)
-    weights = [path for path in sorted(directory.iterdir()) if path.suffix in (".safetensors", *PICKLES)]
+        checked_weight_map(index, read_json(index))
+    weights = [path for path in sorted(directory.iterdir()) if path.suffix in (".safetensors", *_PICKLES)]
     check_weight_files(directory, weights)
     if not weights:
         raise IntegrityError(f"{directory} holds no weights (no .safetensors file).")
     for path in weights:
-        check_header(path)
+        _check_header(path)
+
+
+def check_weight_files(directory: Path, files: Sequence[Path | str]) -> None:
+    """Refuse weight files that are pickles or lie outside the directory.
+
+    Raises:
+        IntegrityError: the message names the file.
+    """
+    inside = os.path.abspath(directory)
+    for file in files:
+        path = os.path.abspath(file)
+        if os.path.splitext(path)[1] != ".safetensors":
+            raise IntegrityError(f"{file} is no safetensors file and may run code when it is read: refused.")
+        if os.path.commonpath([inside, path]) != inside:
+            raise IntegrityError(f"{file} lies outside {directory}: refused.")
 
 
 def directory_problems(directory: Path) -> list[str]:
@@ -100,3 +117,11 @@ def directory_problems(directory: Path) -> list[str]:
     known = {*manifest.artifacts, MANIFEST_NAME}
     strangers = [path for path in sorted(directory.glob("*.safetensors")) if path.name not in known]
     return problems + [f"{path} is not in {MANIFEST_NAME}." for path in strangers]
+
+
+def _check_header(path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            file.keys()
+    except (OSError, SafetensorError) as error:
+        raise IntegrityError(f"{path} is no sound safetensors file: {error}.") from error

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from casp_pl.checkpoint.atomic import METADATA_KEY
 from casp_pl.errors import IntegrityError
-from casp_pl.models.weight_files import read_json
 
 __all__ = ["read_json", "read_safetensors", "sha256_of"]
 
@@ -26,6 +25,20 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        IntegrityError: the file is missing, is no JSON, has a key twice, or holds NaN or infinity.
+    """
+    try:
+        return json.loads(path.read_bytes(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except FileNotFoundError as error:
+        raise IntegrityError(f"{path} is missing.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise IntegrityError(f"{path} cannot be read: {error}.") from error
+
+
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
     """Tensors by name, on the CPU, and the metadata that `write_safetensors` got (None where there is none).
 
@@ -39,3 +52,15 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
         return tensors, json.loads(header) if header is not None else None
     except (OSError, SafetensorError, ValueError) as error:
         raise IntegrityError(f"{path} is no sound safetensors file: {error}.") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key '{next(name for name in names if names.count(name) > 1)}' occurs twice")
+    return table
+
+
+def _refuse_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not allowed in it")

@@ -1,6 +1,6 @@
 """Tokenized samples to one batch.
 
-Shapes: B samples, T tokens of the longest, M samples with an image, H and W the height and width that the model sees.
+Shapes: B samples, T tokens of the longest, M images of all samples, H and W the height and width that the model sees.
 """
 
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ def pad_right(rows: Sequence[Sequence[int]], value: int, *, multiple: int = 1) -
 
 def load_pixels(samples: Sequence[Encoded], processor: Processor) -> dict[str, Tensor]:
     """What the image processor makes of the samples' images, in order; empty when no sample has one."""
-    images = [load_image(sample.image) for sample in samples if sample.image is not None]
+    images = [load_image(image) for sample in samples for image in sample.images]
     if not images:
         return {}
     output = processor.image_processor(images=images, return_tensors="pt")

@@ -60,11 +60,10 @@ def encode_questions(samples: Sequence[Sample], processor: Processor) -> tuple[l
     groups: list[QuestionGroup] = []
     skipped: list[Skipped] = []
     for image_number, group in enumerate(group_by_image(samples)):
-        path = group[0].image
-        if path is None or not group[0].turns:
+        if not group[0].images or not group[0].turns:
             raise InputError(f"Sample {group[0].id}: an evaluation question needs an image, a question and an answer")
         try:
-            image_tokens = count_image_tokens(processor, load_image(path))
+            image_tokens = [count_image_tokens(processor, load_image(image)) for image in group[0].images]
         except ImageRefusedError as error:
             skipped += [Skipped(sample.id, str(error)) for sample in group]
             continue

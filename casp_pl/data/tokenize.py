@@ -6,18 +6,19 @@ Labels follow the convention of transformers: `labels[t]` equals `input_ids[t]` 
 the model shifts them by one itself.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from PIL import Image
 
-from casp_pl.data.sample import Sample
+from casp_pl.data.images import ImageSource
+from casp_pl.data.sample import IMAGE_MARK, Sample
 from casp_pl.errors import ConfigError, InputError
 
 __all__ = [
     "IGNORE",
+    "Counted",
     "Encoded",
     "Processor",
     "count_image_tokens",
@@ -32,28 +33,31 @@ __all__ = [
 
 IGNORE = -100
 
+Counted: TypeAlias = Literal["answers", "all"]
+"""Which tokens of a conversation get labels: those of the answers, or all but the first and those of images."""
+
 Processor: TypeAlias = Any
 """A LlavaProcessor or a tokenizer; transformers has no common type with the calls made here."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A tokenized sample; its image is decoded only when a batch is made of it.
+    """A tokenized sample; its images are decoded only when a batch is made of it.
 
     Attributes:
         id: id of the sample.
         input_ids: T token ids, image tokens expanded.
         labels: T labels, `IGNORE` where no loss is taken.
-        image: path of the image or None.
-        image_tokens: how many of the T tokens stand for the image.
-        branches: where conversations share an image (`join_branches`), T numbers: 0 in the shared start, then the
+        images: of the sample, in the order of their tokens.
+        image_tokens: how many of the T tokens stand for images.
+        branches: where conversations share their images (`join_branches`), T numbers: 0 in the shared start, then the
             number of the conversation; empty for a single one.
     """
 
     id: str
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
-    image: Path | None = None
+    images: tuple[ImageSource, ...] = ()
     image_tokens: int = 0
     branches: tuple[int, ...] = ()
 
@@ -88,40 +92,49 @@ def count_image_tokens(processor: Processor, image: Image.Image) -> int:
     return sum(int(token) == processor.image_token_id for token in tokens)
 
 
-def encode_sample(sample: Sample, processor: Processor, *, image_tokens: int = 0) -> Encoded:
+def encode_sample(
+    sample: Sample, processor: Processor, *, image_tokens: int | Sequence[int] = 0, counted: Counted = "answers"
+) -> Encoded:
     """The whole sample, untruncated: labels on the answers with their end tokens, or on a plain text but its start.
 
     Args:
         sample: a conversation or plain text.
         processor: processor or tokenizer with a chat template.
-        image_tokens: number of tokens of the sample's image (`count_image_tokens`), 0 without an image.
+        image_tokens: number of tokens of each image (`count_image_tokens`), or one number for all.
+        counted: "all" labels questions, too.
 
     Raises:
-        InputError: the text holds `<image>` marks of its own, or the processor takes no images.
+        InputError: the number of `<image>` marks is not that of the images, or the processor takes no images.
         ConfigError: there is no chat template, or it does not build a conversation turn by turn.
     """
     if sample.text is not None:
-        ids, _ = _tokenize(sample, sample.text, processor, 0)
+        ids, _ = _tokenize(sample, sample.text, processor, ())
         return Encoded(sample.id, tuple(ids), (IGNORE, *ids[1:]))
     messages = _messages(sample, processor)
     text = _render(processor, messages)
-    spans = [_answer_span(text, messages, turn, processor) for turn in range(len(sample.turns))]
-    ids, offsets = _tokenize(sample, text, processor, image_tokens)
-    labels = [
-        token if any(start < span_end and end > span_start for span_start, span_end in spans) else IGNORE
-        for token, (start, end) in zip(ids, offsets, strict=True)
-    ]
-    return Encoded(sample.id, tuple(ids), tuple(labels), sample.image, image_tokens)
+    each = _tokens_of_each(sample, image_tokens)
+    ids, offsets = _tokenize(sample, text, processor, each)
+    if counted == "all":
+        image_token = getattr(processor, "image_token_id", None)
+        labels = [IGNORE, *(IGNORE if token == image_token else token for token in ids[1:])]
+    else:
+        spans = [_answer_span(text, messages, turn, processor) for turn in range(len(sample.turns))]
+        labels = [
+            token if any(start < span_end and end > span_start for span_start, span_end in spans) else IGNORE
+            for token, (start, end) in zip(ids, offsets, strict=True)
+        ]
+    return Encoded(sample.id, tuple(ids), tuple(labels), sample.images, sum(each))
 
 
-def encode_prompt(sample: Sample, processor: Processor, *, image_tokens: int = 0) -> Encoded:
+def encode_prompt(sample: Sample, processor: Processor, *, image_tokens: int | Sequence[int] = 0) -> Encoded:
     """The first question up to where the assistant's answer starts; no labels. Arguments as `encode_sample`."""
     text = _render(processor, _messages(sample, processor)[:1], add_generation_prompt=True)
-    ids, _ = _tokenize(sample, text, processor, image_tokens)
-    return Encoded(sample.id, tuple(ids), (IGNORE,) * len(ids), sample.image, image_tokens)
+    each = _tokens_of_each(sample, image_tokens)
+    ids, _ = _tokenize(sample, text, processor, each)
+    return Encoded(sample.id, tuple(ids), (IGNORE,) * len(ids), sample.images, sum(each))
 
 
-def encode_windows(samples: Sequence[Sample], processor: Processor, *, length: int) -> Iterator[Encoded]:
+def encode_windows(samples: Iterable[Sample], processor: Processor, *, length: int) -> Iterator[Encoded]:
     """Plain texts, one after another, cut into windows of exactly `length` tokens; the rest at the end is dropped.
 
     Tokenizers that start every text with a token (LLaMA's `<s>`) get it at the start of each window.
@@ -133,7 +146,9 @@ def encode_windows(samples: Sequence[Sample], processor: Processor, *, length: i
     buffer: list[int] = []
     number = 0
     for sample in samples:
-        ids, _ = _tokenize(sample, f"{sample.text}\n\n", processor, 0)
+        if sample.text is None:
+            raise InputError(f"Sample {sample.id} is a conversation, text windows are made of plain texts alone")
+        ids, _ = _tokenize(sample, f"{sample.text}\n\n", processor, ())
         buffer += ids[len(start) :]
         while len(buffer) >= fresh:
             window = (*start, *buffer[:fresh])
@@ -142,10 +157,12 @@ def encode_windows(samples: Sequence[Sample], processor: Processor, *, length: i
             number += 1
 
 
-def truncate(encoded: Encoded, max_length: int) -> Encoded | None:
-    """The first `max_length` tokens, or None if no label is left among them."""
+def truncate(encoded: Encoded, max_length: int, image_token_id: int | None = None) -> Encoded | None:
+    """The first `max_length` tokens, or None if no label is left among them or an image lies behind them."""
     if len(encoded) <= max_length:
         return encoded
+    if image_token_id in encoded.input_ids[max_length:]:
+        return None
     labels = encoded.labels[:max_length]
     if all(label == IGNORE for label in labels):
         return None
@@ -154,18 +171,35 @@ def truncate(encoded: Encoded, max_length: int) -> Encoded | None:
 
 def _messages(sample: Sample, processor: Processor) -> list[dict[str, Any]]:
     """The conversation as the chat template wants it: parts for processors, strings for plain tokenizers."""
-    if sample.image is not None and not takes_images(processor):
+    if sample.images and not takes_images(processor):
         raise InputError(f"Sample {sample.id} has an image, but the model takes none: set text_ratio to 1")
+    marked = any(IMAGE_MARK in turn.question for turn in sample.turns)
     messages = []
     for number, turn in enumerate(sample.turns):
         for role, text in (("user", turn.question), ("assistant", turn.answer)):
             content: Any = text
             if hasattr(processor, "tokenizer"):
-                content = [{"type": "text", "text": text}]
-                if number == 0 and role == "user" and sample.image is not None:
-                    content.insert(0, {"type": "image"})
+                in_front = 0 if marked or number or role == "assistant" else len(sample.images)
+                parts = _parts(text) if sample.images and role == "user" else [{"type": "text", "text": text}]
+                content = [{"type": "image"} for _ in range(in_front)] + parts
             messages.append({"role": role, "content": content})
     return messages
+
+
+def _parts(question: str) -> list[dict[str, str]]:
+    """Texts and images of a question in their order; templates break the line behind an image themselves."""
+    first, *rest = question.split(IMAGE_MARK)
+    parts = [{"type": "text", "text": first}] if first or not rest else []
+    for text in rest:
+        parts.append({"type": "image"})
+        if text.strip():
+            parts.append({"type": "text", "text": text.removeprefix("\n")})
+    return parts
+
+
+def _tokens_of_each(sample: Sample, image_tokens: int | Sequence[int]) -> tuple[int, ...]:
+    """Tokens of every image of the sample."""
+    return (image_tokens,) * len(sample.images) if isinstance(image_tokens, int) else tuple(image_tokens)
 
 
 def _render(processor: Processor, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
@@ -184,9 +218,9 @@ def _answer_span(text: str, messages: list[dict[str, Any]], turn: int, processor
 
 
 def _tokenize(
-    sample: Sample, text: str, processor: Processor, image_tokens: int
+    sample: Sample, text: str, processor: Processor, image_tokens: Sequence[int]
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids and their character offsets, the image token repeated `image_tokens` times."""
+    """Token ids and their character offsets, each image token repeated as often as its image has tokens."""
     tokenizer = tokenizer_of(processor)
     if not tokenizer.is_fast:
         raise ConfigError(f"{type(tokenizer).__name__} gives no character offsets: use a fast tokenizer")
@@ -194,11 +228,10 @@ def _tokenize(
     output = tokenizer(text, add_special_tokens=not templated, return_offsets_mapping=True, verbose=False)
     ids, offsets = list(output["input_ids"]), list(output["offset_mapping"])
     image_token = getattr(processor, "image_token_id", None)
-    marks, images = ids.count(image_token), int(sample.image is not None)
-    if marks != images:
-        raise InputError(f"Sample {sample.id}: {marks} image marks in the text, but {images} images")
-    if marks:
-        at = ids.index(image_token)
-        ids[at : at + 1] = [image_token] * image_tokens
-        offsets[at : at + 1] = [offsets[at]] * image_tokens
+    places = [place for place, token in enumerate(ids) if token == image_token]
+    if len(places) != len(sample.images):
+        raise InputError(f"Sample {sample.id}: {len(places)} image marks in the text, but {len(sample.images)} images")
+    for place, count in reversed(list(zip(places, image_tokens, strict=True))):
+        ids[place : place + 1] = [image_token] * count
+        offsets[place : place + 1] = [offsets[place]] * count
     return ids, offsets

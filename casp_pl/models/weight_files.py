@@ -1,9 +1,8 @@
-"""What a model's directory must be before a weight in it is read: JSON and safetensors, nothing outside, no pickles."""
+"""The safetensors files of a model directory: which tensor lies in which, checked before anything is read."""
 
 import json
-import logging
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,77 +10,60 @@ from safetensors import SafetensorError, safe_open
 
 from casp_pl.errors import InputError, IntegrityError
 
-__all__ = [
-    "CONFIG_NAME",
-    "PICKLES",
-    "check_header",
-    "check_index",
-    "check_original",
-    "check_weight_files",
-    "read_json",
-    "say_own_code_is_ignored",
-]
+__all__ = ["checked_weight_map", "has_safetensors", "tensor_files", "tensor_sizes", "weight_file"]
 
-CONFIG_NAME = "config.json"
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".h5", ".msgpack")
-_LOG = logging.getLogger(__name__)
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
-def check_original(directory: Path) -> None:
-    """Refuse the directory of a model to compress if it is unsafe to read. Pickles beside safetensors are not read.
+def has_safetensors(directory: Path) -> bool:
+    """Whether a directory holds weights that can be read one by one."""
+    return (directory / _INDEX).is_file() or (directory / _SINGLE).is_file()
+
+
+def tensor_files(directory: Path) -> dict[str, Path]:
+    """Name of every tensor as it is stored -> its file.
 
     Raises:
-        InputError: there is no config or no weight, or the model is quantized already.
-        IntegrityError: a broken config or header, weights that are pickles only, an index that points outside.
+        InputError: there are no safetensors.
+        IntegrityError: a broken file, or an index that names files outside the directory.
     """
-    if not (directory / CONFIG_NAME).is_file():
-        raise InputError(f"model.source: {directory} holds no model (no {CONFIG_NAME}).")
-    config = read_json(directory / CONFIG_NAME)
-    say_own_code_is_ignored(directory, config)
-    quantization = config.get("quantization_config") if isinstance(config, dict) else None
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise InputError(f"model.source: {directory} is quantized already ({method}): give the original model.")
-    for index in sorted(directory.glob("*.safetensors.index.json")):
-        check_index(index)
-    weights = sorted(directory.glob("*.safetensors"))
-    if not weights:
-        pickles = [path for path in sorted(directory.iterdir()) if path.suffix in PICKLES]
-        if pickles:
-            check_weight_files(directory, pickles)
-        raise InputError(f"model.source: {directory} holds no weights (no .safetensors file).")
-    for path in weights:
-        check_header(path)
+    if (directory / _INDEX).is_file():
+        try:
+            index = json.loads((directory / _INDEX).read_text())
+        except ValueError as error:
+            raise IntegrityError(f"{directory / _INDEX} is no JSON: {error}.") from error
+        files = {name: directory / file for name, file in checked_weight_map(directory / _INDEX, index).items()}
+        for file in sorted(set(files.values())):
+            with weight_file(file) as reader:
+                absent = sorted({name for name in files if files[name] == file} - set(reader.keys()))
+            if absent:
+                raise IntegrityError(f"{file} does not hold {absent[0]}, which {_INDEX} says lies there.")
+        return files
+    if not (directory / _SINGLE).is_file():
+        raise InputError(f"{directory} holds no {_SINGLE} and no {_INDEX}: its weights cannot be read one by one.")
+    with weight_file(directory / _SINGLE) as reader:
+        return dict.fromkeys(reader.keys(), directory / _SINGLE)
 
 
-def say_own_code_is_ignored(directory: Path, config: Any) -> None:
-    """A warning if a config names code that comes with the model: it is never run."""
-    if isinstance(config, dict) and "auto_map" in config:
-        _LOG.warning("%s asks for code of its own (auto_map): ignored", directory / CONFIG_NAME)
+def tensor_sizes(directory: Path) -> dict[str, int]:
+    """Name of every tensor as it is stored -> its number of elements, from the headers alone."""
+    sizes = {}
+    for file in sorted(set(tensor_files(directory).values())):
+        with weight_file(file) as reader:
+            for name in reader.keys():  # noqa: SIM118 - not a mapping
+                elements = 1
+                for length in reader.get_slice(name).get_shape():
+                    elements *= length
+                sizes[name] = elements
+    return sizes
 
 
-def check_weight_files(directory: Path, files: Sequence[Path | str]) -> None:
-    """Refuse weight files that are pickles or lie outside the directory.
+def checked_weight_map(path: Path, index: Any) -> dict[str, str]:
+    """The `weight_map` of an index: tensor name -> name of a file beside the index.
 
     Raises:
-        IntegrityError: the message names the file.
+        IntegrityError: there is none, a file is missing, or one lies outside the directory.
     """
-    inside = os.path.abspath(directory)
-    for file in files:
-        path = os.path.abspath(file)
-        if os.path.splitext(path)[1] != ".safetensors":
-            raise IntegrityError(f"{file} is no safetensors file and may run code when it is read: refused.")
-        if os.path.commonpath([inside, path]) != inside:
-            raise IntegrityError(f"{file} lies outside {directory}: refused.")
-
-
-def check_index(path: Path) -> None:
-    """Refuse an index of weight files that names anything but files beside it.
-
-    Raises:
-        IntegrityError: the message names the weight and the file.
-    """
-    index = read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict):
         raise IntegrityError(f"{path} has no weight_map.")
@@ -90,42 +72,18 @@ def check_index(path: Path) -> None:
             raise IntegrityError(f"{path}: {name} lies in '{file}', outside the directory: refused.")
         if not (path.parent / file).is_file():
             raise IntegrityError(f"{path}: {name} lies in {file}, which is missing.")
+    return weight_map
 
 
-def check_header(path: Path) -> None:
-    """Refuse a file whose header is no sound safetensors header.
+@contextmanager
+def weight_file(path: Path) -> Iterator[Any]:
+    """A safetensors file that is read tensor by tensor into memory of its own: nothing of it stays mapped.
 
     Raises:
-        IntegrityError: the message names the file.
+        IntegrityError: it is missing or broken.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            file.keys()
+        with safe_open(path, framework="pt", backend="pread") as reader:
+            yield reader
     except (OSError, SafetensorError) as error:
         raise IntegrityError(f"{path} is no sound safetensors file: {error}.") from error
-
-
-def read_json(path: Path) -> Any:
-    """The value in a JSON file.
-
-    Raises:
-        IntegrityError: the file is missing, is no JSON, has a key twice, or holds NaN or infinity.
-    """
-    try:
-        return json.loads(path.read_bytes(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    except FileNotFoundError as error:
-        raise IntegrityError(f"{path} is missing.") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise IntegrityError(f"{path} cannot be read: {error}.") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key '{next(name for name in names if names.count(name) > 1)}' occurs twice")
-    return table
-
-
-def _refuse_constant(text: str) -> Any:
-    raise ValueError(f"{text} is not allowed in it")

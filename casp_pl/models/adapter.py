@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from casp_pl.models.layout import LLAMA_GROUPS, find_decoder, linear_groups_of, refuse_what_cannot_be_kept
+from casp_pl.models.layout import (
+    LLAMA_GROUPS,
+    block_windows,
+    find_decoder,
+    linear_groups_of,
+    refuse_what_cannot_be_kept,
+)
 
 __all__ = ["ModelAdapter", "adapt"]
 
@@ -74,16 +80,12 @@ class ModelAdapter:
 
     def window(self, block: int) -> int | None:
         """How many tokens a token of this block looks back at, itself among them; None where it sees all before it."""
-        config = self.decoder.config
-        kinds = getattr(config, "layer_types", None)
-        slides = kinds is None or kinds[block] == "sliding_attention"
-        return getattr(config, "sliding_window", None) if slides else None
+        return block_windows(self.decoder.config)[block]
 
     @property
     def shortest_window(self) -> int | None:
         """The least of all blocks' windows; None where every block sees all."""
-        windows = [self.window(number) for number in range(len(self.blocks))]
-        return min((window for window in windows if window is not None), default=None)
+        return min((window for window in block_windows(self.decoder.config) if window is not None), default=None)
 
     def image_mask(self, input_ids: Tensor) -> Tensor:
         """True where a token is a patch of an image or video: (B, T) bool."""

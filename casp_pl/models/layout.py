@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from casp_pl.errors import ConfigError
 from casp_pl.layers import LowRankLinear, QuantizedLinear
 
-__all__ = ["LLAMA_GROUPS", "find_decoder", "linear_groups_of", "refuse_what_cannot_be_kept"]
+__all__ = ["LLAMA_GROUPS", "block_windows", "find_decoder", "linear_groups_of", "refuse_what_cannot_be_kept"]
 
 LLAMA_GROUPS: tuple[tuple[str, ...], ...] = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -88,6 +88,17 @@ def linear_groups_of(model: nn.Module, decoder: Any) -> tuple[tuple[str, ...], .
     return groups
 
 
+def block_windows(config: Any) -> tuple[int | None, ...]:
+    """For every block how many tokens a token looks back at, itself among them; None where it sees all before it.
+
+    Args:
+        config: of the language model. Where it does not tell types of blocks, a window is that of all.
+    """
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
 def refuse_what_cannot_be_kept(model: Any, decoder: Any) -> None:
     """Positions must be rotary, and logits the output head's product with the decoder's output.
 
@@ -157,6 +168,10 @@ def _check_attention(model: nn.Module, linears: list[str]) -> None:
 def _watched_groups(decoder: Any) -> tuple[tuple[str, ...], ...]:
     """Groups of block 0 as it computes three tokens: linears that are given the very same tensor in a row."""
     block = decoder.layers[0]
+    if any(parameter.is_meta for parameter in block.parameters()):
+        raise ConfigError(
+            f"A {type(decoder).__name__} is adapted by watching it compute, which needs its weights in memory."
+        )
     seen: list[tuple[str, Tensor]] = []
     tokens = torch.zeros(1, 3, dtype=torch.int64, device=decoder.embed_tokens.weight.device)
     with ExitStack() as stack:

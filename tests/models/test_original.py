@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -93,7 +93,7 @@ def test_an_unsafe_original_ends_a_fit_with_code_6(
 
 
 @pytest.fixture
-def silent_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def silent_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A hub that takes connections and never answers, and an empty cache."""
     server = socket.socket()
     server.bind(("127.0.0.1", 0))
@@ -102,6 +102,8 @@ def silent_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("casp_pl.models.hub._SECONDS", 0.5)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    yield
+    server.close()
 
 
 @pytest.mark.usefixtures("silent_hub")

@@ -191,7 +191,7 @@ def test_saved_and_loaded_again(family: tuple[str, Any, Any], tmp_path: Path) ->
     length = int(batch["attention_mask"][0].sum())
     first = {key: batch[key][:1, :length] for key in ("input_ids", "attention_mask")}
     first |= {key: batch[key][:1] for key in ("pixel_values", "image_sizes") if key in batch}
-    tokens = loaded.generate(**first, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    tokens = loaded.generate(**first, max_new_tokens=2, do_sample=False)
     assert tokens[0, length] == compressed(**batch).logits[0, length - 1].argmax()
 
 

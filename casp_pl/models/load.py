@@ -9,11 +9,12 @@ import torch
 
 from casp_pl.errors import ConfigError, InputError
 from casp_pl.models.adapter import ModelAdapter, adapt
-from casp_pl.models.demo import load_demo
+from casp_pl.models.demo import load_demo, load_processor, load_tokenizer
+from casp_pl.models.hub import hub_directory
 from casp_pl.models.memory import fits_in_memory
+from casp_pl.models.original import check_config, check_original
 from casp_pl.models.streamed import load_streamed
 from casp_pl.models.tiny import load_tiny
-from casp_pl.models.weight_files import has_safetensors
 
 __all__ = ["ModelSource", "load_model"]
 
@@ -25,7 +26,7 @@ class ModelSource:
 
     Args:
         source: `embedded` (SmolLM2 with a vision tower, comes with the package), `embedded-text` (SmolLM2 alone),
-            `tiny` (random, for tests), or a directory or hub name of a LLaVA or LLaMA-type model.
+            `tiny` (random, for tests), or a directory or hub name of a model of the LLaVA family or LLaMA type.
         dtype: the type that everything is computed in; on a CPU float32 is by far the fastest.
         streaming: whether the decoder blocks stay on disk and are read one at a time; null does so where the model
             does not fit into free memory comfortably. The results are the same.
@@ -47,31 +48,28 @@ class ModelSource:
 
         Raises:
             InputError: the model cannot be found or read.
+            IntegrityError: its files are broken or unsafe to read.
             ConfigError: it cannot be streamed, but is to be.
         """
-        dtype = getattr(torch, self.dtype)
-        directory = None if self.streaming is False else self._directory()
-        if directory is not None and (self.streaming or not fits_in_memory(directory, dtype, device)):
-            factory, processor = _factory_and_processor(str(directory))
-            return load_streamed(directory, factory, dtype=dtype, device=device), processor
-        if self.streaming:
-            raise ConfigError(f"model.streaming: '{self.source}' has no safetensors to read from; set it to false.")
+        if self.source in _OWN and self.streaming:
+            raise ConfigError(f"model.streaming: '{self.source}' has no files to read from; set it to false.")
+        if self.source not in _OWN and self.streaming is not False:
+            directory, dtype = _directory(self.source), getattr(torch, self.dtype)
+            check_original(directory)
+            if self.streaming or not fits_in_memory(directory, dtype, device):
+                factory, processor = _factory_and_processor(self.source, directory)
+                return load_streamed(directory, factory, dtype=dtype, device=device), processor
         model, processor = self.load()
         return adapt(model.to(device)), processor
-
-    def _directory(self) -> Path | None:
-        """Where the model's safetensors lie, fetched from the hub if need be; None if it has none."""
-        if self.source in _OWN:
-            return None
-        directory = Path(self.source) if Path(self.source).is_dir() else _snapshot(self.source)
-        return directory if has_safetensors(directory) else None
 
     def load(self) -> tuple[Any, Any]:
         """A frozen model in evaluation mode and its processor (a tokenizer for a text model).
 
         Raises:
             InputError: the model cannot be found or read.
+            IntegrityError: its files are broken or unsafe to read.
         """
+        dtype = getattr(torch, self.dtype)
         model: Any
         processor: Any
         if self.source == "tiny":
@@ -79,8 +77,22 @@ class ModelSource:
         elif self.source in ("embedded", "embedded-text"):
             model, processor = load_demo(text_only=self.source == "embedded-text")
         else:
-            model, processor = _load_hugging_face(self.source, getattr(torch, self.dtype))
-        return model.to(getattr(torch, self.dtype)).eval().requires_grad_(False), processor
+            model, processor = _load_hugging_face(self.source, dtype)
+        return model.to(dtype).eval().requires_grad_(False), processor
+
+    def load_processor(self) -> Any:
+        """The processor alone (a tokenizer for a text model), without reading the weights.
+
+        Raises:
+            InputError: it cannot be found or read.
+        """
+        if self.source == "tiny":
+            return load_tiny()[1]
+        if self.source in ("embedded", "embedded-text"):
+            return load_processor() if self.source == "embedded" else load_tokenizer()
+        directory = _directory(self.source)
+        check_config(directory)
+        return _factory_and_processor(self.source, directory)[1]
 
 
 def load_model(source: str = "embedded") -> tuple[Any, Any]:
@@ -89,43 +101,56 @@ def load_model(source: str = "embedded") -> tuple[Any, Any]:
 
 
 def _load_hugging_face(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    factory, processor = _factory_and_processor(source)
+    directory = _directory(source)
+    check_original(directory)
+    factory, processor = _factory_and_processor(source, directory)
+    settings: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
     with _explained(source):
-        return factory.from_pretrained(source, dtype=dtype), processor
-
-
-def _factory_and_processor(source: str) -> tuple[Any, Any]:
-    """The Auto class of the model, and its processor or tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
-
-    with _explained(source):
-        if hasattr(AutoConfig.from_pretrained(source), "vision_config"):
-            processor: Any = AutoProcessor.from_pretrained(source)  # type: ignore[no-untyped-call]
-            return AutoModelForImageTextToText, processor
-        return AutoModelForCausalLM, AutoTokenizer.from_pretrained(source)
-
-
-def _snapshot(source: str) -> Path:
-    """The files of a model of the hub, in its cache."""
-    from huggingface_hub import snapshot_download
-
-    with _explained(source):
-        return Path(
-            snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"])
+        model, loading = factory.from_pretrained(directory, dtype=dtype, output_loading_info=True, **settings)
+    lost = sorted(str(entry) for what in ("missing_keys", "mismatched_keys") for entry in loading[what])
+    if lost:
+        raise InputError(
+            f"model.source: '{source}' lacks {len(lost)} weights of a {type(model).__name__}, the first is {lost[0]}."
         )
+    return model, processor
+
+
+def _factory_and_processor(source: str, directory: Path) -> tuple[Any, Any]:
+    """The Auto class of the model, and its processor or tokenizer."""
+    from transformers import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    from casp_pl.models.processors import load_processor as processor_in
+
+    with _explained(source):
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        processor = processor_in(directory, config.model_type, takes_images=multimodal)
+    return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM, processor
+
+
+def _directory(source: str) -> Path:
+    """Where the model's files lie, fetched from the hub if need be."""
+    if Path(source).is_dir():
+        return Path(source)
+    if Path(source).exists() or source.count("/") != 1:
+        raise InputError(
+            f"model.source: '{source}' is neither embedded, tiny, a directory, nor a hub name like org/name."
+        )
+    return hub_directory(source)
 
 
 @contextmanager
 def _explained(source: str) -> Iterator[None]:
     """Turns what goes wrong in reading a model into one sentence."""
-    if not Path(source).exists() and source.count("/") != 1:
-        raise InputError(
-            f"model.source: '{source}' is neither embedded, tiny, a directory, nor a hub name like org/name."
-        )
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"model.source: cannot load '{source}': {reason}\nGive a local directory if the hub is out of reach."
-        ) from error
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"model.source: cannot load '{source}': {reason}") from error

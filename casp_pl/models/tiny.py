@@ -9,7 +9,7 @@ from casp_pl.models.demo.llava import CHAT_TEMPLATE
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
-__all__ = ["load_tiny", "make_processor"]
+__all__ = ["byte_tokenizer", "load_tiny", "make_processor"]
 
 _IMAGE_SIZE, _PATCH_SIZE = 32, 8
 _SPECIAL = ("<|im_start|>", "<|im_end|>", "<image>")
@@ -48,7 +48,8 @@ def load_tiny(seed: int = 0) -> tuple["LlavaForConditionalGeneration", "LlavaPro
     return model.eval(), processor
 
 
-def _byte_tokenizer() -> "PreTrainedTokenizerFast":
+def byte_tokenizer(special: tuple[str, ...], chat_template: str | None = None) -> "PreTrainedTokenizerFast":
+    """One token a byte, and the special ones: the start and the end of a turn, then others."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -56,11 +57,13 @@ def _byte_tokenizer() -> "PreTrainedTokenizerFast":
     tokenizer = Tokenizer(models.BPE(vocab={symbol: number for number, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    start, end, image = _SPECIAL
+    start, end, *others = special
     fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, bos_token=start, eos_token=end, pad_token=end
     )
-    fast.add_special_tokens({"additional_special_tokens": [image]})
+    fast.add_special_tokens({"additional_special_tokens": others})
+    if chat_template is not None:
+        fast.chat_template = chat_template
     return fast
 
 
@@ -71,7 +74,7 @@ def make_processor(*, image_size: int, patch_size: int) -> "LlavaProcessor":
     size = {"height": image_size, "width": image_size}
     return LlavaProcessor(  # type: ignore[no-untyped-call]
         image_processor=CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False),
-        tokenizer=_byte_tokenizer(),
+        tokenizer=byte_tokenizer(_SPECIAL),
         patch_size=patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,

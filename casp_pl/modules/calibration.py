@@ -130,7 +130,8 @@ class CalibrationModule(pl.LightningModule):
     def _run(self, number: int, index: int) -> None:
         state = self._states[index]
         self._real, self._image = state.real, state.image
-        self._visible = visible_pairs(self.batches[index]) if self._watch_attention else None
+        window = self.adapter.window(number)
+        self._visible = visible_pairs(self.batches[index], window) if self._watch_attention else None
         if number == 0:
             self._counts += torch.tensor([int(state.real.sum()), int(state.image.sum())], dtype=torch.float64)
         after = run_block(self._block, state)
@@ -167,7 +168,7 @@ class CalibrationModule(pl.LightningModule):
     def _attention_done(self, number: int) -> Any:
         def hook(_: nn.Module, inputs: Any, output: Any) -> None:
             if self._watch_attention and output[1] is not None:
-                self._sparsity[number] += self._count_sparse(output[1])
+                self._sparsity[number] += self._count_sparse(output[1], self._visible)
 
         return hook
 
@@ -183,14 +184,14 @@ class CalibrationModule(pl.LightningModule):
 
         return hook
 
-    def _count_sparse(self, probabilities: Tensor) -> Tensor:
+    def _count_sparse(self, probabilities: Tensor, visible: Tensor) -> Tensor:
         """(query modality, key modality, [below threshold, all]) over pairs of real tokens that see each other."""
         small = (probabilities < self.sparsity_threshold).float().mean(1)
         result = torch.zeros(2, 2, 2, dtype=torch.float64)
         kinds = (self._real & ~self._image, self._image)
         for q, query in enumerate(kinds):
             for k, key in enumerate(kinds):
-                pairs = query[:, :, None] & key[:, None, :] & self._visible
+                pairs = query[:, :, None] & key[:, None, :] & visible
                 result[q, k, 0] = small[pairs].double().sum()
                 result[q, k, 1] = pairs.sum()
         return result

@@ -77,12 +77,13 @@ def skeleton_of(module: nn.Module) -> nn.Module:
 
 
 def block_from_tensors(
-    skeleton: nn.Module, specs: Mapping[str, dict[str, Any]], tensors: Mapping[str, Tensor], device: torch.device
+    original: nn.Module, specs: Mapping[str, dict[str, Any]], tensors: Mapping[str, Tensor], device: torch.device
 ) -> nn.Module:
-    """A compressed block out of the original's `skeleton_of`, which is changed, its layers and all of its tensors."""
-    install_layers(skeleton, specs)
-    skeleton.load_state_dict(dict(tensors), assign=True)
-    return skeleton.to(device).eval().requires_grad_(False)
+    """A compressed block with the structure of `original`, the given layers, and all of its tensors loaded."""
+    block = skeleton_of(original)
+    install_layers(block, specs)
+    block.load_state_dict(dict(tensors), assign=True)
+    return block.to(device).eval().requires_grad_(False)
 
 
 def round_to_storage(module: nn.Module) -> None:

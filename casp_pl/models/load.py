@@ -80,7 +80,9 @@ class ModelSource:
             model, processor = load_demo(text_only=self.source == "embedded-text")
         else:
             model, processor = _load_hugging_face(self.source, getattr(torch, self.dtype))
-        return model.to(getattr(torch, self.dtype)).eval().requires_grad_(False), processor
+        for parameter in model.parameters():  # not buffers: rotary embeddings need their frequencies in float32
+            parameter.data = parameter.data.to(getattr(torch, self.dtype))
+        return model.eval().requires_grad_(False), processor
 
 
 def load_model(source: str = "embedded") -> tuple[Any, Any]:

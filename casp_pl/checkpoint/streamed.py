@@ -49,8 +49,9 @@ def _write(adapter: ModelAdapter, blocks: Sequence[nn.Module], processor: Any, d
     files = [f"model-{number:05d}-of-{len(blocks) + 1:05d}.safetensors" for number in range(1, len(blocks) + 2)]
     places: dict[str, str] = {}
     total = 0
-    with adapter.with_blocks([]) as model, without_progress_bars():
-        model.save_pretrained(directory, state_dict=compact_state_dict(model), max_shard_size="1TB")
+    with adapter.with_blocks([]), without_progress_bars():
+        outside = compact_state_dict(adapter.model)
+        adapter.model.save_pretrained(directory, state_dict=outside, max_shard_size="1TB")
         (directory / "model.safetensors").rename(directory / files[0])
     for name, length in _stored(directory / files[0]).items():
         places[name] = files[0]

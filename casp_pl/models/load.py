@@ -78,7 +78,9 @@ class ModelSource:
             model, processor = load_demo(text_only=self.source == "embedded-text")
         else:
             model, processor = _load_hugging_face(self.source, dtype)
-        return model.to(dtype).eval().requires_grad_(False), processor
+        for parameter in model.parameters():  # not buffers: rotary embeddings need their frequencies in float32
+            parameter.data = parameter.data.to(dtype)
+        return model.eval().requires_grad_(False), processor
 
     def load_processor(self) -> Any:
         """The processor alone (a tokenizer for a text model), without reading the weights.

@@ -65,24 +65,28 @@ def install_layers(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -
 
 
 def skeleton_of(module: nn.Module) -> nn.Module:
-    """A copy on the meta device: the structure without the numbers. Model configs are shared with it, not copied."""
+    """A copy whose stored tensors are on the meta device: the structure without the numbers.
+
+    Buffers that no file holds keep their numbers, and model configs are shared with the copy.
+    """
     memo: dict[int, Any] = {}
-    for parameter in module.parameters():
-        empty = torch.empty_like(parameter, device="meta")
-        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-    memo |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in module.buffers()}
+    for tensor in module.state_dict(keep_vars=True).values():
+        empty = torch.empty_like(tensor, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
     configs = (vars(part).get("config") for part in module.modules())
     memo |= {id(config): config for config in configs if config is not None}  # it says which attention is computed
     return copy.deepcopy(module, memo)
 
 
 def block_from_tensors(
-    skeleton: nn.Module, specs: Mapping[str, dict[str, Any]], tensors: Mapping[str, Tensor], device: torch.device
+    original: nn.Module, specs: Mapping[str, dict[str, Any]], tensors: Mapping[str, Tensor], device: torch.device
 ) -> nn.Module:
-    """A compressed block out of the original's `skeleton_of`, which is changed, its layers and all of its tensors."""
-    install_layers(skeleton, specs)
-    skeleton.load_state_dict(dict(tensors), assign=True)
-    return skeleton.to(device).eval().requires_grad_(False)
+    """A compressed block with the structure of `original`, the given layers, and all of its tensors loaded."""
+    block = skeleton_of(original)
+    install_layers(block, specs)
+    block.load_state_dict(dict(tensors), assign=True)
+    return block.to(device).eval().requires_grad_(False)
 
 
 def round_to_storage(module: nn.Module) -> None:

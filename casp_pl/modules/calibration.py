@@ -60,6 +60,7 @@ class CalibrationModule(pl.LightningModule):
         self.measure_rounding = measure_rounding
         self.sensitivity = sensitivity or {}
         self.statistics: CalibrationStatistics | None = None
+        self._block: Any = None
 
     def val_dataloader(self) -> DataLoader[Any]:
         """(block, batch) numbers, block by block."""
@@ -75,7 +76,7 @@ class CalibrationModule(pl.LightningModule):
         self._sparsity = torch.zeros(count, 2, 2, 2, dtype=torch.float64)
         self._spectra: dict[str, Tensor] = {}
         self._rounding: dict[str, float] = {}
-        self._counts = torch.zeros(2, dtype=torch.float64)
+        self._counts = self._total = torch.zeros(2, dtype=torch.float64)
 
     def validation_step(self, numbers: tuple[int, int], batch_idx: int) -> None:
         """One batch in one block; the hooks measure."""
@@ -117,7 +118,7 @@ class CalibrationModule(pl.LightningModule):
             decoder.set_attn_implementation(before)
 
     def _begin_block(self, number: int) -> None:
-        self._block: Any = None  # not two at a time
+        self._block = None  # not two at a time
         self._block = next(self._originals)
         groups = self.adapter.linear_groups if self.measure_rounding else self.adapter.linear_groups[:1]
         self._moments: dict[str, Tensor] = {}
@@ -130,10 +131,11 @@ class CalibrationModule(pl.LightningModule):
     def _run(self, number: int, index: int) -> None:
         state = self._states[index]
         self._real, self._image = state.real, state.image
-        window = self.adapter.window(number)
-        self._visible = visible_pairs(self.batches[index], window) if self._watch_attention else None
+        if self._watch_attention:
+            self._visible = visible_pairs(self.batches[index], self.adapter.window(number))
         if number == 0:
-            self._counts += torch.tensor([int(state.real.sum()), int(state.image.sum())], dtype=torch.float64)
+            counts = [int(state.real.sum()), int(state.image.sum())]
+            self._counts = self._counts + torch.tensor(counts, dtype=torch.float64)
         after = run_block(self._block, state)
         before = state.hidden.to(after.device)[state.real]
         cosines = nn.functional.cosine_similarity(before.float(), after[state.real].float(), dim=-1)

@@ -76,8 +76,9 @@ def quantize_blocks(
             teacher = run_blocks(original, teacher, keep)
             block, notes = load_block(run, name, adapter, number)
             reports = [LinearReport(**report) for report in notes["linears"]]
-            for report in reports if linear_done is not None else ():
-                linear_done(report)
+            if linear_done is not None:
+                for report in reports:
+                    linear_done(report)
         else:
             teacher, references = run_blocks_seeing(original, teacher, adapter.group_heads, keep)
             finished = LinearFiles(run, number, adapter.device)

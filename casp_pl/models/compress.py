@@ -150,9 +150,10 @@ class BlockQuantization:
             return found
         with materialized(block):  # all batches pass through what is compressed already
             moments = collect_moments(block, student, references, next(iter(plans)))
-        targets = self._targets(block, missing, moments)
-        second = moments.second
-        del moments  # the cross moment of a wide linear is as large as a block
+        second, aim = moments.second, PropagationTarget(moments.cross, moments.second, self.propagation)
+        del moments  # the cross moment of a wide linear is half as large as a block
+        targets = {name: aim.of(_dense_linear(block, name).weight.float()) for name in missing}
+        del aim
         made = {}
         for name in own_share({name: target.numel() for name, target in targets.items()}):
             linear = _dense_linear(block, name)
@@ -164,11 +165,6 @@ class BlockQuantization:
             for name in missing:
                 finished.add(name, *everyones[name])
         return found | everyones
-
-    def _targets(self, block: nn.Module, names: Sequence[str], moments: Moments) -> dict[str, Tensor]:
-        """What each of the named linears of a group, (O, I), aims at."""
-        aim = PropagationTarget(moments.cross, moments.second, self.propagation)
-        return {name: aim.of(_dense_linear(block, name).weight.float()) for name in names}
 
     def _compress_linear(
         self, linear: nn.Linear, target: Tensor, plan: ModulePlan, quantizer: Quantizer, moment: Tensor

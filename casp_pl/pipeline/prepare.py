@@ -38,6 +38,9 @@ def prepare(settings: RunSettings) -> Prepared:
     settings.bits.attach(settings.quantizer, settings.low_rank)
     device = _device(accelerator_type(settings.trainer))
     adapter, processor = settings.model.open(device)
+    precision = str(settings.trainer.get("precision"))
+    if adapter.stored is not None and precision.endswith("-true") and precision != "32-true":
+        raise ConfigError(f"trainer.precision: {precision} does not reach blocks on disk; set model.dtype instead.")
     settings.data.attach(processor)
     settings.evaluation.attach(processor)
     # an impossible budget or rank is found now, not after an hour

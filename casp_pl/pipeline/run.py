@@ -268,7 +268,7 @@ class CompressionRun:
             return
         begun = time.monotonic() if start is None else start
         release_memory()  # the dense weights of an evaluation come on top of what the stage left behind
-        with self.progress.stage(f"evaluate {name}", self.measurement.steps):
+        with self.progress.stage(f"evaluate {name}", max(1, self.measurement.steps)):
             row = self.measurement.measure(name, self.adapter, blocks, self.progress.advance, started=begun)
         release_memory()
         self.run.write_json(f"stages/{name}.json", asdict(row))

@@ -1,4 +1,4 @@
-"""The command line: `python -m casp_pl {fit,plan,validate,test,predict,verify,export}`.
+"""The command line: `python -m casp_pl {fit,plan,data,validate,test,predict,verify,export}`.
 
 Built on Lightning's argument parser: the arguments are the constructor arguments of the classes that do the work, so
 their docstrings are the help and a recipe is checked against the real signatures. One fit is several LightningModules
@@ -32,6 +32,7 @@ from casp_pl.models.compress import BlockQuantization
 from casp_pl.models.load import ModelSource
 from casp_pl.modules import BlockwiseModule, CalibrationModule, EndToEndModule
 from casp_pl.pipeline import commands
+from casp_pl.pipeline.data_report import data
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.quantizers import Quantizer
 
@@ -40,6 +41,7 @@ __all__ = ["build_parser", "main", "recipe_parsers", "settings_from"]
 COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
     "fit": (commands.fit, "compress, fine-tune, evaluate and save a model; goes on where an earlier run stopped"),
     "plan": (commands.plan, "dry run: bits, sizes, memory and time before anything heavy happens"),
+    "data": (data, "what enters: samples, tokens, what is skipped and why, a sheet of images with captions"),
     "validate": (commands.validate, "original and compressed side by side on the recipe's test questions"),
     "test": (commands.test, "the same on the whole test set"),
     "predict": (commands.predict, "answer one question about one image with both models"),
@@ -120,6 +122,10 @@ def _recipe_parser(name: str, text: str) -> LightningArgumentParser:
     parser.add_class_arguments(CodebookUpdate, "codebook_update", **kwargs_only)
     parser.add_class_arguments(pl.Trainer, "trainer", fail_untyped=False, **kwargs_only)
     parser.set_defaults({"trainer.accelerator": "auto", "trainer.devices": 1})
+    if name == "data":
+        parser.add_argument(
+            "--out", type=Path | None, default=None, help="the sheet, a PNG; default runs/NAME.data.png"
+        )
     if name == "predict":
         parser.add_argument("--image", type=Path, required=True, help="an image file")
         parser.add_argument("--question", type=str, required=True, help="what to ask about it")
@@ -146,7 +152,7 @@ def settings_from(parser: LightningArgumentParser, chosen: Namespace) -> RunSett
 
 
 _NOT_IN_FINGERPRINT = frozenset(
-    {"config", "run_dir", "verbose", "override_memory", "name", "image", "question"}
+    {"config", "run_dir", "verbose", "override_memory", "name", "image", "question", "out"}
     | {"trainer.devices", "trainer.num_nodes", "trainer.strategy"}  # a run may go on with more or fewer processes
 )
 
@@ -195,6 +201,7 @@ def _run(arguments: list[str], verbose: bool) -> int:
         raise ConfigError(_short_reason(str(error), recipes, arguments)) from error
     extra = {key: config[command][key] for key in ("image", "question") if command == "predict"}
     extra |= {"override_memory": config[command].override_memory} if command == "fit" else {}
+    extra |= {"out": config[command].out} if command == "data" else {}
     return COMMANDS[command][0](settings, **extra)
 
 

@@ -189,14 +189,14 @@ def _load_model(directory: Path) -> Any:
 
 
 def _load_processor(directory: Path) -> Any:
-    from transformers import AutoProcessor, AutoTokenizer
+    from casp_pl.models.processors import load_processor
 
     names = {path.name for path in directory.iterdir()}
-    if not names & {"processor_config.json", "preprocessor_config.json", "tokenizer_config.json"}:
-        return None
     whole = names & {"processor_config.json", "preprocessor_config.json"}
-    factory: Any = AutoProcessor if whole else AutoTokenizer
+    if not whole and "tokenizer_config.json" not in names:
+        return None
     try:
-        return factory.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        model_type = read_json(directory / CONFIG_NAME).get("model_type", "")
+        return load_processor(directory, model_type, takes_images=bool(whole))
     except (OSError, ValueError, KeyError) as error:
         raise IntegrityError(f"the processor in {directory} cannot be loaded: {str(error).splitlines()[0]}") from error

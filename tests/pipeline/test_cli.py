@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.cli import LightningArgumentParser
 
 from casp_pl.cli import build_parser, main
 
@@ -12,12 +13,18 @@ RECIPES = sorted(ROOT.glob("configs/*.yaml"))
 OVERLAYS = [[], *([path] for path in sorted(ROOT.glob("configs/*/*.yaml")))]
 
 
+@pytest.fixture(scope="module")
+def parser() -> LightningArgumentParser:
+    """The parser; to build it takes longer than to parse."""
+    return build_parser()
+
+
 @pytest.mark.parametrize(("recipe", "overlay"), list(itertools.product(RECIPES, OVERLAYS)))
-def test_every_composition_parses(recipe: Path, overlay: list[Path]) -> None:
+def test_every_composition_parses(recipe: Path, overlay: list[Path], parser: LightningArgumentParser) -> None:
     arguments = ["fit", "--config", str(recipe)]
     for path in overlay:
         arguments += ["--config", str(path)]
-    config = build_parser().parse_args(arguments)
+    config = parser.parse_args(arguments)
     assert config.fit.bits.budget > 0
 
 

@@ -24,8 +24,8 @@ def load_tiny(seed: int = 0, *, blocks: int = 2) -> tuple["LlavaForConditionalGe
     start, end, image = (vocabulary[token] for token in _SPECIAL)
     text = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=blocks,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, bos_token_id=start, eos_token_id=end,
-        pad_token_id=end,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
+        bos_token_id=start, eos_token_id=end, pad_token_id=end,
     )  # fmt: skip
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=_IMAGE_SIZE,

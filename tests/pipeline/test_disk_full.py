@@ -1,4 +1,4 @@
-"""A disk that is really full: a small file system where one can be mounted, else the kernel's limit on a file's size."""
+"""A disk that is really full: a small file system where one can be mounted, else a limit on the size of files."""
 
 import os
 import resource
@@ -15,7 +15,7 @@ Grow = Callable[[], None]
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Grow]]:
-    """A place that a tiny run does not fit in, on another file system than TMPDIR if that can be, and what makes room."""
+    """A place that a tiny run does not fit in, if possible on another file system than TMPDIR, and what makes room."""
     place = tmp_path / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=320k", "tmpfs", str(place)]

@@ -103,7 +103,12 @@ class Run:
         os.dup2(log, 2)
         together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
         os.environ |= together if processes > 1 else {}
-        os._exit(_fit(self.out, self.folder, processes))
+        code = 1
+        try:
+            code = _fit(self.out, self.folder, processes)
+        finally:  # whatever happens, this process is not to go on as its parent does
+            sys.stdout.flush()
+            os._exit(code)
 
     def has_started(self) -> bool:
         """Whether the first process holds the lock of the run's directory."""

@@ -34,6 +34,7 @@ class BestState(pl.Callback):
         self.best = float("inf")
         self.first = float("inf")
         self.restarts = 0
+        self._validated = False
         self._loss_is_finite = True
         self._state: dict[str, Tensor] = {}
 
@@ -51,8 +52,8 @@ class BestState(pl.Callback):
         if value is None:
             return
         loss = float(value)
-        if self.first == float("inf"):
-            self.first = loss
+        if not self._validated:
+            self.first, self._validated = loss, True
         if loss < self.best:
             self.best = loss
             self._state = {name: tensor.clone() for name, tensor in pl_module.state_dict().items()}
@@ -101,7 +102,7 @@ class BestState(pl.Callback):
         """
         if self._state:
             self._restore(pl_module)
-        elif self.first != float("inf"):
+        elif self._validated:
             raise NumericsError(
                 f"The held-back loss of {_said_by(pl_module, 'purpose')} was never finite: it is {self.first} before "
                 "training.\nLook for NaN in the samples held back, or choose others with data.seed."

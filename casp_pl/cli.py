@@ -23,13 +23,15 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import LightningArgumentParser
 
 from casp_pl.callbacks import BitAllocation, CodebookUpdate, LowRankAllocation
+from casp_pl.checkpoint.atomic import is_disk_full, resource_error
 from casp_pl.console import setup_logging
 from casp_pl.data import CalibrationData
 from casp_pl.data.evaluation import EvaluationData
-from casp_pl.errors import CaspError, ConfigError, InputError
+from casp_pl.errors import CaspError, ConfigError, InputError, ResourceError
 from casp_pl.export import EXPORT_DTYPES, EXPORT_FORMATS
 from casp_pl.models.compress import BlockQuantization
 from casp_pl.models.load import ModelSource
+from casp_pl.models.micro_batch import is_out_of_memory
 from casp_pl.modules import BlockwiseModule, CalibrationModule, EndToEndModule
 from casp_pl.pipeline import commands
 from casp_pl.pipeline.data_report import data
@@ -172,9 +174,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), error.exit_code, verbose)
     except _StopRun as stop:
         return _fail(f"{stop}: what is finished is saved; the same command goes on from here.", stop.exit_code, verbose)
-    except MemoryError as error:
-        return _fail(f"Out of memory {error}: lower data.samples or data.batch_size.", 5, verbose)
-    except Exception as error:  # anything else is a bug of ours: say so in one line, the traceback on demand
+    except Exception as error:
+        known = _resource_error(error)
+        if known is not None:
+            return _fail(str(known), known.exit_code, verbose)
+        # anything else is a bug of ours: say so in one line, the traceback on demand
         reason = str(error).splitlines()[0] if str(error) else ""
         message = f"Unexpected {type(error).__name__}: {reason}\nRun again with --verbose for the traceback."
         return _fail(message, 1, verbose)
@@ -262,6 +266,16 @@ def _fail(message: str, code: int, verbose: bool) -> int:
         traceback.print_exc()
     print("\n".join(message.splitlines()[:3]), file=sys.stderr)
     return code
+
+
+def _resource_error(error: Exception) -> ResourceError | None:
+    """Memory that ran out and disks that are full, wherever it happened; None for any other error."""
+    if is_out_of_memory(error):
+        reason = (str(error).splitlines() or [""])[0][:200]
+        return ResourceError(f"Out of memory. {reason}\nLower data.batch_size, data.max_length or data.samples.")
+    if isinstance(error, OSError) and is_disk_full(error):
+        return resource_error(error, Path(error.filename or "a file of the run directory"))
+    return None
 
 
 def _stop(number: int, _: FrameType | None) -> None:

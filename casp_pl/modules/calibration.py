@@ -76,17 +76,20 @@ class CalibrationModule(pl.LightningModule):
             self.adapter.decoder.set_attn_implementation(before)
 
     def on_validation_epoch_end(self) -> None:
-        """Sum over ranks, then spectra and scores."""
+        """Sum over ranks, then spectra and scores.
+
+        Raises:
+            NumericsError: some activation was NaN or infinite; `modules.finite.broken_samples` tells whose.
+        """
         for handle in self._handles:
             handle.remove()
         counts = torch.tensor([self._tokens, self._image_tokens], dtype=torch.float64)
         sums, cosines, sparsity = (sum_of_all(value) for value in (counts, self._cosines, self._sparsity))
         moments = {name: (sum_of_all(value) / sums[0]).float() for name, value in self._moments.items()}
-        bad = [name for name, value in moments.items() if not value.isfinite().all()]
+        bad = [f"inputs of {name}" for name, value in moments.items() if not value.isfinite().all()]
+        bad += [f"output of block {number}" for number in (~cosines.isfinite()).nonzero().flatten().tolist()]
         if bad:
-            raise NumericsError(
-                f"NaN or infinity in the inputs of {bad[0]} during calibration ({len(bad)} inputs in all)."
-            )
+            raise NumericsError(f"NaN or infinity in the {bad[0]} during calibration ({len(bad)} places in all).")
         low_rank = {self.adapter.full_name(b, n) for b in range(len(cosines)) for n in self.adapter.low_rank_names}
         weights = {name: self._weight(name) for name in self._names()}
         self.statistics = CalibrationStatistics(

@@ -108,6 +108,16 @@ class EndToEndModule(pl.LightningModule):
         self.update_codes = update_codes
         trainable_parameters(self.blocks)
 
+    @property
+    def purpose(self) -> str:
+        """What is trained, for messages."""
+        return "end-to-end fine-tuning"
+
+    @property
+    def lr_key(self) -> str:
+        """The key of the learning rate in a recipe."""
+        return "end_to_end.lr"
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch."""
         compiled = nullcontext() if self._compiled is None else self._compiled.active()

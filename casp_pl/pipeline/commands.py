@@ -36,6 +36,7 @@ __all__ = ["export", "fit", "plan", "predict", "test", "validate", "verify"]
 
 def fit(settings: RunSettings, *, override_memory: bool = False) -> int:
     """Compress, fine-tune, evaluate and save; goes on where an earlier run of the same recipe stopped."""
+    RunDirectory.check_place(settings.run_dir)
     launch(settings.trainer)
     prepared = prepare(settings)
     estimate = planned_estimate(settings, prepared)

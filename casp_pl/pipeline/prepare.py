@@ -11,6 +11,7 @@ from torch import Tensor
 from casp_pl.checkpoint.registration import compact_state_dict
 from casp_pl.errors import ConfigError, InputError
 from casp_pl.models.adapter import ModelAdapter, adapt
+from casp_pl.models.soundness import require_finite_weights
 from casp_pl.pipeline.blocks import Batches
 from casp_pl.pipeline.launch import accelerator_type
 from casp_pl.pipeline.settings import RunSettings
@@ -34,10 +35,12 @@ def prepare(settings: RunSettings) -> Prepared:
     Raises:
         ConfigError: no such device, or a budget that cannot be met.
         InputError: the model or the data cannot be read.
+        NumericsError: a weight is NaN or infinite.
     """
     pl.seed_everything(settings.seed, verbose=False)
     settings.bits.attach(settings.quantizer, settings.low_rank)
     model, processor = settings.model.load()
+    require_finite_weights(model)
     adapter = adapt(model)
     settings.data.attach(processor)
     settings.evaluation.attach(processor)

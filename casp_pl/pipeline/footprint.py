@@ -81,8 +81,8 @@ def stage_memory(shape: BlockShape, work: Workload, dtype: torch.dtype) -> dict[
     references = work.tokens * shape.group_inputs * dtype.itemsize
     moments = 3 * shape.widest**2 * _DOUBLE
     own = {
-        "original": logits,
-        "rtn": codes + dense + logits,
+        "evaluate original": logits,
+        "evaluate rtn": codes + dense + logits,
         "calibration": shape.blocks * shape.hidden**2 * _DOUBLE + 2 * shape.weights * half,
         "quantize": codes + streams + references + moments + 2 * block,
         "evaluate quantized": codes + dense + logits,

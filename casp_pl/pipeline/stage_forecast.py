@@ -14,6 +14,7 @@ from casp_pl.checkpoint.stored_size import ModelSize, run_file_bytes
 from casp_pl.models.surgery import install_layers
 from casp_pl.pipeline.estimate import quick_block_seconds, stage_weights, working_dtype, workload
 from casp_pl.pipeline.footprint import BlockShape, stage_memory
+from casp_pl.pipeline.planning import BlockSeconds
 from casp_pl.pipeline.prepare import Prepared, on_device
 from casp_pl.pipeline.probe import measured_block_seconds, one_block_model
 from casp_pl.pipeline.settings import RunSettings
@@ -21,18 +22,18 @@ from casp_pl.pipeline.trainers import TrainerFactory
 from casp_pl.quantizers import Quantizer
 from casp_pl.quantizers.low_rank import low_rank_spec
 
-__all__ = ["StageForecast", "disk_free", "forecast_stages", "plan_specs"]
+__all__ = ["StageForecast", "disk_free", "forecast_stages", "judged_stages", "plan_specs"]
 
 _PROBE_BATCHES = 2
 _WAYS_OUT = {
-    "evaluate": "evaluation.images_per_batch, evaluation.windows_per_batch",
-    "calibration": "data.batch_size",
-    "quantize": "data.samples, data.text_length",
-    "block tuning": "block_tuning.window, data.batch_size, data.samples",
-    "end to end": "data.batch_size; end_to_end.activation_checkpointing true; end_to_end.steps 0 leaves it out",
-    "save": "",
+    "evaluate": "lower evaluation.images_per_batch or evaluation.windows_per_batch.",
+    "calibration": "lower data.batch_size.",
+    "quantize": "lower data.samples or data.text_length.",
+    "block tuning": "lower block_tuning.window, data.batch_size or data.samples.",
+    "end to end": "set end_to_end.activation_checkpointing, lower data.batch_size, or leave it out (steps 0).",
+    "save": "close other programs.",
 }
-_OTHER_DISK = "Free some, or give --run_dir on another disk."
+_OTHER_DISK = "free some, or give --run_dir on another one."
 
 
 @dataclass(frozen=True)
@@ -80,28 +81,55 @@ def forecast_stages(
         quick: whether times come from rates instead of a measured block.
     """
     work = workload(settings, prepared.adapter)
-    if quick:
-        block = quick_block_seconds(settings, prepared, work)
-    else:
-        probe = one_block_model(prepared.adapter.model, settings.seed)
-        probe.model.to(prepared.device)
-        batches = on_device(settings.data.first_batches(_PROBE_BATCHES), prepared.device)
-        autocast = TrainerFactory(settings.trainer, None).autocast
-        block = measured_block_seconds(probe, batches, plan, settings.quantization, settings.quantizer, autocast)
-    memory = stage_memory(BlockShape.of(prepared.adapter), work, working_dtype(settings))
-    disk = _stage_disk(settings, prepared, size, specs)
-    free, room = psutil.virtual_memory().available, disk_free(settings.run_dir)
+    block = quick_block_seconds(settings, prepared, work) if quick else _measured(settings, prepared, plan)
+    stages = judged_stages(
+        stage_weights(settings, block, work),
+        stage_memory(BlockShape.of(prepared.adapter), work, working_dtype(settings)),
+        _stage_disk(settings, prepared, size, specs),
+        spread=block.spread,
+        memory_free=psutil.virtual_memory().available,
+        disk_free=disk_free(settings.run_dir),
+    )
+    return stages, block.source
+
+
+def judged_stages(
+    seconds: Mapping[str, float],
+    memory: Mapping[str, int],
+    disk: Mapping[str, int],
+    *,
+    spread: float,
+    memory_free: int,
+    disk_free: int,
+) -> tuple[StageForecast, ...]:
+    """Every stage, and whether this machine has what it needs.
+
+    Args:
+        seconds: by stage, in the order in which they run.
+        memory: bytes by stage; a stage that is left out needs what `evaluate quantized` needs.
+        disk: bytes that a stage writes; evaluations are one entry, `evaluate`.
+        spread: share by which a stage may take more or less time.
+        memory_free: bytes.
+        disk_free: bytes.
+    """
     stages, written = [], 0
-    for name, seconds in stage_weights(settings, block, work).items():
-        evaluation = name.startswith("evaluate")
-        needed = memory[name] if name in memory else memory["evaluate quantized"]
-        added = disk["evaluate"] if evaluation else disk[name]
+    for name, expected in seconds.items():
+        kind = "evaluate" if name.startswith("evaluate") else name
+        needed, added = memory.get(name, memory["evaluate quantized"]), disk[kind]
         written += added
-        ways = [] if needed <= free else [f"memory: lower {_WAYS_OUT['evaluate' if evaluation else name]}"]
-        ways += [] if written <= room else [f"disk: {_OTHER_DISK}"]
-        low, high = seconds * (1 - block.spread), seconds * (1 + block.spread)
-        stages.append(StageForecast(name, seconds, low, high, needed, added, not ways, "; ".join(ways)))
-    return tuple(stages), block.source
+        ways = [] if needed <= memory_free else [f"Memory: {_WAYS_OUT[kind]}"]
+        ways += [] if written <= disk_free else [f"Disk: {_OTHER_DISK}"]
+        low, high = expected * (1 - spread), expected * (1 + spread)
+        stages.append(StageForecast(name, expected, low, high, needed, added, not ways, " ".join(ways)))
+    return tuple(stages)
+
+
+def _measured(settings: RunSettings, prepared: Prepared, plan: CompressionPlan) -> BlockSeconds:
+    probe = one_block_model(prepared.adapter.model, settings.seed)
+    probe.model.to(prepared.device)
+    batches = on_device(settings.data.first_batches(_PROBE_BATCHES), prepared.device)
+    autocast = TrainerFactory(settings.trainer, None).autocast
+    return measured_block_seconds(probe, batches, plan, settings.quantization, settings.quantizer, autocast)
 
 
 def _stage_disk(

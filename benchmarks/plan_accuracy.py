@@ -105,10 +105,8 @@ def print_sizes(before: dict[str, Any], after: dict[str, Any], run_dir: Path) ->
     files = [path for path in (run_dir / "model").rglob("*") if path.is_file() and path.name not in others]
     beside = sum(path.stat().st_size for path in files)
     print("\n| size, bytes | before calibration | after it | on disk |\n| --- | ---: | ---: | ---: |")
-    sizes = [before["size"]["weights"], after["size"]["weights"]]
-    print(
-        f"| model.safetensors | {sizes[0]:,} ({sizes[0] - truth:+,}) | {sizes[1]:,} ({sizes[1] - truth:+,}) | {truth:,} |"
-    )
+    cells = [f"{told['size']['weights']:,} ({told['size']['weights'] - truth:+,})" for told in (before, after)]
+    print(f"| model.safetensors | {' | '.join(cells)} | {truth:,} |")
     print(f"| config and processor | {before['size']['beside']:,} | {after['size']['beside']:,} | {beside:,} |")
     print(f"\nbefore calibration: {before['size_note'] or 'exact'}; after it: {after['size_note'] or 'exact'}")
 

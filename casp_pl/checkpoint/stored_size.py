@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from casp_pl.checkpoint.atomic import METADATA_KEY
+from casp_pl.checkpoint.hugging_face import without_progress_bars
 from casp_pl.checkpoint.registration import CaspConfig
 from casp_pl.layers import QuantizedLinear
 from casp_pl.models.surgery import compressed_layers, install_layers
@@ -135,7 +136,7 @@ def _dtype_there(name: str, headers: Mapping[str, torch.dtype]) -> torch.dtype |
 def _beside(model: Any, processor: Any, specs: Mapping[str, Mapping[str, Any]]) -> int:
     """Bytes of config.json, generation_config.json and the processor's files: they are written, and thrown away."""
     model.config.quantization_config = CaspConfig(modules=specs)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, without_progress_bars():
         model.save_pretrained(folder, state_dict={})
         if processor is not None:
             processor.save_pretrained(folder)

@@ -5,16 +5,16 @@ Everything that a forecast needs - shapes, names, ties, the bytes of every tenso
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from casp_pl.errors import InputError
 from casp_pl.models.demo.language import find_gguf, load_tokenizer
-from casp_pl.models.demo.llava import demo_config, load_processor
+from casp_pl.models.demo.llava import demo_config, load_processor, set_end_tokens
 from casp_pl.models.load import ModelSource
 from casp_pl.models.tiny import load_tiny
 
@@ -48,6 +48,7 @@ def load_skeleton(source: ModelSource) -> Skeleton:
     if source.source == "tiny":
         real, processor = load_tiny()
         model = _on_meta(type(real), real.config)
+        model.generation_config = real.generation_config
     elif source.source == "embedded":
         processor = load_processor()
         model = _embedded(processor)
@@ -65,27 +66,34 @@ def _on_meta(factory: Any, config: Any) -> Any:
     return model
 
 
-def _embedded(processor: Any) -> nn.Module:
+def _embedded(processor: Any) -> Any:
     from transformers import AutoConfig, LlavaForConditionalGeneration
 
     gguf = find_gguf()
     text_config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config = demo_config(text_config, processor.tokenizer.convert_tokens_to_ids(processor.image_token))
-    model: nn.Module = _on_meta(LlavaForConditionalGeneration, config)
+    model = _on_meta(LlavaForConditionalGeneration, config)
+    set_end_tokens(model)
     return model
 
 
-def _embedded_text() -> nn.Module:
+def _embedded_text() -> Any:
     from transformers import AutoConfig, LlamaForCausalLM
 
     gguf = find_gguf()
     config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model: nn.Module = _on_meta(LlamaForCausalLM, config)
-    return model
+    return _on_meta(LlamaForCausalLM, config)
 
 
 def _hugging_face(source: str) -> tuple[Any, Any, dict[str, torch.dtype]]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoProcessor,
+        AutoTokenizer,
+        GenerationConfig,
+    )
 
     try:
         config = AutoConfig.from_pretrained(source)
@@ -95,6 +103,8 @@ def _hugging_face(source: str) -> tuple[Any, Any, dict[str, torch.dtype]]:
         with torch.device("meta"):
             model = factory.from_config(config)
         model.tie_weights()
+        with suppress(OSError):  # many models have none
+            model.generation_config = GenerationConfig.from_pretrained(source)
         return model, reader.from_pretrained(source), _headers(source)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]

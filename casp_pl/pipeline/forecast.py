@@ -119,10 +119,13 @@ def _plan(settings: RunSettings, prepared: Prepared) -> tuple[CompressionPlan, s
 
 def _size_note(settings: RunSettings, size: ModelSize, plan_from: str) -> str:
     reasons = []
+    measured_scores = settings.bits.score in ("block_influence", "sensitivity", "proxy_loss")
     if plan_from == "prediction" and settings.low_rank.mode == "spectral":
         reasons.append("calibration chooses the ranks (low_rank.mode: spectral)")
-    if plan_from == "prediction" and settings.bits.granularity == "linear":
+    elif plan_from == "prediction" and measured_scores and settings.bits.granularity == "linear":
         reasons.append("calibration chooses the bits of single linears")
+    elif plan_from == "prediction" and measured_scores:
+        reasons.append("calibration chooses which blocks get more bits: the file's header may differ by some bytes")
     if size.undecided:
         reasons.append(f"float32 tensors that fit into float16 are stored so: up to {size.undecided} bytes less")
     return "; ".join(reasons)

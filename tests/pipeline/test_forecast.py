@@ -51,7 +51,9 @@ def test_before_calibration_it_says_what_it_cannot_know(
         assert 0 < stage["seconds_low"] < stage["seconds"] < stage["seconds_high"]
         assert stage["fits"]
     equal = forecast(recipe, tmp_path / "none", capsys, "--quick", "--low_rank.mode", "uniform")
-    assert equal["size_is_exact"]
+    assert "which blocks" in equal["size_note"]
+    fixed = ("--quick", "--low_rank.mode", "uniform", "--bits.score", "first_last")
+    assert forecast(recipe, tmp_path / "none", capsys, *fixed)["size_is_exact"]
 
 
 def test_another_recipe_does_not_use_the_plan(

@@ -33,6 +33,7 @@ __all__ = [
     "demo_config",
     "load_demo",
     "load_processor",
+    "set_end_tokens",
     "vision_settings",
 ]
 
@@ -112,9 +113,15 @@ def build_llava(language: "LlamaForCausalLM", image_token_id: int) -> "LlavaForC
     if missing or rest.unexpected_keys:
         raise ValueError(f"language model does not fit: missing {missing}, unexpected {rest.unexpected_keys}")
     model.tie_weights()
+    set_end_tokens(model)
+    return cast("LlavaForConditionalGeneration", model.eval())
+
+
+def set_end_tokens(model: Any) -> None:
+    """Generation ends, and pads, with the tokens of the language model."""
+    text_config = model.config.get_text_config()
     model.generation_config.eos_token_id = text_config.eos_token_id
     model.generation_config.pad_token_id = text_config.pad_token_id
-    return cast("LlavaForConditionalGeneration", model.eval())
 
 
 def load_demo(*, text_only: bool = False) -> "tuple[PreTrainedModel, ProcessorMixin | PreTrainedTokenizerBase]":

@@ -1,4 +1,4 @@
-"""The command line: `python -m casp_pl {fit,plan,data,validate,test,predict,verify,export}`.
+"""The command line: `python -m casp_pl {fit,plan,data,validate,test,predict,explain,verify,export}`.
 
 Built on Lightning's argument parser: the arguments are the constructor arguments of the classes that do the work, so
 their docstrings are the help and a recipe is checked against the real signatures. One fit is several LightningModules
@@ -35,6 +35,7 @@ from casp_pl.models.micro_batch import is_out_of_memory
 from casp_pl.modules import BlockwiseModule, CalibrationModule, EndToEndModule
 from casp_pl.pipeline import commands
 from casp_pl.pipeline.data_report import data
+from casp_pl.pipeline.explain import ExplainSettings
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.quantizers import Quantizer
 
@@ -47,6 +48,12 @@ COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
     "validate": (commands.validate, "original and compressed side by side on the recipe's test questions"),
     "test": (commands.test, "the same on the whole test set"),
     "predict": (commands.predict, "answer one question about one image with both models"),
+}
+_OWN_ARGUMENTS = {
+    "fit": ("override_memory",),
+    "plan": ("json", "quick"),
+    "data": ("out",),
+    "predict": ("image", "question"),
 }
 _ALLOWED_CLASSES = ("casp_pl.", "lightning.", "torch.")
 
@@ -74,6 +81,11 @@ def build_parser(recipes: Mapping[str, LightningArgumentParser] | None = None) -
     subcommands = parser.add_subcommands(required=True)
     for name, recipe in (recipe_parsers() if recipes is None else recipes).items():
         subcommands.add_subcommand(name, recipe, help=COMMANDS[name][1])
+    explain = _new_parser("Why a linear got its rank and bits.")
+    explain.add_argument("module", type=str, help="name of a linear, or its end: layers.3.self_attn.q_proj")
+    explain.add_argument("--run_dir", type=Path, required=True, help="runs/NAME, after calibration")
+    explain.add_argument("--verbose", action="store_true", help="show tracebacks")
+    subcommands.add_subcommand("explain", explain, help="why a linear of a run got its rank and bits")
     verify = _new_parser("Check a run or model directory.")
     verify.add_argument("directory", type=Path, help="runs/NAME or runs/NAME/model")
     verify.add_argument("--verbose", action="store_true", help="show tracebacks")
@@ -105,12 +117,10 @@ def _recipe_parser(name: str, text: str) -> LightningArgumentParser:
     parser.add_class_arguments(ModelSource, "model")
     parser.add_class_arguments(CalibrationData, "data")
     parser.add_class_arguments(EvaluationData, "evaluation")
-    parser.add_subclass_arguments(Quantizer, "quantizer", default={"class_path": "casp_pl.quantizers.AQLMQuantizer"})
+    _add_allocation(parser)
     parser.add_argument("--baseline", type=Quantizer | None, help="what every report compares with; null for nothing")
     parser.set_defaults({"baseline": {"class_path": "casp_pl.quantizers.RTNQuantizer"}})
     parser.add_argument("--baseline_bits", type=int, default=2, help="bits of the baseline")
-    parser.add_class_arguments(LowRankAllocation, "low_rank")
-    parser.add_class_arguments(BitAllocation, "bits")
     parser.add_class_arguments(BlockQuantization, "quantization", skip={"seed"})
     kwargs_only: dict[str, Any] = {"instantiate": False}
     parser.add_class_arguments(
@@ -128,10 +138,19 @@ def _recipe_parser(name: str, text: str) -> LightningArgumentParser:
         parser.add_argument(
             "--out", type=Path | None, default=None, help="the sheet, a PNG; default runs/NAME.data.png"
         )
+    if name == "plan":
+        parser.add_argument("--json", action="store_true", help="print everything as JSON")
+        parser.add_argument("--quick", action="store_true", help="times from rates instead of one measured block")
     if name == "predict":
         parser.add_argument("--image", type=Path, required=True, help="an image file")
         parser.add_argument("--question", type=str, required=True, help="what to ask about it")
     return parser
+
+
+def _add_allocation(parser: LightningArgumentParser) -> None:
+    parser.add_subclass_arguments(Quantizer, "quantizer", default={"class_path": "casp_pl.quantizers.AQLMQuantizer"})
+    parser.add_class_arguments(LowRankAllocation, "low_rank")
+    parser.add_class_arguments(BitAllocation, "bits")
 
 
 def settings_from(parser: LightningArgumentParser, chosen: Namespace) -> RunSettings:
@@ -154,7 +173,8 @@ def settings_from(parser: LightningArgumentParser, chosen: Namespace) -> RunSett
 
 
 _NOT_IN_FINGERPRINT = frozenset(
-    {"config", "run_dir", "verbose", "override_memory", "name", "image", "question", "out"}
+    {"config", "run_dir", "verbose", "name"}
+    | {argument for arguments in _OWN_ARGUMENTS.values() for argument in arguments}
     | {"trainer.devices", "trainer.num_nodes", "trainer.strategy"}  # a run may go on with more or fewer processes
 )
 
@@ -197,16 +217,29 @@ def _run(arguments: list[str], verbose: bool) -> int:
         command = config.subcommand
         if command == "verify":
             return commands.verify(config.verify.directory)
+        if command == "explain":
+            return commands.explain(_explain_settings(config.explain.run_dir), config.explain.module)
         if command == "export":
             chosen = config.export
             return commands.export(chosen.directory, chosen.out, chosen.format, dtype=chosen.dtype)
         settings = settings_from(recipes[command], config[command])
     except (ArgumentError, argparse.ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(_short_reason(str(error), recipes, arguments)) from error
-    extra = {key: config[command][key] for key in ("image", "question") if command == "predict"}
-    extra |= {"override_memory": config[command].override_memory} if command == "fit" else {}
-    extra |= {"out": config[command].out} if command == "data" else {}
+    extra = {key: config[command][key] for key in _OWN_ARGUMENTS.get(command, ())}
     return COMMANDS[command][0](settings, **extra)
+
+
+def _explain_settings(run_dir: Path) -> ExplainSettings:
+    """What a finished calibration was asked for, out of the recipe that the run kept."""
+    path = run_dir / "config.yaml"
+    _check_recipe(path, f"{path}: no such file; give --run_dir of a run that has begun.")
+    recipe = yaml.safe_load(path.read_text())
+    parser = _new_parser("")
+    _add_allocation(parser)
+    built = parser.instantiate(
+        parser.parse_object({key: recipe[key] for key in ("quantizer", "low_rank", "bits") if key in recipe})
+    )
+    return ExplainSettings(run_dir, built.quantizer, built.low_rank, built.bits)
 
 
 def _check_files(arguments: Sequence[str]) -> None:
@@ -214,17 +247,21 @@ def _check_files(arguments: Sequence[str]) -> None:
     values = [b for a, b in zip(arguments, arguments[1:], strict=False) if a == "--config"]
     values += [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
     for path in map(Path, values):
-        if not path.is_file():
-            raise InputError(f"--config {path}: no such file.")
-        try:
-            content = yaml.safe_load(path.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not plain YAML: {str(error).splitlines()[0]}") from error
-        if not isinstance(content, dict):
-            raise ConfigError(f"{path} must hold keys and values, not {type(content).__name__}.")
-        _check_classes(str(path), _class_paths(content))
+        _check_recipe(path, f"--config {path}: no such file.")
     pairs = zip(arguments, arguments[1:], strict=False)
     _check_classes("command line", [value for key, value in pairs if key.endswith("class_path")])
+
+
+def _check_recipe(path: Path, missing: str) -> None:
+    if not path.is_file():
+        raise InputError(missing)
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not plain YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold keys and values, not {type(content).__name__}.")
+    _check_classes(str(path), _class_paths(content))
 
 
 def _check_classes(where: str, paths: Sequence[str]) -> None:

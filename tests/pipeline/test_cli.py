@@ -76,7 +76,7 @@ def test_foreign_class_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_plan_is_a_dry_run(recipe: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *recipe, "--run_dir", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out
-    for word in ("q_proj", "bits per weight: 3.0", "memory: about", "time: about"):
+    for word in ("q_proj", "bits per weight: 3.0", "memory: about", "time: about", "one block of this shape"):
         assert word in printed
     assert not (tmp_path / "run").exists()
 

@@ -1,4 +1,4 @@
-"""The command line: `python -m casp_pl {fit,plan,validate,test,predict,verify,export}`.
+"""The command line: `python -m casp_pl {fit,plan,validate,test,predict,verify,export,lm_eval,lmms_eval}`.
 
 Built on Lightning's argument parser: the arguments are the constructor arguments of the classes that do the work, so
 their docstrings are the help and a recipe is checked against the real signatures. One fit is several LightningModules
@@ -27,11 +27,14 @@ from casp_pl.console import setup_logging
 from casp_pl.data import CalibrationData
 from casp_pl.data.evaluation import EvaluationData
 from casp_pl.errors import CaspError, ConfigError, InputError
+from casp_pl.evaluation.scoring import AnswerRule
 from casp_pl.export import EXPORT_DTYPES, EXPORT_FORMATS
+from casp_pl.harness import HARNESSES, run_harness
 from casp_pl.models.compress import BlockQuantization
 from casp_pl.models.load import ModelSource
 from casp_pl.modules import BlockwiseModule, CalibrationModule, EndToEndModule
 from casp_pl.pipeline import commands
+from casp_pl.pipeline.chat import Models
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.quantizers import Quantizer
 
@@ -42,7 +45,7 @@ COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
     "plan": (commands.plan, "dry run: bits, sizes, memory and time before anything heavy happens"),
     "validate": (commands.validate, "original and compressed side by side on the recipe's test questions"),
     "test": (commands.test, "the same on the whole test set"),
-    "predict": (commands.predict, "answer one question about one image with both models"),
+    "predict": (commands.predict, "answer a question about an image, or talk (--chat)"),
 }
 _ALLOWED_CLASSES = ("casp_pl.", "lightning.", "torch.")
 
@@ -66,7 +69,8 @@ def build_parser(recipes: Mapping[str, LightningArgumentParser] | None = None) -
     Args:
         recipes: what `recipe_parsers` made; None makes them here.
     """
-    parser = _new_parser("2-bit large multimodal models.", prog="casp_pl")
+    others = "lm_eval and lmms_eval MODEL_DIRECTORY --tasks ...: evaluate a compressed model with these packages."
+    parser = _new_parser("2-bit large multimodal models.", prog="casp_pl", epilog=others)
     subcommands = parser.add_subcommands(required=True)
     for name, recipe in (recipe_parsers() if recipes is None else recipes).items():
         subcommands.add_subcommand(name, recipe, help=COMMANDS[name][1])
@@ -101,6 +105,8 @@ def _recipe_parser(name: str, text: str) -> LightningArgumentParser:
     parser.add_class_arguments(ModelSource, "model")
     parser.add_class_arguments(CalibrationData, "data")
     parser.add_class_arguments(EvaluationData, "evaluation")
+    rule = {"class_path": "casp_pl.evaluation.scoring.ExactMatch"}
+    parser.add_subclass_arguments(AnswerRule, "scoring", default=rule)
     parser.add_subclass_arguments(Quantizer, "quantizer", default={"class_path": "casp_pl.quantizers.AQLMQuantizer"})
     parser.add_argument("--baseline", type=Quantizer | None, help="what every report compares with; null for nothing")
     parser.set_defaults({"baseline": {"class_path": "casp_pl.quantizers.RTNQuantizer"}})
@@ -121,9 +127,16 @@ def _recipe_parser(name: str, text: str) -> LightningArgumentParser:
     parser.add_class_arguments(pl.Trainer, "trainer", fail_untyped=False, **kwargs_only)
     parser.set_defaults({"trainer.accelerator": "auto", "trainer.devices": 1})
     if name == "predict":
-        parser.add_argument("--image", type=Path, required=True, help="an image file")
-        parser.add_argument("--question", type=str, required=True, help="what to ask about it")
+        _add_predict_arguments(parser)
     return parser
+
+
+def _add_predict_arguments(parser: LightningArgumentParser) -> None:
+    parser.add_argument("--image", type=Path | None, default=None, help="an image file")
+    parser.add_argument("--question", type=str | None, default=None, help="what to ask about it")
+    parser.add_argument("--chat", action="store_true", help="a conversation: one question a line of standard input")
+    parser.add_argument("--models", type=Models, default="both", help="who answers")
+    parser.add_argument("--max_new_tokens", type=PositiveInt, default=64, help="longest answer")
 
 
 def settings_from(parser: LightningArgumentParser, chosen: Namespace) -> RunSettings:
@@ -131,7 +144,9 @@ def settings_from(parser: LightningArgumentParser, chosen: Namespace) -> RunSett
     flat = {key: str(value) for key, value in chosen.items() if key not in _NOT_IN_FINGERPRINT}
     recipe = parser.dump(chosen)
     built = parser.instantiate(chosen)
-    fields = {key: built[key] for key in ("name", "data", "evaluation", "quantizer", "baseline", "baseline_bits")}
+    fields = {
+        key: built[key] for key in ("name", "data", "evaluation", "scoring", "quantizer", "baseline", "baseline_bits")
+    }
     fields |= {key: built[key] for key in ("model", "low_rank", "bits", "quantization")}
     kwargs_only = ("calibration", "block_tuning", "end_to_end", "codebook_update", "trainer")
     fields |= {key: built[key].as_dict() for key in kwargs_only}
@@ -145,8 +160,9 @@ def settings_from(parser: LightningArgumentParser, chosen: Namespace) -> RunSett
     )
 
 
+_PREDICT = ("image", "question", "chat", "models", "max_new_tokens")
 _NOT_IN_FINGERPRINT = frozenset(
-    {"config", "run_dir", "verbose", "override_memory", "name", "image", "question"}
+    {"config", "run_dir", "verbose", "override_memory", "name", *_PREDICT}
     | {"trainer.devices", "trainer.num_nodes", "trainer.strategy"}  # a run may go on with more or fewer processes
 )
 
@@ -178,6 +194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str], verbose: bool) -> int:
+    if arguments and arguments[0] in HARNESSES:  # they have messages and bars of their own
+        return run_harness(arguments[0], arguments[1:])
     setup_logging(verbose=verbose)
     recipes = recipe_parsers()
     parser = build_parser(recipes)
@@ -193,7 +211,7 @@ def _run(arguments: list[str], verbose: bool) -> int:
         settings = settings_from(recipes[command], config[command])
     except (ArgumentError, argparse.ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(_short_reason(str(error), recipes, arguments)) from error
-    extra = {key: config[command][key] for key in ("image", "question") if command == "predict"}
+    extra = {key: config[command][key] for key in _PREDICT if command == "predict"}
     extra |= {"override_memory": config[command].override_memory} if command == "fit" else {}
     return COMMANDS[command][0](settings, **extra)
 

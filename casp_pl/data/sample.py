@@ -23,12 +23,17 @@ class Sample:
         turns: the conversation; empty for plain text.
         text: the plain text; None for a conversation.
         image: path of the image; None for samples without one.
+        answers: of a benchmark question, all answers that count, such as those of ten people; empty where the answer
+            of the first turn is the only one.
+        category: of a benchmark question, the part of the benchmark that it belongs to.
     """
 
     id: str
     turns: tuple[Turn, ...] = ()
     text: str | None = None
     image: Path | None = None
+    answers: tuple[str, ...] = ()
+    category: str = ""
 
     def __post_init__(self) -> None:
         if bool(self.turns) == (self.text is not None):

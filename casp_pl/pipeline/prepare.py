@@ -16,7 +16,7 @@ from casp_pl.pipeline.launch import accelerator_type
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.processes import process_count
 
-__all__ = ["Prepared", "RunBatches", "fingerprint", "load_batches", "on_device", "prepare"]
+__all__ = ["Prepared", "RunBatches", "fingerprint", "load_batches", "model_device", "on_device", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,18 @@ def prepare(settings: RunSettings) -> Prepared:
     settings.evaluation.attach(processor)
     # an impossible budget or rank is found now, not after an hour
     settings.bits.make_plan(adapter, settings.low_rank.choose(adapter, None), None)
-    device = _device(accelerator_type(settings.trainer))
+    device = model_device(settings)
     model.to(device)
     return Prepared(adapter, processor, device)
 
 
-def _device(accelerator: str) -> torch.device:
-    if accelerator == "cpu":
+def model_device(settings: RunSettings) -> torch.device:
+    """Where the recipe's trainer wants the model.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if accelerator_type(settings.trainer) == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("trainer.accelerator: there is no GPU here; set it to cpu.")

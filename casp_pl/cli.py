@@ -144,10 +144,8 @@ def settings_from(parser: LightningArgumentParser, chosen: Namespace) -> RunSett
     flat = {key: str(value) for key, value in chosen.items() if key not in _NOT_IN_FINGERPRINT}
     recipe = parser.dump(chosen)
     built = parser.instantiate(chosen)
-    fields = {
-        key: built[key] for key in ("name", "data", "evaluation", "scoring", "quantizer", "baseline", "baseline_bits")
-    }
-    fields |= {key: built[key] for key in ("model", "low_rank", "bits", "quantization")}
+    fields = {key: built[key] for key in ("name", "data", "evaluation", "quantizer", "baseline", "baseline_bits")}
+    fields |= {key: built[key] for key in ("scoring", "model", "low_rank", "bits", "quantization")}
     kwargs_only = ("calibration", "block_tuning", "end_to_end", "codebook_update", "trainer")
     fields |= {key: built[key].as_dict() for key in kwargs_only}
     built["quantization"].seed = built["seed_everything"]

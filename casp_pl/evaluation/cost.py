@@ -21,8 +21,8 @@ class DecodeCost:
     Attributes:
         tokens_per_second: new tokens a second after the prompt, the median of the repetitions.
         weights_bytes: weights and buffers as they lie in memory.
-        peak_memory_bytes: largest resident size of the process meanwhile, or on a GPU the largest allocation; None where
-            the system does not tell. The Python libraries are part of it, and the other model if it is in memory.
+        peak_memory_bytes: largest resident size of the process meanwhile, or on a GPU the largest allocation; None
+            where the system does not tell. The Python libraries are part of it.
     """
 
     tokens_per_second: float

@@ -1,4 +1,4 @@
-"""lm-eval's model `casp`: what `fit` saved, a LLaVA with its language model alone. Importing this module registers it."""
+"""lm-eval's model `casp`: what `fit` saved, without images. Importing this module registers it."""
 
 from typing import Any
 

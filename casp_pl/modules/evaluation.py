@@ -70,9 +70,8 @@ class EvaluationModule(pl.LightningModule):
         self.reference = reference
         self.max_new_tokens = max_new_tokens
         self.chunk = chunk
-        self.accuracy = VQAAccuracy(
-            rule=self.rule, sync_on_compute=False
-        )  # these three see the answers of all processes
+        # these three see the answers of all processes
+        self.accuracy = VQAAccuracy(rule=self.rule, sync_on_compute=False)
         self.flips = FlipRate(sync_on_compute=False)
         self.paired = PairedAccuracy(sync_on_compute=False)
         self.perplexity = Perplexity()

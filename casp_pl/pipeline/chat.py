@@ -1,4 +1,4 @@
-"""`predict`: one question or a conversation, the answers shown while they are made; the same in a terminal and piped."""
+"""`predict`: one question or a conversation, answers shown while they are made; in a terminal and piped."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,7 +73,7 @@ class _Words(TextStreamer):  # type: ignore[misc]  # transformers has no types
         self.out = out
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """transformers calls it with every piece of text."""
+        """Transformers calls it with every piece of text."""
         print(text, end="\n" if stream_end else "", file=self.out, flush=True)
 
 

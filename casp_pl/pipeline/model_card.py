@@ -1,4 +1,4 @@
-"""README.md of the model directory: what the model is, how good, how to load it, what it came from, what to beware of."""
+"""README.md of the model directory: what the model is, how good, how to load it, what it came from, its limits."""
 
 from collections.abc import Iterator
 
@@ -27,7 +27,7 @@ _LIMITS = """\
 - It was tuned to imitate the original, with its faults, on the data below; how it answers elsewhere was not measured.
   Rare words, other languages and long texts suffer more from few bits than these figures show.
 - The intervals cover the choice of test images, not the choice of seeds and calibration samples.
-- A few tokens are multiplied without a dense weight, many tokens (a prompt) by way of one that is rebuilt for a moment."""
+- A few tokens are multiplied without a dense weight, many (a prompt) by way of one that is rebuilt for a moment."""
 
 
 def model_card(report: CompressionReport, settings: RunSettings) -> str:
@@ -42,8 +42,9 @@ def model_card(report: CompressionReport, settings: RunSettings) -> str:
     parts = [
         _metadata(settings, license),
         f"# {report.name}",
-        f"{base}, compressed by casp_pl with {report.quantizer} to {number(final.bits_per_weight_codes, 3)} bits a weight "
-        f"({number(final.bits_per_weight_total, 3)} with every codebook and scale), {size(final.model_bytes)} in all.",
+        f"{base}, compressed by casp_pl with {report.quantizer} to {number(final.bits_per_weight_codes, 3)} bits a "
+        f"weight ({number(final.bits_per_weight_total, 3)} with every codebook and scale), "
+        f"{size(final.model_bytes)} in all.",
         "## How good\n\n" + markdown_table(HEADER, [stage_cells(row) for row in (original, final) if row is not None]),
         _in_words(final),
         "## How to load\n\n"
@@ -81,9 +82,9 @@ def _data(report: CompressionReport, settings: RunSettings) -> Iterator[str]:
     counts = report.data.get("calibration", {})
     images, texts = counts.get("image_samples", 0), counts.get("text_samples", 0)
     if images:
-        yield f"- calibration and fine-tuning, images: {_source(settings.data.source, EasyVQA)}, {images:,} samples"
+        yield f"- calibration and tuning, images: {_source(settings.data.source, EasyVQA)}, {images:,} samples"
     if texts:
-        yield f"- calibration and fine-tuning, text: {_source(settings.data.text_source, PydocProse)}, {texts:,} samples"
+        yield f"- calibration and tuning, text: {_source(settings.data.text_source, PydocProse)}, {texts:,} samples"
     asked = report.data.get("evaluation", {}).get("questions", 0)
     if asked:
         yield f"- evaluation, held out: {_source(settings.evaluation.source, EasyVQA)}, {asked:,} questions"

@@ -2,7 +2,7 @@ r"""POPE (Li et al., EMNLP 2023): is there such an object in the image? Half of 
 
 `coco_pope_random.json`, `coco_pope_popular.json` and `coco_pope_adversarial.json` hold one question a line:
 
-{"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "text": "Is there a snowboard in the image?", "label": "yes"}
+{"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "text": "Is there a dog in the image?", "label": "yes"}
 """
 
 from pathlib import Path

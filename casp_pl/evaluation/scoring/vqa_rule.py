@@ -17,10 +17,8 @@ __all__ = ["VQARule", "normalise_vqa_answer"]
 
 _ENOUGH = 3
 _ARTICLES = frozenset({"a", "an", "the"})
-_NUMBERS = {
-    word: str(value)
-    for value, word in enumerate("zero one two three four five six seven eight nine ten".split())
-} | {"none": "0"}  # fmt: skip
+_NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+_DIGITS = {"none": "0"} | {word: str(value) for value, word in enumerate(_NUMBERS)}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"(?<=\d),+(?=\d)")
 _FULL_STOP = re.compile(r"\.(?!\d)")
@@ -33,7 +31,7 @@ _CONTRACTIONS = """
     there's they'd they'd've they'll they're they've wasn't we'd've we've weren't what'll what're what's what've when's
     where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've
     'twas 'ow's'at y'all y'all'll y'all'd've you'd you'd've you'll you're you've
-""".split()
+"""
 
 
 class VQARule(AnswerRule):
@@ -65,7 +63,7 @@ def normalise_vqa_answer(text: str) -> str:
     """What the published evaluation compares: "Two dogs." becomes "2 dogs"."""
     lower = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     plain = _without_punctuation(" ".join(lower.split()))
-    words = [_NUMBERS.get(word, word) for word in plain.split()]
+    words = [_DIGITS.get(word, word) for word in plain.split()]
     return " ".join(_CONTRACTED.get(word, word) for word in words if word not in _ARTICLES)
 
 
@@ -84,4 +82,4 @@ def _spellings(word: str) -> list[str]:
     return [word[:place] + word[place + 1 :] for place in places]
 
 
-_CONTRACTED = {spelling: word for word in _CONTRACTIONS for spelling in _spellings(word)}
+_CONTRACTED = {spelling: word for word in _CONTRACTIONS.split() for spelling in _spellings(word)}

@@ -53,24 +53,26 @@ class VQAAccuracy(Metric):
         self.seed = seed
         for name in ("scores", "image", "open_ended"):
             self.add_state(name, [], dist_reduce_fx="cat")
+        self.set_dtype(torch.float64)  # of what a process without questions sends to the others
 
     def update(self, predictions: Sequence[str], answers: Sequence[str | Sequence[str]], image_numbers: Tensor) -> None:
         """N predictions, N expected answers (or all that count), and (N,) the number of each question's image."""
         accepted = [(answer,) if isinstance(answer, str) else tuple(answer) for answer in answers]
         scores = [self.rule.score(*pair) for pair in zip(predictions, accepted, strict=True)]
-        self.scores.append(torch.tensor(scores, dtype=torch.float64, device=self.device))
         open_ended = [not all(map(is_yes_no, texts)) for texts in accepted]
-        self.open_ended.append(torch.tensor(open_ended, device=self.device))
-        self.image.append(image_numbers.to(self.device))
+        self.scores.append(torch.tensor(scores, dtype=torch.float64, device=self.device))
+        self.open_ended.append(torch.tensor(open_ended, dtype=torch.float64, device=self.device))
+        self.image.append(image_numbers.to(self.device, torch.float64))
 
     def compute(self) -> dict[str, Any]:
         """accuracy, interval (low, high), accuracy_not_yes_no (None without such questions), questions."""
         scores, open_ended, image = map(dim_zero_cat, (self.scores, self.open_ended, self.image))
+        counted = scores[open_ended == 1]
         means = resampled_means(scores, image, resamples=self.resamples, seed=self.seed)
         return {
             "accuracy": scores.mean().item(),
             "interval": interval(means, self.confidence),
-            "accuracy_not_yes_no": scores[open_ended].mean().item() if open_ended.any() else None,
+            "accuracy_not_yes_no": counted.mean().item() if len(counted) else None,
             "questions": len(scores),
         }
 

@@ -75,12 +75,13 @@ class PairedAccuracy(Metric):
         self.seed = seed
         for name in ("original", "compressed", "image"):
             self.add_state(name, [], dist_reduce_fx="cat")
+        self.set_dtype(torch.float64)  # of what a process without questions sends to the others
 
     def update(self, original: Sequence[float], compressed: Sequence[float], image_numbers: Tensor) -> None:
         """N scores of each model, and (N,) the number of each question's image."""
         for state, scores in ((self.original, original), (self.compressed, compressed)):
             state.append(torch.tensor(scores, dtype=torch.float64, device=self.device))
-        self.image.append(image_numbers.to(self.device))
+        self.image.append(image_numbers.to(self.device, torch.float64))
 
     def compute(self) -> PairedFigures:
         """The comparison over the questions of all processes."""

@@ -89,8 +89,9 @@ def comparison_markdown(comparison: ModelComparison) -> str:
 
 def _title(comparison: ModelComparison) -> str:
     row = comparison.compressed
-    questions = f"{row.questions or 0:,} questions of {comparison.data} by {comparison.rule}"
-    return f"{questions}, {row.text_tokens or 0:,} tokens of text"
+    parts = [f"{row.questions:,} questions of {comparison.data} by {comparison.rule}"] if row.questions else []
+    parts += [f"{row.text_tokens:,} tokens of text"] if row.text_tokens else []
+    return "Original and compressed on " + " and ".join(parts)
 
 
 def _rows(comparison: ModelComparison) -> list[list[str]]:

@@ -84,8 +84,7 @@ def test_seed_bench(tmp_path):
     path = write(tmp_path / "SEED-Bench.json", content)
     (sample,) = SEEDBench(path=path, image_folder=tmp_path, prompt="{question}\n" + LETTER).load("test")
     text = (
-        "How many?\nA. One\nB. Two\nC. Three\nD. Four\n"
-        "Answer with the option's letter from the given choices directly."
+        "How many?\nA. One\nB. Two\nC. Three\nD. Four\nAnswer with the option's letter from the given choices directly."
     )
     assert shown(sample) == (text, ("C",), "14_25", "Instances Counting")
 
@@ -97,9 +96,7 @@ def test_text_vqa(tmp_path):
     words = write(tmp_path / "ocr.json", {"data": [{"image_id": "003a", "ocr_tokens": ["NOKIA", "3310"]}]})
     prompt = "{question}\n{ocr}Answer the question using a single word or phrase."
     (sample,) = TextVQA(path=path, image_folder=tmp_path, prompt=prompt, ocr_path=words).load("test")
-    text = (
-        "What is the brand?\nReference OCR token: NOKIA, 3310\nAnswer the question using a single word or phrase."
-    )
+    text = "What is the brand?\nReference OCR token: NOKIA, 3310\nAnswer the question using a single word or phrase."
     assert shown(sample) == (text, tuple(answers), "003a.jpg", "")
     assert sample.turns[0].answer == "Nokia"
     (sample,) = TextVQA(path=path, image_folder=tmp_path, prompt=prompt).load("test")

@@ -67,7 +67,13 @@ def test_vqa_rule_is_that_of_lmms_eval():
         exc_type=ImportError,
     )
     theirs = metric.EvalAIAnswerProcessor()
-    texts = [*theirs.CONTRACTIONS, *theirs.CONTRACTIONS.values(), *theirs.NUMBER_MAP, "It's 1,000.5 (about)!", "a\nb\tc"]
+    texts = [
+        *theirs.CONTRACTIONS,
+        *theirs.CONTRACTIONS.values(),
+        *theirs.NUMBER_MAP,
+        "It's 1,000.5 (about)!",
+        "a\nb\tc",
+    ]
     texts += ["U.S.A.", "10:30 am", "a-b", "a - b", "x_y", "'the' one?", "$5.99", "no, it isnt", 'say "hi"', ""]
     differ = [text for text in texts if normalise_vqa_answer(text) != theirs(text)]
     assert differ == ["somebody'd"]  # which their table turns into somebodyd: its key and value are swapped

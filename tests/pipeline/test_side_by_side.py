@@ -76,9 +76,7 @@ def write_benchmark(name: str, folder: Path, images: Path) -> list[str]:
         options |= {"annotations": folder / "annotations.json", "image_name": "{}.jpg"}
     if content is not None:
         (folder / "questions.json").write_text(json.dumps(content))
-    return [
-        part for key, value in options.items() for part in (f"--evaluation.source.init_args.{key}", str(value))
-    ]
+    return [part for key, value in options.items() for part in (f"--evaluation.source.init_args.{key}", str(value))]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +135,9 @@ def test_figures_of_both_models(
 
 
 @pytest.mark.slow
-def test_two_processes_report_what_one_does(recipe: list[str], finished_run: Path, images: Path, tmp_path: Path) -> None:
+def test_two_processes_report_what_one_does(
+    recipe: list[str], finished_run: Path, images: Path, tmp_path: Path
+) -> None:
     options = write_benchmark("mme", tmp_path, images)
     arguments = ["test", *recipe, "--config", str(ROOT / "configs/evaluation/mme.yaml"), *options]
     arguments += ["--run_dir", str(finished_run), "--evaluation.images_per_batch", "1"]

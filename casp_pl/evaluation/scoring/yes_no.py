@@ -47,7 +47,8 @@ class MMEPairs(AnswerRule):
 
     def figures(self, rows: Sequence[ScoredAnswer]) -> dict[str, float]:
         """`score, perception` (at most 2,000) and `score, cognition` (at most 800); acc, acc+ and score by ability."""
-        figures, sums = {}, {"perception": 0.0, "cognition": 0.0}
+        figures: dict[str, float] = {}
+        sums = {"perception": 0.0, "cognition": 0.0}
         for ability, part in by_category(rows).items():
             images = defaultdict(list)
             for row in part:

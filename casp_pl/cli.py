@@ -1,4 +1,4 @@
-"""The command line: `python -m casp_pl {fit,plan,data,validate,test,predict,explain,verify,export}`.
+"""The command line: `python -m casp_pl {fit,plan,data,validate,test,predict,explain,verify,export,lm_eval,lmms_eval}`.
 
 Built on Lightning's argument parser: the arguments are the constructor arguments of the classes that do the work, so
 their docstrings are the help and a recipe is checked against the real signatures. One fit is several LightningModules
@@ -28,12 +28,15 @@ from casp_pl.console import setup_logging
 from casp_pl.data import CalibrationData
 from casp_pl.data.evaluation import EvaluationData
 from casp_pl.errors import CaspError, ConfigError, InputError, ResourceError
+from casp_pl.evaluation.scoring import AnswerRule
 from casp_pl.export import EXPORT_DTYPES, EXPORT_FORMATS
+from casp_pl.harness import HARNESSES, run_harness
 from casp_pl.models.compress import BlockQuantization
 from casp_pl.models.load import ModelSource
 from casp_pl.models.micro_batch import is_out_of_memory
 from casp_pl.modules import BlockwiseModule, CalibrationModule, EndToEndModule
 from casp_pl.pipeline import commands
+from casp_pl.pipeline.chat import Models
 from casp_pl.pipeline.data_report import data
 from casp_pl.pipeline.explain import ExplainSettings
 from casp_pl.pipeline.settings import RunSettings
@@ -47,13 +50,13 @@ COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
     "data": (data, "what enters: samples, tokens, what is skipped and why, a sheet of images with captions"),
     "validate": (commands.validate, "original and compressed side by side on the recipe's test questions"),
     "test": (commands.test, "the same on the whole test set"),
-    "predict": (commands.predict, "answer one question about one image with both models"),
+    "predict": (commands.predict, "answer a question about an image, or talk (--chat)"),
 }
 _OWN_ARGUMENTS = {
     "fit": ("override_memory",),
     "plan": ("json", "quick"),
     "data": ("out",),
-    "predict": ("image", "question"),
+    "predict": ("image", "question", "chat", "models", "max_new_tokens"),
 }
 _ALLOWED_CLASSES = ("casp_pl.", "lightning.", "torch.")
 
@@ -77,7 +80,8 @@ def build_parser(recipes: Mapping[str, LightningArgumentParser] | None = None) -
     Args:
         recipes: what `recipe_parsers` made; None makes them here.
     """
-    parser = _new_parser("2-bit large multimodal models.", prog="casp_pl")
+    others = "lm_eval and lmms_eval MODEL_DIRECTORY --tasks ...: evaluate a compressed model with these packages."
+    parser = _new_parser("2-bit large multimodal models.", prog="casp_pl", epilog=others)
     subcommands = parser.add_subcommands(required=True)
     for name, recipe in (recipe_parsers() if recipes is None else recipes).items():
         subcommands.add_subcommand(name, recipe, help=COMMANDS[name][1])
@@ -117,6 +121,8 @@ def _recipe_parser(name: str, text: str) -> LightningArgumentParser:
     parser.add_class_arguments(ModelSource, "model")
     parser.add_class_arguments(CalibrationData, "data")
     parser.add_class_arguments(EvaluationData, "evaluation")
+    rule = {"class_path": "casp_pl.evaluation.scoring.ExactMatch"}
+    parser.add_subclass_arguments(AnswerRule, "scoring", default=rule)
     _add_allocation(parser)
     parser.add_argument("--baseline", type=Quantizer | None, help="what every report compares with; null for nothing")
     parser.set_defaults({"baseline": {"class_path": "casp_pl.quantizers.RTNQuantizer"}})
@@ -142,8 +148,7 @@ def _recipe_parser(name: str, text: str) -> LightningArgumentParser:
         parser.add_argument("--json", action="store_true", help="print everything as JSON")
         parser.add_argument("--quick", action="store_true", help="times from rates instead of one measured block")
     if name == "predict":
-        parser.add_argument("--image", type=Path, required=True, help="an image file")
-        parser.add_argument("--question", type=str, required=True, help="what to ask about it")
+        _add_predict_arguments(parser)
     return parser
 
 
@@ -153,13 +158,21 @@ def _add_allocation(parser: LightningArgumentParser) -> None:
     parser.add_class_arguments(BitAllocation, "bits")
 
 
+def _add_predict_arguments(parser: LightningArgumentParser) -> None:
+    parser.add_argument("--image", type=Path | None, default=None, help="an image file")
+    parser.add_argument("--question", type=str | None, default=None, help="what to ask about it")
+    parser.add_argument("--chat", action="store_true", help="a conversation: one question a line of standard input")
+    parser.add_argument("--models", type=Models, default="both", help="who answers")
+    parser.add_argument("--max_new_tokens", type=PositiveInt, default=64, help="longest answer")
+
+
 def settings_from(parser: LightningArgumentParser, chosen: Namespace) -> RunSettings:
     """Objects from a recipe that `parser`, one of `recipe_parsers`, has parsed."""
     flat = {key: str(value) for key, value in chosen.items() if key not in _NOT_IN_FINGERPRINT}
     recipe = parser.dump(chosen)
     built = parser.instantiate(chosen)
     fields = {key: built[key] for key in ("name", "data", "evaluation", "quantizer", "baseline", "baseline_bits")}
-    fields |= {key: built[key] for key in ("model", "low_rank", "bits", "quantization")}
+    fields |= {key: built[key] for key in ("scoring", "model", "low_rank", "bits", "quantization")}
     kwargs_only = ("calibration", "block_tuning", "end_to_end", "codebook_update", "trainer")
     fields |= {key: built[key].as_dict() for key in kwargs_only}
     built["quantization"].seed = built["seed_everything"]
@@ -208,6 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str], verbose: bool) -> int:
+    if arguments and arguments[0] in HARNESSES:  # they have messages and bars of their own
+        return run_harness(arguments[0], arguments[1:])
     setup_logging(verbose=verbose)
     recipes = recipe_parsers()
     parser = build_parser(recipes)

@@ -11,14 +11,23 @@ from torch import Tensor
 from casp_pl.checkpoint.registration import compact_state_dict
 from casp_pl.errors import ConfigError, InputError
 from casp_pl.models.adapter import ModelAdapter, adapt
-from casp_pl.models.soundness import require_finite_weights
 from casp_pl.models.skeleton import load_skeleton
+from casp_pl.models.soundness import require_finite_weights
 from casp_pl.pipeline.blocks import Batches
 from casp_pl.pipeline.launch import accelerator_type
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.processes import process_count
 
-__all__ = ["Prepared", "RunBatches", "fingerprint", "load_batches", "on_device", "prepare", "prepare_outline"]
+__all__ = [
+    "Prepared",
+    "RunBatches",
+    "fingerprint",
+    "load_batches",
+    "model_device",
+    "on_device",
+    "prepare",
+    "prepare_outline",
+]
 
 
 @dataclass(frozen=True)
@@ -67,11 +76,16 @@ def _prepared(settings: RunSettings, model: Any, processor: Any) -> Prepared:
     settings.evaluation.attach(processor)
     # an impossible budget or rank is found now, not after an hour
     settings.bits.make_plan(adapter, settings.low_rank.choose(adapter, None), None)
-    return Prepared(adapter, processor, _device(accelerator_type(settings.trainer)))
+    return Prepared(adapter, processor, model_device(settings))
 
 
-def _device(accelerator: str) -> torch.device:
-    if accelerator == "cpu":
+def model_device(settings: RunSettings) -> torch.device:
+    """Where the recipe's trainer wants the model.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if accelerator_type(settings.trainer) == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("trainer.accelerator: there is no GPU here; set it to cpu.")

@@ -106,7 +106,7 @@ def test_validate_agrees_with_the_report(
     validated = json.loads((finished_run / "validate.json").read_text())
     report = json.loads((finished_run / "report.json").read_text())
     for key in ("vqa_accuracy", "perplexity", "kl", "flip_rate"):
-        assert validated[1][key] == pytest.approx(report["stages"][-1][key], rel=1e-4, abs=1e-6)
+        assert validated["models"]["compressed"][key] == pytest.approx(report["stages"][-1][key], rel=1e-4, abs=1e-6)
 
 
 def test_verify_finds_a_flipped_bit(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

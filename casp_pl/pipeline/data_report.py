@@ -70,9 +70,10 @@ def _entries(samples: Sequence[Encoded], processor: Processor) -> list[tuple[Ima
     every = [(sample, number) for sample in samples for number in range(len(sample.images))]
     step = max(1, len(every) // _MOST_IMAGES)
     tokenizer = tokenizer_of(processor)
+    pictures = {getattr(processor, name, None) for name in ("image_token_id", "video_token_id")}
     entries = []
     for sample, number in every[::step][:_MOST_IMAGES]:
-        ids = [token for token in sample.input_ids if token != processor.image_token_id]
+        ids = [token for token in sample.input_ids if token not in pictures]
         text = " ".join(tokenizer.decode(ids, skip_special_tokens=True).split())
         of = f" {number + 1}/{len(sample.images)}" if len(sample.images) > 1 else ""
         entries.append((sample.images[number], f"{sample.id}{of}: {text}"))

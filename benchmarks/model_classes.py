@@ -44,8 +44,10 @@ assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatc
 batch = torch.load(inputs, weights_only=True)
 with torch.inference_mode():
     logits = model(**batch).logits
-    start = {key: value[:1] for key, value in batch.items()}
-    tokens = model.generate(**start, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    length = int(batch["attention_mask"][0].sum())
+    first = {key: batch[key][:1, :length] for key in ("input_ids", "attention_mask")}
+    first |= {key: batch[key][:1] for key in ("pixel_values", "image_sizes") if key in batch}
+    tokens = model.generate(**first, max_new_tokens=5, min_new_tokens=5, do_sample=False)
 torch.save((logits, tokens[0, -5:]), outputs)
 """
 

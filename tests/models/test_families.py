@@ -188,7 +188,11 @@ def test_saved_and_loaded_again(family: tuple[str, Any, Any], tmp_path: Path) ->
     assert torch.equal(loaded(**batch).logits, compressed(**batch).logits)
     before, after = (Collator(one)(_encoded(tmp_path, name, one)) for one in (processor, again))
     assert all(torch.equal(before[key], after[key]) for key in before if isinstance(before[key], Tensor))
-    loaded.generate(**{key: value[:1] for key, value in batch.items()}, max_new_tokens=2, do_sample=False)
+    length = int(batch["attention_mask"][0].sum())
+    first = {key: batch[key][:1, :length] for key in ("input_ids", "attention_mask")}
+    first |= {key: batch[key][:1] for key in ("pixel_values", "image_sizes") if key in batch}
+    tokens = loaded.generate(**first, max_new_tokens=2, do_sample=False)
+    assert tokens[0, length] == compressed(**batch).logits[0, length - 1].argmax()
 
 
 def test_read_from_a_directory(family: tuple[str, Any, Any], tmp_path: Path) -> None:

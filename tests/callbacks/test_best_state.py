@@ -70,7 +70,7 @@ class Descent(pl.LightningModule):
         self.seen: list[float] = []
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        self.seen.append(float(self.weight))
+        self.seen.append(self.weight.item())
         return self.weight.square() * (float("nan") if len(self.seen) - 1 in self.broken else 1.0)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:

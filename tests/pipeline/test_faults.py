@@ -200,27 +200,6 @@ class _Bomb:
 
 
 @pytest.mark.slow
-def test_an_unreachable_hub_is_one_line_within_ten_seconds(tmp_path: Path) -> None:
-    script = """
-import sys, time
-from casp_pl.errors import InputError
-from casp_pl.models import load_model
-load_model("tiny")
-start = time.monotonic()
-try:
-    load_model("nobody/nothing")
-except InputError as error:
-    print(time.monotonic() - start, len(str(error).splitlines()))
-"""
-    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
-    environment.pop("HF_HUB_OFFLINE", None)
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
-    seconds, lines = done.stdout.split()
-    assert float(seconds) < 10
-    assert int(lines) <= 2
-
-
-@pytest.mark.slow
 def test_optional_packages_that_are_broken_are_replaced_and_named(tmp_path: Path) -> None:
     (tmp_path / "numba.py").write_text("raise ImportError('no LLVM here')\n")
     (tmp_path / "fast_hadamard_transform.py").write_text("import fast_hadamard_transform_cuda\n")

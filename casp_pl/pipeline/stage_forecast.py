@@ -1,28 +1,24 @@
 """Time, memory and disk of every stage, and whether this machine has them."""
 
-import copy
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from casp_pl.allocation import CompressionPlan
 from casp_pl.checkpoint.stored_size import ModelSize, run_file_bytes
-from casp_pl.models.surgery import install_layers
 from casp_pl.pipeline.estimate import quick_block_seconds, stage_weights, working_dtype, workload
 from casp_pl.pipeline.footprint import BlockShape, stage_memory
+from casp_pl.pipeline.outline import CompressedOutline
 from casp_pl.pipeline.planning import BlockSeconds
 from casp_pl.pipeline.prepare import Prepared, on_device
 from casp_pl.pipeline.probe import measured_block_seconds, one_block_model
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import TrainerFactory
-from casp_pl.quantizers import Quantizer
-from casp_pl.quantizers.low_rank import low_rank_spec
 
-__all__ = ["StageForecast", "disk_free", "forecast_stages", "judged_stages", "plan_specs"]
+__all__ = ["StageForecast", "disk_free", "forecast_stages", "judged_stages"]
 
 _PROBE_BATCHES = 2
 _WAYS_OUT = {
@@ -66,7 +62,7 @@ def forecast_stages(
     prepared: Prepared,
     plan: CompressionPlan,
     size: ModelSize,
-    specs: Mapping[str, dict[str, Any]],
+    outline: CompressedOutline,
     *,
     quick: bool,
 ) -> tuple[tuple[StageForecast, ...], str]:
@@ -77,7 +73,7 @@ def forecast_stages(
         prepared: made by `prepare_outline`.
         plan: rank and bits of every linear.
         size: of the model's directory.
-        specs: of all compressed layers, see `plan_specs`.
+        outline: of the compressed model.
         quick: whether times come from rates instead of a measured block.
     """
     work = workload(settings, prepared.adapter)
@@ -85,7 +81,7 @@ def forecast_stages(
     stages = judged_stages(
         stage_weights(settings, block, work),
         stage_memory(BlockShape.of(prepared.adapter), work, working_dtype(settings)),
-        _stage_disk(settings, prepared, size, specs),
+        _stage_disk(settings, prepared, size, outline),
         spread=block.spread,
         memory_free=psutil.virtual_memory().available,
         disk_free=disk_free(settings.run_dir),
@@ -133,13 +129,13 @@ def _measured(settings: RunSettings, prepared: Prepared, plan: CompressionPlan) 
 
 
 def _stage_disk(
-    settings: RunSettings, prepared: Prepared, size: ModelSize, specs: Mapping[str, dict[str, Any]]
+    settings: RunSettings, prepared: Prepared, size: ModelSize, outline: CompressedOutline
 ) -> dict[str, int]:
     """Bytes by stage: outputs of an evaluation, spectra, three times the blocks, the model."""
     adapter, wanted = prepared.adapter, settings.evaluation.counts
     hidden = adapter.head.weight.shape[1]
     shapes = [adapter.shapes(number)[name] for number in range(len(adapter.blocks)) for name in adapter.low_rank_names]
-    blocks = _blocks_bytes(prepared, specs)
+    blocks = sum(run_file_bytes(dict(block.state_dict()), {}) for block in outline.blocks)
     return {
         "evaluate": (wanted["questions"] + wanted["text_tokens"]) * hidden * 4,
         "calibration": 4 * sum(map(min, shapes)),
@@ -148,27 +144,6 @@ def _stage_disk(
         "end to end": blocks,
         "save": size.weights + size.beside,
     }
-
-
-def _blocks_bytes(prepared: Prepared, specs: Mapping[str, dict[str, Any]]) -> int:
-    model = copy.deepcopy(prepared.adapter.model)
-    install_layers(model, specs)
-    prefix = f"{prepared.adapter.decoder_name}.layers"
-    blocks: Any = model.get_submodule(prefix)
-    return sum(run_file_bytes(dict(block.state_dict()), {}) for block in blocks)
-
-
-def plan_specs(plan: CompressionPlan, prepared: Prepared, quantizer: Quantizer) -> dict[str, dict[str, Any]]:
-    """Full module name to the spec of the layer that a fit with this plan puts there."""
-    specs = {}
-    for module in plan.modules:
-        linear = prepared.adapter.model.get_submodule(module.name)
-        settings: dict[str, Any] = {"bits": module.bits, "bias": linear.bias is not None}
-        if module.rank is None:
-            specs[module.name] = quantizer.layer_spec(*module.shape, **settings)
-        else:
-            specs[module.name] = low_rank_spec(*module.shape, module.rank, quantizer, **settings)
-    return specs
 
 
 def disk_free(run_dir: Path) -> int:

@@ -7,8 +7,6 @@ spectra are missing: the first and last blocks stand in for the scores, equal ra
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import psutil
-
 from casp_pl.allocation import CompressionPlan
 from casp_pl.checkpoint import RunDirectory
 from casp_pl.checkpoint.manifest import MANIFEST_NAME
@@ -17,7 +15,7 @@ from casp_pl.pipeline.bit_forecast import CurveEntry, GroupForecast, forecast_bi
 from casp_pl.pipeline.outline import compressed_outline
 from casp_pl.pipeline.prepare import Prepared, prepare_outline
 from casp_pl.pipeline.settings import RunSettings
-from casp_pl.pipeline.stage_forecast import StageForecast, disk_free, forecast_stages
+from casp_pl.pipeline.stage_forecast import StageForecast, disk_free, forecast_stages, memory_free
 
 __all__ = ["RunForecast", "forecast_run"]
 
@@ -104,7 +102,7 @@ def forecast_run(settings: RunSettings, *, quick: bool = False) -> RunForecast:
         original_bytes=2 * sum(parameter.numel() for parameter in prepared.adapter.model.parameters()),
         stages=stages,
         seconds_from=seconds_from,
-        memory_free=psutil.virtual_memory().available,
+        memory_free=memory_free(prepared.device),
         disk_free=disk_free(settings.run_dir),
         groups=groups,
         curve=curve,

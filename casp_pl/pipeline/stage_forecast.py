@@ -6,19 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch
 
 from casp_pl.allocation import CompressionPlan
 from casp_pl.checkpoint.stored_size import ModelSize, run_file_bytes
-from casp_pl.pipeline.estimate import quick_block_seconds, stage_weights, working_dtype, workload
+from casp_pl.pipeline.estimate import quick_block_costs, stage_weights, working_dtype, workload
 from casp_pl.pipeline.footprint import BlockShape, stage_memory
 from casp_pl.pipeline.outline import CompressedOutline
-from casp_pl.pipeline.planning import BlockSeconds
+from casp_pl.pipeline.planning import BlockCosts
 from casp_pl.pipeline.prepare import Prepared, on_device
-from casp_pl.pipeline.probe import measured_block_seconds, one_block_model
+from casp_pl.pipeline.probe import measured_block_costs, one_block_model
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import TrainerFactory
 
-__all__ = ["StageForecast", "disk_free", "forecast_stages", "judged_stages"]
+__all__ = ["StageForecast", "disk_free", "forecast_stages", "judged_stages", "memory_free"]
 
 _PROBE_BATCHES = 2
 _WAYS_OUT = {
@@ -77,13 +78,13 @@ def forecast_stages(
         quick: whether times come from rates instead of a measured block.
     """
     work = workload(settings, prepared.adapter)
-    block = quick_block_seconds(settings, prepared, work) if quick else _measured(settings, prepared, plan)
+    block = quick_block_costs(settings, prepared, work) if quick else _measured(settings, prepared, plan)
     stages = judged_stages(
         stage_weights(settings, block, work),
-        stage_memory(BlockShape.of(prepared.adapter), work, working_dtype(settings)),
+        stage_memory(BlockShape.of(prepared.adapter), work, working_dtype(settings), block.kept_bytes),
         _stage_disk(settings, prepared, size, outline),
         spread=block.spread,
-        memory_free=psutil.virtual_memory().available,
+        memory_free=memory_free(prepared.device),
         disk_free=disk_free(settings.run_dir),
     )
     return stages, block.source
@@ -120,12 +121,12 @@ def judged_stages(
     return tuple(stages)
 
 
-def _measured(settings: RunSettings, prepared: Prepared, plan: CompressionPlan) -> BlockSeconds:
+def _measured(settings: RunSettings, prepared: Prepared, plan: CompressionPlan) -> BlockCosts:
     probe = one_block_model(prepared.adapter.model, settings.seed)
     probe.model.to(prepared.device)
     batches = on_device(settings.data.first_batches(_PROBE_BATCHES), prepared.device)
     autocast = TrainerFactory(settings.trainer, None).autocast
-    return measured_block_seconds(probe, batches, plan, settings.quantization, settings.quantizer, autocast)
+    return measured_block_costs(probe, batches, plan, settings.quantization, settings.quantizer, autocast)
 
 
 def _stage_disk(
@@ -152,3 +153,10 @@ def disk_free(run_dir: Path) -> int:
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free
+
+
+def memory_free(device: torch.device) -> int:
+    """Bytes that are available where the model lies."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from json import dumps
 from pathlib import Path
 
 import psutil
@@ -10,6 +11,7 @@ import torch
 
 from casp_pl.allocation import CompressionPlan
 from casp_pl.checkpoint.stored_size import ModelSize, run_file_bytes
+from casp_pl.models.surgery import layer_specs
 from casp_pl.pipeline.estimate import quick_block_costs, stage_weights, working_dtype, workload
 from casp_pl.pipeline.footprint import BlockShape, stage_memory
 from casp_pl.pipeline.outline import CompressedOutline
@@ -136,7 +138,10 @@ def _stage_disk(
     adapter, wanted = prepared.adapter, settings.evaluation.counts
     hidden = adapter.head.weight.shape[1]
     shapes = [adapter.shapes(number)[name] for number in range(len(adapter.blocks)) for name in adapter.low_rank_names]
-    blocks = sum(run_file_bytes(dict(block.state_dict()), {}) for block in outline.blocks)
+    blocks = sum(
+        run_file_bytes(dict(block.state_dict()), {"layers": dumps(layer_specs(block)), "notes": "{}"})
+        for block in outline.blocks
+    )
     return {
         "evaluate": (wanted["questions"] + wanted["text_tokens"]) * hidden * 4,
         "calibration": 4 * sum(map(min, shapes)),

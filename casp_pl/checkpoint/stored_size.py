@@ -8,7 +8,7 @@ import copy
 import json
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from casp_pl.checkpoint.atomic import METADATA_KEY
 from casp_pl.checkpoint.hugging_face import without_progress_bars
 from casp_pl.checkpoint.registration import CaspConfig
 from casp_pl.layers import QuantizedLinear
-from casp_pl.models.surgery import compressed_layers, install_layers
+from casp_pl.models.surgery import compressed_layers, layer_specs
 
 __all__ = ["ModelSize", "StoredTensor", "model_size", "run_file_bytes", "safetensors_bytes"]
 
@@ -82,31 +82,35 @@ def run_file_bytes(tensors: Mapping[str, Tensor], metadata: Any) -> int:
 
 
 def model_size(
-    model: Any, processor: Any, specs: Mapping[str, Mapping[str, Any]], headers: Mapping[str, torch.dtype] | None
+    model: Any, processor: Any, headers: Mapping[str, torch.dtype] | None, *, trained: Collection[str] = ()
 ) -> ModelSize:
     """Size of the directory that `save_compressed` will write, exact up to the 50 GB at which weights are split.
 
     Args:
-        model: the original on the meta device; its linears are replaced by compressed layers.
+        model: the compressed model on the meta device; it stays as it is.
         processor: saved beside it; None for none.
-        specs: full module name to the spec of the layer there.
         headers: dtypes of the original's tensors by their names in its files; None where every value fits into float16.
+        trained: names of the parameters that fine-tuning changes. Tables are rounded to float16 then, but norms and
+            biases keep float32.
     """
-    compressed = copy.deepcopy(model)  # of structure alone
-    install_layers(compressed, specs)
-    for layer in compressed_layers(compressed).values():
+    model = copy.deepcopy(model)  # of structure alone
+    specs = layer_specs(model)
+    for layer in compressed_layers(model).values():
         _store_tables_in_half(layer)
-    floats = {name: tensor for name, tensor in _state_as_saved(compressed).items() if tensor.dtype is torch.float32}
-    halves = {name for name in floats if headers is None or _dtype_there(name, headers) is torch.float16}
-    stored = {
-        name: StoredTensor(torch.float16 if name in halves else tensor.dtype, tuple(tensor.shape))
-        for name, tensor in _state_as_saved(compressed).items()
-    }
-    unseen = sum(tensor.nbytes for name, tensor in floats.items() if name not in halves)
+    state = _without_aliases(model)
+    changed = {id(tensor) for name, tensor in state.items() if name in trained}
+    stored, unseen = {}, 0
+    for name, tensor in _renamed(model, state).items():
+        dtype = tensor.dtype
+        if dtype is torch.float32 and id(tensor) not in changed:
+            fits = headers is None or _dtype_there(name, headers) is torch.float16
+            dtype = torch.float16 if fits else dtype
+            unseen += 0 if fits else tensor.nbytes
+        stored[name] = StoredTensor(dtype, tuple(tensor.shape))
     return ModelSize(
         weights=safetensors_bytes(stored, {"format": "pt"}),
         tensors=sum(tensor.nbytes for tensor in stored.values()),
-        beside=_beside(compressed, processor, specs),
+        beside=_beside(model, processor, specs),
         undecided=unseen // 2,
     )
 
@@ -120,12 +124,18 @@ def _store_tables_in_half(layer: nn.Module) -> None:
             part.weight.data = part.weight.data.to(torch.float16)
 
 
-def _state_as_saved(model: Any) -> dict[str, Tensor]:
-    """The tensors that `save_pretrained` writes, under the names in the file; they lie on the meta device."""
-    from transformers.core_model_loading import revert_weight_conversion
+def _without_aliases(model: Any) -> dict[str, Tensor]:
+    """The state dict, of tied tensors only the one that `save_pretrained` writes."""
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
     state: dict[str, Tensor] = remove_tied_weights_from_state_dict(model.state_dict(), model)
+    return state
+
+
+def _renamed(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under the names that they have in a file."""
+    from transformers.core_model_loading import revert_weight_conversion
+
     return dict(revert_weight_conversion(model, state))
 
 

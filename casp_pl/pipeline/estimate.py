@@ -7,12 +7,12 @@ import torch
 
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.pipeline.footprint import BlockShape, peak_memory
-from casp_pl.pipeline.planning import BlockSeconds, Workload, block_seconds_from_rates, effective_rate, stage_seconds
+from casp_pl.pipeline.planning import BlockCosts, Workload, block_costs_from_rates, effective_rate, stage_seconds
 from casp_pl.pipeline.prepare import Prepared
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import TrainerFactory
 
-__all__ = ["RunEstimate", "planned_estimate", "quick_block_seconds", "stage_weights", "working_dtype", "workload"]
+__all__ = ["RunEstimate", "planned_estimate", "quick_block_costs", "stage_weights", "working_dtype", "workload"]
 
 _QUESTION_TOKENS = 24  # a question's own tokens; the image prefix is shared
 _SAVE_SECONDS = 5.0
@@ -34,8 +34,9 @@ class RunEstimate:
 def planned_estimate(settings: RunSettings, prepared: Prepared) -> RunEstimate:
     """Memory and time of this recipe on this machine."""
     work = workload(settings, prepared.adapter)
-    seconds = stage_weights(settings, quick_block_seconds(settings, prepared, work), work)
-    return RunEstimate(peak_memory(BlockShape.of(prepared.adapter), work, working_dtype(settings)), seconds)
+    block = quick_block_costs(settings, prepared, work)
+    memory = peak_memory(BlockShape.of(prepared.adapter), work, working_dtype(settings), block.kept_bytes)
+    return RunEstimate(memory, stage_weights(settings, block, work))
 
 
 def working_dtype(settings: RunSettings) -> torch.dtype:
@@ -43,11 +44,11 @@ def working_dtype(settings: RunSettings) -> torch.dtype:
     return TrainerFactory(settings.trainer, None).autocast or torch.float32
 
 
-def quick_block_seconds(settings: RunSettings, prepared: Prepared, work: Workload) -> BlockSeconds:
+def quick_block_costs(settings: RunSettings, prepared: Prepared, work: Workload) -> BlockCosts:
     """What a block takes, from rates that are measured in half a second."""
     dtype = working_dtype(settings)
     rates = {kind: effective_rate(kind, prepared.device) for kind in {dtype, torch.float32}}
-    return block_seconds_from_rates(prepared.adapter, work, dtype=dtype, rates=rates)
+    return block_costs_from_rates(prepared.adapter, work, dtype=dtype, rates=rates)
 
 
 def workload(settings: RunSettings, adapter: ModelAdapter) -> Workload:
@@ -69,7 +70,7 @@ def workload(settings: RunSettings, adapter: ModelAdapter) -> Workload:
     )
 
 
-def stage_weights(settings: RunSettings, block: BlockSeconds, work: Workload) -> dict[str, float]:
+def stage_weights(settings: RunSettings, block: BlockCosts, work: Workload) -> dict[str, float]:
     """Stage -> expected seconds, in the order in which they run."""
     seconds: Mapping[str, float] = stage_seconds(work, block)
     share = seconds["evaluation"]

@@ -70,7 +70,7 @@ def explanation(settings: ExplainSettings, module: str) -> list[str]:
         lines += [
             f"bits: all low-rank factors have bits.factor_bits ({entry.bits}); the allocation does not choose them."
         ]
-        lines += _bits_of_block(plan, entry, choices, levels)
+        lines += _bits_of_block(entry, choices, levels)
     return lines + _measured(run, entry)
 
 
@@ -98,10 +98,10 @@ def _score(plan: CompressionPlan, entry: ModulePlan, kind: str) -> list[str]:
     order = sorted(by_block, key=lambda block: -by_block[block])
     place = order.index(entry.block) + 1
     median = sorted(by_block.values())[len(by_block) // 2]
-    first = f"block {order[0]} has {by_block[order[0]]:.4g}"
+    first = "" if place == 1 else f", block {order[0]} has {by_block[order[0]]:.4g}"
     return [
         f"score ({kind}): block {entry.block} has {by_block[entry.block]:.4g}, place {place} of {len(order)}"
-        f" (median {median:.4g}, {first}); {entry.score:.4g} of it are this linear's."
+        f" (median {median:.4g}{first}); {entry.score:.4g} of it are this linear's."
     ]
 
 
@@ -148,13 +148,13 @@ def _bits(plan: CompressionPlan, entry: ModulePlan, choices: BitChoices, levels:
     return lines
 
 
-def _bits_of_block(plan: CompressionPlan, entry: ModulePlan, choices: BitChoices, levels: Sequence[int]) -> list[str]:
-    rest = [
-        f"{_group_name(choices, number)} {level}"
-        for number, level in enumerate(levels)
-        if choices.groups[number][0].block == entry.block
-    ]
-    return [f"  the other linears of its block: {', '.join(rest)} bits."] if rest else []
+def _bits_of_block(entry: ModulePlan, choices: BitChoices, levels: Sequence[int]) -> list[str]:
+    rest = {
+        f"{group[0].name.rsplit('.', 1)[-1]} {level}" if len(group) == 1 else f"all of them {level}"
+        for group, level in zip(choices.groups, levels, strict=True)
+        if group[0].block == entry.block
+    }
+    return [f"  bits of the other linears of its block: {', '.join(sorted(rest))}."] if rest else []
 
 
 def _change(change: LevelChange | None, error: float) -> str:

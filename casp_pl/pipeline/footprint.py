@@ -11,7 +11,7 @@ import torch
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.pipeline.planning import Workload
 
-__all__ = ["PROCESS_BYTES", "BlockShape", "kept_for_backward", "logits_bytes", "peak_memory", "stage_memory"]
+__all__ = ["PROCESS_BYTES", "BlockShape", "logits_bytes", "peak_memory", "stage_memory"]
 
 PROCESS_BYTES = 900 << 20  # Python with torch, lightning and transformers, before any weight
 _HEAP_SLACK = 1.5  # what the heap takes for what is in it
@@ -57,18 +57,19 @@ class BlockShape:
         )
 
 
-def peak_memory(shape: BlockShape, work: Workload, dtype: torch.dtype) -> int:
+def peak_memory(shape: BlockShape, work: Workload, dtype: torch.dtype, kept_bytes: float) -> int:
     """Bytes of the process at its largest."""
-    return max(stage_memory(shape, work, dtype).values())
+    return max(stage_memory(shape, work, dtype, kept_bytes).values())
 
 
-def stage_memory(shape: BlockShape, work: Workload, dtype: torch.dtype) -> dict[str, int]:
+def stage_memory(shape: BlockShape, work: Workload, dtype: torch.dtype, kept_bytes: float) -> dict[str, int]:
     """Bytes of the process by stage, at their largest.
 
     Args:
         shape: of the model.
         work: what the recipe asks for.
         dtype: what blocks multiply matrices in.
+        kept_bytes: see `BlockCosts.kept_bytes`.
     """
     all_tokens = work.tokens + work.held_back_tokens
     codes = shape.blocks * shape.weights // 2  # at most 4 bits a weight, in memory until the end
@@ -76,7 +77,7 @@ def stage_memory(shape: BlockShape, work: Workload, dtype: torch.dtype) -> dict[
     dense = shape.blocks * shape.weights * _FLOAT  # all compressed blocks, dequantized for an evaluation
     half = dtype.itemsize if dtype != torch.float32 else 0
     block = shape.weights * (_FLOAT + half)
-    kept = kept_for_backward(shape, work, dtype)
+    kept = work.batch_tokens * kept_bytes
     streams = 3 * all_tokens * shape.hidden * _FLOAT
     references = work.tokens * shape.group_inputs * dtype.itemsize
     moments = 3 * shape.widest**2 * _DOUBLE
@@ -86,16 +87,11 @@ def stage_memory(shape: BlockShape, work: Workload, dtype: torch.dtype) -> dict[
         "calibration": shape.blocks * shape.hidden**2 * _DOUBLE + 2 * shape.weights * half,
         "quantize": codes + streams + references + moments + 2 * block,
         "evaluate quantized": codes + dense + logits,
-        "block tuning": 2 * codes + streams + work.tuning_window * (kept + block) if work.tuning_epochs else 0,
-        "end to end": 2 * codes + shape.blocks * (kept + block) + logits if work.steps else 0,
+        "block tuning": 2 * codes + streams + work.tuning_window * kept if work.tuning_epochs else 0,
+        "end to end": 2 * codes + shape.blocks * kept + logits if work.steps else 0,
         "save": 2 * codes,
     }
     return {name: PROCESS_BYTES + int(_HEAP_SLACK * (shape.model_bytes + size)) for name, size in own.items()}
-
-
-def kept_for_backward(shape: BlockShape, work: Workload, dtype: torch.dtype) -> int:
-    """Bytes of the activations that one block keeps of one batch."""
-    return work.batch_tokens * (16 * shape.hidden + 4 * shape.widest) * dtype.itemsize
 
 
 def logits_bytes(shape: BlockShape, work: Workload) -> int:

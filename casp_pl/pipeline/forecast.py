@@ -7,16 +7,15 @@ spectra are missing: the first and last blocks stand in for the scores, equal ra
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import psutil
-
 from casp_pl.allocation import CompressionPlan
 from casp_pl.checkpoint import RunDirectory
 from casp_pl.checkpoint.manifest import MANIFEST_NAME
 from casp_pl.checkpoint.stored_size import ModelSize, model_size
 from casp_pl.pipeline.bit_forecast import CurveEntry, GroupForecast, forecast_bits
+from casp_pl.pipeline.outline import compressed_outline
 from casp_pl.pipeline.prepare import Prepared, prepare_outline
 from casp_pl.pipeline.settings import RunSettings
-from casp_pl.pipeline.stage_forecast import StageForecast, disk_free, forecast_stages, plan_specs
+from casp_pl.pipeline.stage_forecast import StageForecast, disk_free, forecast_stages, memory_free
 
 __all__ = ["RunForecast", "forecast_run"]
 
@@ -87,10 +86,12 @@ def forecast_run(settings: RunSettings, *, quick: bool = False) -> RunForecast:
     """
     prepared, headers = prepare_outline(settings)
     plan, plan_from = _plan(settings, prepared)
-    specs = plan_specs(plan, prepared, settings.quantizer)
-    size = model_size(prepared.adapter.model, prepared.processor, specs, headers)
+    outline = compressed_outline(prepared.adapter, plan, settings.quantizer)
+    tunes = settings.block_tuning.get("epochs", 0) > 0 or settings.end_to_end.get("steps", 0) > 0
+    trained = outline.trained if tunes else frozenset()
+    size = model_size(outline.model, prepared.processor, headers, trained=trained)
     note = _size_note(settings, size, plan_from)
-    stages, seconds_from = forecast_stages(settings, prepared, plan, size, specs, quick=quick)
+    stages, seconds_from = forecast_stages(settings, prepared, plan, size, outline, quick=quick)
     groups, curve = forecast_bits(plan, settings.quantizer, settings.bits.granularity, size.weights)
     return RunForecast(
         plan=plan,
@@ -101,7 +102,7 @@ def forecast_run(settings: RunSettings, *, quick: bool = False) -> RunForecast:
         original_bytes=2 * sum(parameter.numel() for parameter in prepared.adapter.model.parameters()),
         stages=stages,
         seconds_from=seconds_from,
-        memory_free=psutil.virtual_memory().available,
+        memory_free=memory_free(prepared.device),
         disk_free=disk_free(settings.run_dir),
         groups=groups,
         curve=curve,

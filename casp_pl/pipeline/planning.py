@@ -11,7 +11,7 @@ import torch
 
 from casp_pl.models.adapter import ModelAdapter
 
-__all__ = ["BlockSeconds", "Workload", "block_seconds_from_rates", "effective_rate", "stage_seconds"]
+__all__ = ["BlockCosts", "Workload", "block_costs_from_rates", "effective_rate", "stage_seconds"]
 
 # what a model gets of the rate of one large product; norms, attention and softmax gain nothing from half precision
 _SHARE = {torch.float32: 0.75, torch.bfloat16: 0.5, torch.float16: 0.5}
@@ -47,8 +47,8 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class BlockSeconds:
-    """What one block of the model takes on this machine, in seconds.
+class BlockCosts:
+    """What one block of the model takes on this machine, in seconds where nothing else is said.
 
     Attributes:
         exact: forward pass in float32, a token.
@@ -58,6 +58,7 @@ class BlockSeconds:
         train: forward and backward pass with compressed weights, and Adam, a batch of training.
         head: logits, their divergence and its gradient, a batch of training; of the whole model, not of a block.
         prefix: embeddings, vision tower and projector, a token; of the whole model, not of a block.
+        kept_bytes: that autograd keeps for the backward pass, a token of a batch; bytes, not seconds.
         source: where the figures come from, for the reader.
         spread: by which share of itself a stage may take more or less.
     """
@@ -69,6 +70,7 @@ class BlockSeconds:
     train: float
     head: float
     prefix: float
+    kept_bytes: float
     source: str
     spread: float
 
@@ -84,9 +86,9 @@ def effective_rate(dtype: torch.dtype, device: torch.device, *, seconds: float =
     return _SHARE[dtype] * count * 2 * a.numel() * b.shape[1] / (time.perf_counter() - start)
 
 
-def block_seconds_from_rates(
+def block_costs_from_rates(
     adapter: ModelAdapter, work: Workload, *, dtype: torch.dtype, rates: Mapping[torch.dtype, float]
-) -> BlockSeconds:
+) -> BlockCosts:
     """What a block takes, from shapes and rates; the search of codes as AQLM's.
 
     Args:
@@ -100,7 +102,7 @@ def block_seconds_from_rates(
     squares = sum(widths[group[0]][1] ** 2 for group in adapter.linear_groups)
     rate, exact_rate = rates[dtype], rates[torch.float32]
     forward = 2.0 * weights / rate
-    return BlockSeconds(
+    return BlockCosts(
         exact=2.0 * weights / exact_rate,
         forward=forward,
         moments=_PARTIAL_PASSES * forward + 4.0 * squares / exact_rate,
@@ -108,12 +110,21 @@ def block_seconds_from_rates(
         train=work.batch_tokens * 3 * forward + _DEQUANTIZING_OPERATIONS * weights / exact_rate,
         head=work.batch_tokens * 6.0 * adapter.head.weight.numel() / rate,
         prefix=0.0,
+        kept_bytes=_kept_bytes(adapter, work, dtype),
         source="rates of a matrix product, timed here",
         spread=_SPREAD_OF_RATES,
     )
 
 
-def stage_seconds(work: Workload, block: BlockSeconds) -> dict[str, float]:
+def _kept_bytes(adapter: ModelAdapter, work: Workload, dtype: torch.dtype) -> float:
+    """A token's activations, and its share of a dense weight, in float32 and in `dtype`; fitted to AQLM."""
+    widths = adapter.shapes(0)
+    hidden, widest = widths[adapter.linear_names[0]][1], max(i for _, i in widths.values())
+    dense = sum(o * i for o, i in widths.values()) * (4 + (dtype.itemsize if dtype != torch.float32 else 0))
+    return (16 * hidden + 4 * widest) * dtype.itemsize + dense / work.batch_tokens
+
+
+def stage_seconds(work: Workload, block: BlockCosts) -> dict[str, float]:
     """Seconds by stage: one evaluation, calibration, quantization, block tuning, end to end."""
     count, all_tokens = work.blocks, work.tokens + work.held_back_tokens
     batches = -(-work.tokens // work.batch_tokens)

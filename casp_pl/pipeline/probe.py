@@ -22,10 +22,10 @@ from casp_pl.models.compress import BlockQuantization, collect_moments
 from casp_pl.models.streams import BlockBatch, first_block_batches, run_blocks, run_blocks_seeing
 from casp_pl.modules import BlockwiseModule
 from casp_pl.modules.end_to_end import target_mask
-from casp_pl.pipeline.planning import BlockSeconds
+from casp_pl.pipeline.planning import BlockCosts
 from casp_pl.quantizers import Quantizer
 
-__all__ = ["measured_block_seconds", "one_block_model"]
+__all__ = ["measured_block_costs", "one_block_model"]
 
 _REPEATS = 3
 _LEAST_SPREAD = 0.15  # stages of one recipe differ by this much from run to run
@@ -48,14 +48,14 @@ def one_block_model(model: Any, seed: int = 0) -> ModelAdapter:
     return adapt(probe.to(model.dtype).eval().requires_grad_(False))
 
 
-def measured_block_seconds(
+def measured_block_costs(
     probe: ModelAdapter,
     batches: Sequence[dict[str, Any]],
     plan: CompressionPlan,
     quantization: BlockQuantization,
     quantizer: Quantizer,
     autocast: torch.dtype | None,
-) -> BlockSeconds:
+) -> BlockCosts:
     """Time what a fit does with a block.
 
     Args:
@@ -80,9 +80,11 @@ def measured_block_seconds(
     typical = _typical_block(plan)
     quantizer.quantize(torch.randn(16, 64), torch.eye(64), bits=typical[-1].bits)  # loops are compiled at first use
     quantize, compressed = _quantized(probe, typical, quantization, quantizer, references, inputs)
-    train = _training_steps(compressed, inputs)
+    pairs = [(batch, torch.randn_like(batch.hidden)) for batch in inputs]
+    module = BlockwiseModule([compressed], pairs, [])
+    train = _training_steps(module, pairs)
     spread = max((max(times) - min(times)) / sum(times) * len(times) / 2 for times in (forward, exact, train))
-    return BlockSeconds(
+    return BlockCosts(
         exact=min(exact) / tokens,
         forward=min(forward) / tokens,
         moments=moments / tokens,
@@ -90,6 +92,7 @@ def measured_block_seconds(
         train=sorted(train)[len(train) // 2],
         head=_head(probe, batches, autocast),
         prefix=prefix / tokens,
+        kept_bytes=_kept_for_backward(module, pairs) / tokens,
         source="one block of this shape, measured here",
         spread=max(_LEAST_SPREAD, spread),
     )
@@ -130,10 +133,8 @@ def _quantized(
     return seconds * weights / rows.numel(), compressed
 
 
-def _training_steps(block: nn.Module, inputs: Sequence[BlockBatch]) -> list[float]:
+def _training_steps(module: BlockwiseModule, pairs: Sequence[tuple[BlockBatch, Tensor]]) -> list[float]:
     """Seconds of every step of training: forward, backward, Adam."""
-    pairs = [(batch, torch.randn_like(batch.hidden)) for batch in inputs]
-    module = BlockwiseModule([block], pairs, [])
     optimizer: Any = module.configure_optimizers()["optimizer"]
 
     def step(pair: tuple[BlockBatch, Tensor]) -> None:
@@ -142,7 +143,26 @@ def _training_steps(block: nn.Module, inputs: Sequence[BlockBatch]) -> list[floa
         optimizer.step()
 
     step(pairs[0])  # the first one fills caches
-    return [_timed(lambda pair=pair: step(pair))[0] for pair in pairs * _REPEATS]
+    return [_timed(lambda pair=pair: step(pair))[0] for pair in [*pairs] * _REPEATS]
+
+
+def _kept_for_backward(module: BlockwiseModule, pairs: Sequence[tuple[BlockBatch, Tensor]]) -> int:
+    """Bytes that autograd keeps of all batches together, without the block and what it reads."""
+    owned = [*module.parameters(), *module.buffers()]
+    total = 0
+    for pair in pairs:
+        outside = {tensor.untyped_storage().data_ptr() for tensor in [*owned, pair[0].hidden, pair[1]]}
+        kept: dict[int, int] = {}
+
+        def note(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = module.batch_loss(pair)
+        total += sum(size for place, size in kept.items() if place not in outside)
+        del loss
+    return total
 
 
 def _head(probe: ModelAdapter, batches: Sequence[dict[str, Any]], autocast: torch.dtype | None) -> float:

@@ -1,28 +1,27 @@
 """Time, memory and disk of every stage, and whether this machine has them."""
 
-import copy
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from json import dumps
 from pathlib import Path
-from typing import Any
 
 import psutil
+import torch
 
 from casp_pl.allocation import CompressionPlan
 from casp_pl.checkpoint.stored_size import ModelSize, run_file_bytes
-from casp_pl.models.surgery import install_layers
-from casp_pl.pipeline.estimate import quick_block_seconds, stage_weights, working_dtype, workload
+from casp_pl.models.surgery import layer_specs
+from casp_pl.pipeline.estimate import quick_block_costs, stage_weights, working_dtype, workload
 from casp_pl.pipeline.footprint import BlockShape, stage_memory
-from casp_pl.pipeline.planning import BlockSeconds
+from casp_pl.pipeline.outline import CompressedOutline
+from casp_pl.pipeline.planning import BlockCosts
 from casp_pl.pipeline.prepare import Prepared, on_device
-from casp_pl.pipeline.probe import measured_block_seconds, one_block_model
+from casp_pl.pipeline.probe import measured_block_costs, one_block_model
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import TrainerFactory
-from casp_pl.quantizers import Quantizer
-from casp_pl.quantizers.low_rank import low_rank_spec
 
-__all__ = ["StageForecast", "disk_free", "forecast_stages", "judged_stages", "plan_specs"]
+__all__ = ["StageForecast", "disk_free", "forecast_stages", "judged_stages", "memory_free"]
 
 _PROBE_BATCHES = 2
 _WAYS_OUT = {
@@ -66,7 +65,7 @@ def forecast_stages(
     prepared: Prepared,
     plan: CompressionPlan,
     size: ModelSize,
-    specs: Mapping[str, dict[str, Any]],
+    outline: CompressedOutline,
     *,
     quick: bool,
 ) -> tuple[tuple[StageForecast, ...], str]:
@@ -77,17 +76,17 @@ def forecast_stages(
         prepared: made by `prepare_outline`.
         plan: rank and bits of every linear.
         size: of the model's directory.
-        specs: of all compressed layers, see `plan_specs`.
+        outline: of the compressed model.
         quick: whether times come from rates instead of a measured block.
     """
     work = workload(settings, prepared.adapter)
-    block = quick_block_seconds(settings, prepared, work) if quick else _measured(settings, prepared, plan)
+    block = quick_block_costs(settings, prepared, work) if quick else _measured(settings, prepared, plan)
     stages = judged_stages(
         stage_weights(settings, block, work),
-        stage_memory(BlockShape.of(prepared.adapter), work, working_dtype(settings)),
-        _stage_disk(settings, prepared, size, specs),
+        stage_memory(BlockShape.of(prepared.adapter), work, working_dtype(settings), block.kept_bytes),
+        _stage_disk(settings, prepared, size, outline),
         spread=block.spread,
-        memory_free=psutil.virtual_memory().available,
+        memory_free=memory_free(prepared.device),
         disk_free=disk_free(settings.run_dir),
     )
     return stages, block.source
@@ -124,22 +123,25 @@ def judged_stages(
     return tuple(stages)
 
 
-def _measured(settings: RunSettings, prepared: Prepared, plan: CompressionPlan) -> BlockSeconds:
+def _measured(settings: RunSettings, prepared: Prepared, plan: CompressionPlan) -> BlockCosts:
     probe = one_block_model(prepared.adapter.model, settings.seed)
     probe.model.to(prepared.device)
     batches = on_device(settings.data.first_batches(_PROBE_BATCHES), prepared.device)
     autocast = TrainerFactory(settings.trainer, None).autocast
-    return measured_block_seconds(probe, batches, plan, settings.quantization, settings.quantizer, autocast)
+    return measured_block_costs(probe, batches, plan, settings.quantization, settings.quantizer, autocast)
 
 
 def _stage_disk(
-    settings: RunSettings, prepared: Prepared, size: ModelSize, specs: Mapping[str, dict[str, Any]]
+    settings: RunSettings, prepared: Prepared, size: ModelSize, outline: CompressedOutline
 ) -> dict[str, int]:
     """Bytes by stage: outputs of an evaluation, spectra, three times the blocks, the model."""
     adapter, wanted = prepared.adapter, settings.evaluation.counts
     hidden = adapter.head.weight.shape[1]
     shapes = [adapter.shapes(number)[name] for number in range(len(adapter.blocks)) for name in adapter.low_rank_names]
-    blocks = _blocks_bytes(prepared, specs)
+    blocks = sum(
+        run_file_bytes(dict(block.state_dict()), {"layers": dumps(layer_specs(block)), "notes": "{}"})
+        for block in outline.blocks
+    )
     return {
         "evaluate": (wanted["questions"] + wanted["text_tokens"]) * hidden * 4,
         "calibration": 4 * sum(map(min, shapes)),
@@ -150,30 +152,16 @@ def _stage_disk(
     }
 
 
-def _blocks_bytes(prepared: Prepared, specs: Mapping[str, dict[str, Any]]) -> int:
-    model = copy.deepcopy(prepared.adapter.model)
-    install_layers(model, specs)
-    prefix = f"{prepared.adapter.decoder_name}.layers"
-    blocks: Any = model.get_submodule(prefix)
-    return sum(run_file_bytes(dict(block.state_dict()), {}) for block in blocks)
-
-
-def plan_specs(plan: CompressionPlan, prepared: Prepared, quantizer: Quantizer) -> dict[str, dict[str, Any]]:
-    """Full module name to the spec of the layer that a fit with this plan puts there."""
-    specs = {}
-    for module in plan.modules:
-        linear = prepared.adapter.model.get_submodule(module.name)
-        settings: dict[str, Any] = {"bits": module.bits, "bias": linear.bias is not None}
-        if module.rank is None:
-            specs[module.name] = quantizer.layer_spec(*module.shape, **settings)
-        else:
-            specs[module.name] = low_rank_spec(*module.shape, module.rank, quantizer, **settings)
-    return specs
-
-
 def disk_free(run_dir: Path) -> int:
     """Bytes that are free where this directory lies, or will lie."""
     place = run_dir.absolute()
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free
+
+
+def memory_free(device: torch.device) -> int:
+    """Bytes that are available where the model lies."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available

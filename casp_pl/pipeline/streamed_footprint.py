@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from casp_pl.pipeline.footprint import PROCESS_BYTES, BlockShape, kept_for_backward, logits_bytes
+from casp_pl.pipeline.footprint import PROCESS_BYTES, BlockShape, logits_bytes
 from casp_pl.pipeline.planning import Workload
 
 __all__ = ["StreamedFootprint", "streamed_footprint"]
@@ -76,6 +76,7 @@ def streamed_footprint(
     working: torch.dtype,
     activations_on_disk: bool,
     widest_linear: tuple[int, int],
+    kept_bytes: float,
 ) -> StreamedFootprint:
     """Memory and disk of quantization and block tuning when one block after the other is read.
 
@@ -86,6 +87,7 @@ def streamed_footprint(
         working: what blocks multiply matrices in.
         activations_on_disk: whether the inputs of blocks lie on disk between batches.
         widest_linear: (O, I) of the largest linear of a block.
+        kept_bytes: see `BlockCosts.kept_bytes`.
     """
     half = working.itemsize if working != torch.float32 else 0
     block = shape.weights * (_FLOAT + half)
@@ -103,7 +105,7 @@ def streamed_footprint(
         activations_on_disk=everything if activations_on_disk else 0,
         temporary=max(
             _SEARCH_COPIES * out_features * in_features * _FLOAT,
-            window * kept_for_backward(shape, work, working) if work.tuning_epochs else 0,
+            int(window * work.batch_tokens * kept_bytes) if work.tuning_epochs else 0,
             logits_bytes(shape, work),
         ),
         model_on_disk=shape.blocks * shape.weights * stored.itemsize,

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from casp_pl.checkpoint import save_compressed
@@ -14,6 +13,7 @@ from casp_pl.checkpoint.stored_size import StoredTensor, model_size, run_file_by
 from casp_pl.models import adapt, load_model
 from casp_pl.models.load import ModelSource
 from casp_pl.models.skeleton import load_skeleton
+from casp_pl.models.surgery import install_layers
 from casp_pl.quantizers import AQLMQuantizer, GPTQQuantizer, QuIPSharpQuantizer, RTNQuantizer
 from casp_pl.quantizers.low_rank import low_rank_spec, quantize_low_rank
 
@@ -69,8 +69,8 @@ def test_model_directory_to_the_byte(method, bits, tmp_path):
     with torch.device("meta"):
         outline = LlamaForCausalLM(model.config)
     specs = compressed(model, QUANTIZERS[method], bits)
-    size = model_size(outline, None, specs, None)
-    assert isinstance(outline.model.layers[0].mlp.up_proj, nn.Linear), "the outline stays what it was"
+    install_layers(outline, specs)
+    size = model_size(outline, None, None)
     save_compressed(model, None, tmp_path / "model", card="a card")
     written = files(tmp_path / "model")
     assert size.weights == written["model.safetensors"]
@@ -78,13 +78,16 @@ def test_model_directory_to_the_byte(method, bits, tmp_path):
     assert size.undecided == 0
 
 
-def test_names_on_disk_and_ties_are_counted(tmp_path):
+def test_names_on_disk_ties_and_trained_norms_are_counted(tmp_path):
     """The tiny LLaVA: other names in the file than in memory, embeddings tied to the head, a processor beside it."""
     model, processor = load_model("tiny")
     specs = compressed(model, QUANTIZERS["rtn"], 2)
     skeleton = load_skeleton(ModelSource(source="tiny"))
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
-    size = model_size(skeleton.model, skeleton.processor, specs, skeleton.headers)
+    install_layers(skeleton.model, specs)
+    trained = "model.language_model.layers.1.input_layernorm.weight"
+    adapt(model).blocks[1].input_layernorm.weight.data += 1e-5  # no number of float16 any more
+    size = model_size(skeleton.model, skeleton.processor, skeleton.headers, trained={trained})
     save_compressed(model, processor, tmp_path / "model", card="a card")
     written = files(tmp_path / "model")
     assert size.weights == written.pop("model.safetensors")
@@ -100,7 +103,8 @@ def test_headers_decide_what_is_stored_in_half(stored, tmp_path):
     model.float()
     specs = compressed(model, QUANTIZERS["rtn"], 2)
     skeleton = load_skeleton(ModelSource(source=str(source)))
-    size = model_size(skeleton.model, None, specs, skeleton.headers)
+    install_layers(skeleton.model, specs)
+    size = model_size(skeleton.model, None, skeleton.headers)
     save_compressed(model, None, tmp_path / "model", card="a card")
     truth = files(tmp_path / "model")["model.safetensors"]
     assert size.weights - size.undecided <= truth <= size.weights

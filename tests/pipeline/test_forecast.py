@@ -1,6 +1,8 @@
 """What `plan` says beside what the fit of the same recipe left, and what it says where a machine is too small."""
 
 import json
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,21 @@ STAGES = ["evaluate original", "evaluate rtn", "calibration", "quantize", "evalu
           "evaluate block_tuned", "end to end", "evaluate end_to_end", "save"]  # fmt: skip
 
 
-def forecast(recipe: list[str], run_dir: Path, capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, Any]:
-    capsys.readouterr()
-    assert main(["plan", *recipe, "--run_dir", str(run_dir), "--json", *more]) == 0
-    told: dict[str, Any] = json.loads(capsys.readouterr().out)
+def forecast(recipe: list[str], run_dir: Path, *more: str) -> dict[str, Any]:
+    with redirect_stdout(StringIO()) as printed:
+        assert main(["plan", *recipe, "--run_dir", str(run_dir), "--json", *more]) == 0
+    told: dict[str, Any] = json.loads(printed.getvalue())
     return told
 
 
-def test_after_calibration_the_size_is_exact(
-    recipe: list[str], finished_run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    told = forecast(recipe, finished_run, capsys, "--quick")
+@pytest.fixture(scope="module")
+def afterwards(recipe: list[str], finished_run: Path) -> dict[str, Any]:
+    """The forecast with the plan that the run made."""
+    return forecast(recipe, finished_run, "--quick")
+
+
+def test_after_calibration_the_size_is_exact(afterwards: dict[str, Any], finished_run: Path) -> None:
+    told = afterwards
     assert told["plan_from"] == str(finished_run / "plan.json")
     assert told["size_is_exact"]
     written = {path.name: path.stat().st_size for path in (finished_run / "model").iterdir()}
@@ -39,10 +45,8 @@ def test_after_calibration_the_size_is_exact(
     assert disk["evaluate original"] == pytest.approx(outputs, rel=0.1)
 
 
-def test_before_calibration_it_says_what_it_cannot_know(
-    recipe: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    told = forecast(recipe, tmp_path / "none", capsys)
+def test_before_calibration_it_says_what_it_cannot_know(recipe: list[str], tmp_path: Path) -> None:
+    told = forecast(recipe, tmp_path / "none")
     assert told["plan_from"] == "prediction"
     assert not told["size_is_exact"]
     assert "spectral" in told["size_note"]
@@ -50,23 +54,19 @@ def test_before_calibration_it_says_what_it_cannot_know(
     for stage in told["stages"]:
         assert 0 < stage["seconds_low"] < stage["seconds"] < stage["seconds_high"]
         assert stage["fits"]
-    equal = forecast(recipe, tmp_path / "none", capsys, "--quick", "--low_rank.mode", "uniform")
+    equal = forecast(recipe, tmp_path / "none", "--quick", "--low_rank.mode", "uniform")
     assert "which blocks" in equal["size_note"]
     fixed = ("--quick", "--low_rank.mode", "uniform", "--bits.score", "first_last")
-    assert forecast(recipe, tmp_path / "none", capsys, *fixed)["size_is_exact"]
+    assert forecast(recipe, tmp_path / "none", *fixed)["size_is_exact"]
 
 
-def test_another_recipe_does_not_use_the_plan(
-    recipe: list[str], finished_run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    told = forecast(recipe, finished_run, capsys, "--quick", "--bits.budget", "2.5")
+def test_another_recipe_does_not_use_the_plan(recipe: list[str], finished_run: Path) -> None:
+    told = forecast(recipe, finished_run, "--quick", "--bits.budget", "2.5")
     assert told["plan_from"] == "prediction"
 
 
-def test_prices_and_curve_agree_with_the_plan(
-    recipe: list[str], finished_run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    told = forecast(recipe, finished_run, capsys, "--quick")
+def test_prices_and_curve_agree_with_the_plan(afterwards: dict[str, Any], finished_run: Path) -> None:
+    told = afterwards
     plan = json.loads((finished_run / "plan.json").read_text())
     scores = {block: sum(m["score"] for m in plan["modules"] if m["block"] == block and m["rank"] is None)
               for block in (0, 1)}  # fmt: skip

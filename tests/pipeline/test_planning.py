@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from casp_pl.models.adapter import ModelAdapter, adapt
 from casp_pl.models.load import load_model
 from casp_pl.pipeline.footprint import BlockShape, peak_memory, stage_memory
-from casp_pl.pipeline.planning import BlockSeconds, Workload, block_seconds_from_rates, effective_rate, stage_seconds
+from casp_pl.pipeline.planning import BlockCosts, Workload, block_costs_from_rates, effective_rate, stage_seconds
 from casp_pl.pipeline.streamed_footprint import streamed_footprint
 
 WORK = Workload(
@@ -32,7 +32,7 @@ def adapter() -> ModelAdapter:
 
 
 def seconds(adapter: ModelAdapter, work: Workload = WORK, dtype: torch.dtype = torch.float32) -> dict[str, float]:
-    return stage_seconds(work, block_seconds_from_rates(adapter, work, dtype=dtype, rates=RATES))
+    return stage_seconds(work, block_costs_from_rates(adapter, work, dtype=dtype, rates=RATES))
 
 
 def test_a_forward_pass_is_counted_as_torch_counts_its_linears(adapter: ModelAdapter) -> None:
@@ -50,7 +50,7 @@ def test_a_forward_pass_is_counted_as_torch_counts_its_linears(adapter: ModelAda
 
 def test_stages_are_sums_of_what_is_measured() -> None:
     """One part at a time: how often does a stage run it?"""
-    nothing = dict.fromkeys(("exact", "forward", "moments", "quantize", "train", "head", "prefix"), 0.0)
+    nothing = dict.fromkeys(("exact", "forward", "moments", "quantize", "train", "head", "prefix", "kept_bytes"), 0.0)
     tuning_passes = 2 * 1100 + 2 * 100  # teacher and student, then a validation an epoch
     step_passes = 10 * 250 + 6 * 100
     expected: dict[str, dict[str, float]] = {
@@ -63,7 +63,7 @@ def test_stages_are_sums_of_what_is_measured() -> None:
                     "end to end": 2 * step_passes},
     }  # fmt: skip
     for part, stages in expected.items():
-        block = BlockSeconds(**{**nothing, part: 1.0}, source="a test", spread=0.1)
+        block = BlockCosts(**{**nothing, part: 1.0}, source="a test", spread=0.1)
         found = {stage: time for stage, time in stage_seconds(WORK, block).items() if time}
         assert found == pytest.approx(stages), part
 
@@ -78,7 +78,7 @@ def test_stages_that_are_left_out_cost_nothing(adapter: ModelAdapter) -> None:
     bare = replace(WORK, steps=0, tuning_epochs=0)
     assert seconds(adapter, bare)["end to end"] == seconds(adapter, bare)["block tuning"] == 0
     shape = BlockShape.of(adapter)
-    assert peak_memory(shape, bare, torch.float32) <= peak_memory(shape, WORK, torch.float32)
+    assert peak_memory(shape, bare, torch.float32, 1e4) <= peak_memory(shape, WORK, torch.float32, 1e4)
 
 
 def test_memory_holds_the_model_and_grows_with_batch_and_data(adapter: ModelAdapter) -> None:
@@ -86,11 +86,11 @@ def test_memory_holds_the_model_and_grows_with_batch_and_data(adapter: ModelAdap
     assert shape.model_bytes == sum(p.numel() * p.element_size() for p in adapter.model.parameters())
 
     def memory(work: Workload) -> dict[str, int]:
-        return stage_memory(shape, work, torch.float32)
+        return stage_memory(shape, work, torch.float32, 1e4)
 
     assert min(memory(WORK).values()) > shape.model_bytes
     wide, long = replace(WORK, batch_tokens=25_000), replace(WORK, tokens=10_000_000)
-    assert memory(wide)["end to end"] > memory(WORK)["end to end"]
+    assert memory(wide)["end to end"] - memory(WORK)["end to end"] > 2 * (25_000 - 250) * 1e4, "of two blocks"
     assert memory(long)["quantize"] - memory(WORK)["quantize"] > 9_990_000 * 3 * 48 * 4
     assert memory(long)["end to end"] == memory(WORK)["end to end"]
 
@@ -106,6 +106,7 @@ def test_streaming_holds_one_block_and_puts_activations_where_they_are_wanted(ad
             working=torch.bfloat16,
             activations_on_disk=on_disk,
             widest_linear=(96, 48),
+            kept_bytes=1e3,
         )
         return found.memory, found.disk
 

@@ -118,4 +118,4 @@ def mcnemar_exact(first: int, second: int) -> float:
     for count in range(min(first, second) + 1):
         tail += term
         term = term * (n - count) // (count + 1)
-    return min(1.0, 2 * tail / 2**n)
+    return min(1.0, 2 * tail / (1 << n))

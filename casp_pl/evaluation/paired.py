@@ -5,8 +5,7 @@ the intervals of the two accuracies suggest.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +17,7 @@ from casp_pl.evaluation.bootstrap import interval, resampled_means
 __all__ = ["PairedAccuracy", "PairedFigures", "mcnemar_exact"]
 
 
-@dataclass(frozen=True)
-class PairedFigures:
+class PairedFigures(NamedTuple):
     """Compressed minus original.
 
     Attributes:
@@ -51,7 +49,7 @@ class PairedFigures:
 
     def to_dict(self) -> dict[str, Any]:
         """All figures by name, ready for JSON."""
-        return asdict(self)
+        return self._asdict()
 
 
 class PairedAccuracy(Metric):

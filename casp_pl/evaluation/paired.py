@@ -5,8 +5,7 @@ the intervals of the two accuracies suggest.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +17,7 @@ from casp_pl.evaluation.bootstrap import interval, resampled_means
 __all__ = ["PairedAccuracy", "PairedFigures", "mcnemar_exact"]
 
 
-@dataclass(frozen=True)
-class PairedFigures:
+class PairedFigures(NamedTuple):
     """Compressed minus original.
 
     Attributes:
@@ -51,7 +49,7 @@ class PairedFigures:
 
     def to_dict(self) -> dict[str, Any]:
         """All figures by name, ready for JSON."""
-        return asdict(self)
+        return self._asdict()
 
 
 class PairedAccuracy(Metric):
@@ -118,4 +116,4 @@ def mcnemar_exact(first: int, second: int) -> float:
     for count in range(min(first, second) + 1):
         tail += term
         term = term * (n - count) // (count + 1)
-    return min(1.0, 2 * tail / 2**n)
+    return min(1.0, 2 * tail / (1 << n))

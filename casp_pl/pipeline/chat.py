@@ -65,7 +65,7 @@ class Conversation:
         return answer
 
 
-class _Words(TextStreamer):  # type: ignore[misc]  # transformers has no types
+class _Words(TextStreamer):
     """Writes whole words as soon as they are there."""
 
     def __init__(self, tokenizer: Any, out: TextIO) -> None:

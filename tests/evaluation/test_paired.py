@@ -6,67 +6,57 @@ import sys
 import pytest
 import torch
 
-from casp_pl.evaluation import PairedAccuracy
+from casp_pl.evaluation import FlipRate, KLDivergence, PairedAccuracy, Perplexity, VQAAccuracy
 from casp_pl.evaluation.bootstrap import interval, resampled_means
 from casp_pl.evaluation.paired import mcnemar_exact
 
-TWO_PROCESSES = """
-import json, sys
-import torch, torch.distributed as dist
-from casp_pl.evaluation import FlipRate, KLDivergence, PairedAccuracy, Perplexity, VQAAccuracy
-
-rank, count, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-if count > 1:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
-random = torch.Generator().manual_seed(0)
-images = torch.arange(30).repeat_interleave(3)
-first, second = (torch.rand(90, generator=random).mul(11).floor().div(10).clamp(max=1) for _ in range(2))
-logits, theirs = torch.randn(2, 90, 7, generator=random)
-said = ["yes" if score > 0.5 else "no" for score in first]
-paired, accuracy, flips = PairedAccuracy(), VQAAccuracy(), FlipRate()
-perplexity, kl = Perplexity(), KLDivergence()
-mine = torch.arange(90)[rank::count] if sys.argv[4] == "even" else torch.arange(90)[: 90 * (rank == 0)]
-for rows in mine.split(7) if len(mine) else []:
-    paired.update(first[rows].tolist(), second[rows].tolist(), images[rows])
-    words = [said[row] for row in rows]
-    accuracy.update(words, ["yes"] * len(rows), images[rows])
-    flips.update(words, ["no"] * len(rows))
-    perplexity.update(logits[rows], images[rows] % 7)
-    kl.update(theirs[rows], logits[rows])
-figures = {"paired": paired.compute().to_dict(), "accuracy": accuracy.compute()}
-figures |= {"flips": flips.compute(), "perplexity": perplexity.compute(), "kl": kl.compute()}
-print(json.dumps(figures))
-"""
+ROWS = 90
 
 
-def run_processes(count, tmp_path, share="even"):
-    """What each of `count` gloo processes computes."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-c", TWO_PROCESSES]
-    store = tmp_path / f"store-{count}-{share}"
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(count), str(store), share], env=environment, stdout=subprocess.PIPE, text=True
-        )
-        for rank in range(count)
-    ]
-    outputs = [process.communicate(timeout=200)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * count
-    return [json.loads(output.splitlines()[-1]) for output in outputs]
+def all_figures(rows):
+    """What every metric makes of these of 90 questions, seven at a time."""
+    random = torch.Generator().manual_seed(0)
+    images = torch.arange(30).repeat_interleave(3)
+    first, second = (torch.rand(ROWS, generator=random).mul(11).floor().div(10).clamp(max=1) for _ in range(2))
+    logits, theirs = torch.randn(2, ROWS, 7, generator=random)
+    said = ["yes" if score > 0.5 else "no" for score in first]
+    paired, accuracy, flips, perplexity, kl = (
+        PairedAccuracy(), VQAAccuracy(), FlipRate(), Perplexity(), KLDivergence()
+    )  # fmt: skip
+    for part in rows.split(7) if len(rows) else []:
+        paired.update(first[part].tolist(), second[part].tolist(), images[part])
+        words = [said[row] for row in part]
+        accuracy.update(words, ["yes"] * len(part), images[part])
+        flips.update(words, ["no"] * len(part))
+        perplexity.update(logits[part], images[part] % 7)
+        kl.update(theirs[part], logits[part])
+    figures = {"paired": paired.compute().to_dict(), "accuracy": accuracy.compute()}
+    return figures | {"flips": flips.compute(), "perplexity": perplexity.compute(), "kl": kl.compute()}
+
+
+def as_a_process(rank, store):
+    """One of two gloo processes: first with half of the questions, then with all or none of them."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    shares = (torch.arange(ROWS)[rank::2], torch.arange(ROWS)[: ROWS * (1 - rank)])
+    print(json.dumps([all_figures(rows) for rows in shares]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", ["even", "one process has nothing"])
-def test_two_processes_compute_what_one_does(share, tmp_path):
-    (alone,) = run_processes(1, tmp_path)
-    for figures in run_processes(2, tmp_path, share):
-        for name in ("flips", "perplexity", "kl"):
-            assert figures[name] == pytest.approx(alone[name], rel=1e-12)
-        assert figures["accuracy"] == alone["accuracy"]
-        interval, expected = figures["paired"].pop("interval"), alone["paired"]["interval"]
-        assert interval == pytest.approx(expected, abs=1e-12)
-        rest = {name: value for name, value in alone["paired"].items() if name != "interval"}
-        assert figures["paired"] == pytest.approx(rest)
+def test_two_processes_compute_what_one_does(tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, __file__, str(tmp_path / "store")]
+    processes = [
+        subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.PIPE, text=True) for rank in (0, 1)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    alone = json.loads(json.dumps(all_figures(torch.arange(ROWS))))
+    for figures in (figures for output in outputs for figures in json.loads(output.splitlines()[-1])):
+        for name, value in alone.items():
+            if isinstance(value, dict):
+                assert figures[name].pop("interval") == pytest.approx(value["interval"], abs=1e-12)
+                value = {key: part for key, part in value.items() if key != "interval"}
+            assert figures[name] == pytest.approx(value, rel=1e-12), name
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 0), (1, 0), (5, 5), (8, 1), (3, 20), (130, 90), (0, 2000)])
@@ -80,10 +70,10 @@ def test_bootstrap_of_single_questions_is_the_normal_interval():
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(400, generator=generator, dtype=torch.float64)
     means = resampled_means(values, torch.arange(400), resamples=4000, seed=1)
-    error = (values.std(correction=0) / 20).item()
+    middle, error = values.mean().item(), (values.std(correction=0) / 20).item()
     assert means.std().item() == pytest.approx(error, rel=0.05)
     low, high = interval(means, 0.95)
-    assert (low, high) == pytest.approx((values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=0.15 * error)
+    assert (low, high) == pytest.approx([middle - 1.96 * error, middle + 1.96 * error], abs=0.15 * error)
 
 
 def test_bootstrap_draws_whole_images():
@@ -133,3 +123,7 @@ def test_parts_of_a_score_have_no_mcnemar_test():
     metric.update([0.3, 1.0], [0.6, 1.0], torch.tensor([0, 1]))
     assert metric.compute().mcnemar_p is None
     assert metric.compute().difference == pytest.approx(0.15)
+
+
+if __name__ == "__main__":
+    as_a_process(int(sys.argv[2]), sys.argv[1])

@@ -132,7 +132,7 @@ class HuggingFaceConversations(DataSource):
             for number, row in enumerate(_from(_undecoded(rows, self.image), start), start=start):
                 yield self._sample(row, f"{self.name}/{split}/{number}")
 
-    def _sample(self, row: dict[str, Any], name: str) -> Row:
+    def _sample(self, row: dict[Any, Any], name: str) -> Row:
         if self.conversations is not None:
             questions, answers = split_turns(row[self.conversations] or [], name)
         else:

@@ -142,7 +142,7 @@ def _announced_as_compressed(model: Any) -> Iterator[None]:
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """Inside, transformers shows no bars."""
+    """Inside, transformers shows no bars of its own."""
     from transformers.utils import logging as transformers_logging
 
     shown = transformers_logging.is_progress_bar_enabled()

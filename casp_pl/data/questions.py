@@ -89,7 +89,8 @@ class QuestionCollator:
 
     prefix_ids (B, P), image_inputs (dict of what the image processor makes, pixel_values (B, 3, H, W) above all),
     suffix_ids and suffix_mask (R, S), right-padded, image_of_row (R,) the row's image within the batch, image_numbers
-    and numbers (R,) image and question within the evaluation; lists of R: sample_ids, answers.
+    and numbers (R,) image and question within the evaluation; lists of R: sample_ids, answers (for each question all
+    that count) and categories.
     """
 
     def __init__(self, processor: Processor) -> None:
@@ -111,7 +112,8 @@ class QuestionCollator:
             "image_numbers": torch.tensor([group.image_number for group in groups]).repeat_interleave(sizes),
             "numbers": torch.tensor(numbers),
             "sample_ids": [sample.id for sample in samples],
-            "answers": [sample.turns[0].answer for sample in samples],
+            "answers": [sample.answers or (sample.turns[0].answer,) for sample in samples],
+            "categories": [sample.category for sample in samples],
         }
 
 

@@ -90,7 +90,7 @@ def evaluate_vqa(
     return VQAOutputs(
         [sample_id for batch in batches for sample_id in batch["sample_ids"]],
         predictions,
-        [answer for batch in batches for answer in batch["answers"]],
+        [answers[0] for batch in batches for answers in batch["answers"]],
         torch.cat([batch["image_numbers"] for batch in batches]),
         torch.cat(hidden),
     )

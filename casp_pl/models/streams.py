@@ -6,6 +6,7 @@ Shapes: B batch, T sequence, I in_features.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from casp_pl.models.activations import Keep, in_memory
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.branches import additive_mask, real_tokens, refuse_short_windows
+from casp_pl.models.micro_batch import in_halves
 
 __all__ = [
     "BlockBatch",
@@ -58,6 +60,29 @@ class BlockBatch:
     def with_hidden(self, hidden: Tensor) -> "BlockBatch":
         """The same batch further along."""
         return replace(self, hidden=hidden)
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def halves(self) -> tuple["BlockBatch", "BlockBatch"]:
+        """The first half of the samples and the rest."""
+        middle = len(self) // 2
+        return self._rows(slice(middle)), self._rows(slice(middle, None))
+
+    def _rows(self, rows: slice) -> "BlockBatch":
+        arguments, own = (_rows_of(value, rows, len(self)) for value in (self.arguments, self.own))
+        tensors = {"hidden": self.hidden[rows], "real": self.real[rows], "image": self.image[rows]}
+        return replace(self, **tensors, arguments=arguments, own=own)
+
+
+def _rows_of(argument: Any, rows: slice, count: int) -> Any:
+    """The part of blocks' arguments that belongs to these rows; what samples share stays whole."""
+    if isinstance(argument, tuple):
+        return tuple(_rows_of(item, rows, count) for item in argument)
+    if isinstance(argument, Mapping):
+        return {name: _rows_of(item, rows, count) for name, item in argument.items()}
+    has_rows = isinstance(argument, Tensor) and argument.dim() > 1 and len(argument) == count
+    return argument[rows] if has_rows else argument
 
 
 class _StopForwardError(Exception):
@@ -145,7 +170,7 @@ def run_block(block: nn.Module, batch: BlockBatch) -> Tensor:
 @torch.no_grad()
 def run_blocks(block: nn.Module, batches: Sequence[BlockBatch], keep: Keep = in_memory) -> list[BlockBatch]:
     """Every batch one block further along."""
-    return [batch.with_hidden(keep(run_block(block, batch))) for batch in batches]
+    return [batch.with_hidden(keep(in_halves(partial(run_block, block), batch, torch.cat))) for batch in batches]
 
 
 @torch.no_grad()
@@ -153,21 +178,37 @@ def run_blocks_seeing(
     block: nn.Module, batches: Sequence[BlockBatch], names: Sequence[str], keep: Keep = in_memory
 ) -> tuple[list[BlockBatch], list[dict[str, Tensor]]]:
     """`run_blocks`, and on the way per batch what the named linears read at real tokens, each (real tokens, I)."""
+
+    def run(batch: BlockBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        with _watched(block, batch, names) as seen:
+            return run_block(block, batch), seen
+
+    def join(parts: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[Tensor, dict[str, Tensor]]:
+        return torch.cat([hidden for hidden, _ in parts]), _joined([seen for _, seen in parts])
+
     outputs, inputs = [], []
     for batch in batches:
-        with _watched(block, batch, names) as seen:
-            outputs.append(batch.with_hidden(keep(run_block(block, batch))))
+        hidden, seen = in_halves(run, batch, join)
+        outputs.append(batch.with_hidden(keep(hidden)))
         inputs.append({name: keep(tensor) for name, tensor in seen.items()})
-        seen.clear()
     return outputs, inputs
 
 
 @torch.no_grad()
 def linear_inputs(block: nn.Module, batch: BlockBatch, names: Sequence[str]) -> dict[str, Tensor]:
     """Inputs of the named linears at real tokens, each (real tokens, I); the pass ends as soon as all are seen."""
-    with _watched(block, batch, names, stop=True) as seen, suppress(_StopForwardError):
-        run_block(block, batch)
-    return seen
+
+    def run(batch: BlockBatch) -> dict[str, Tensor]:
+        with _watched(block, batch, names, stop=True) as seen, suppress(_StopForwardError):
+            run_block(block, batch)
+        return seen
+
+    return in_halves(run, batch, _joined)
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """What was seen of the halves of a batch, one after the other."""
+    return {name: torch.cat([seen[name] for seen in parts]) for name in parts[0]}
 
 
 @contextmanager

@@ -15,7 +15,7 @@ _IMAGE_SIZE, _PATCH_SIZE = 32, 8
 _SPECIAL = ("<|im_start|>", "<|im_end|>", "<image>")
 
 
-def load_tiny(seed: int = 0) -> tuple["LlavaForConditionalGeneration", "LlavaProcessor"]:
+def load_tiny(seed: int = 0, *, blocks: int = 2) -> tuple["LlavaForConditionalGeneration", "LlavaProcessor"]:
     """Two blocks of hidden size 48, 4 query heads on 2 key heads, 16 image tokens. The same weights at every call."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -24,9 +24,9 @@ def load_tiny(seed: int = 0) -> tuple["LlavaForConditionalGeneration", "LlavaPro
     vocabulary = tokenizer.get_vocab()
     start, end, image = (vocabulary[token] for token in _SPECIAL)
     text = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, bos_token_id=start, eos_token_id=end,
-        pad_token_id=end,
+        vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=blocks,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
+        bos_token_id=start, eos_token_id=end, pad_token_id=end,
     )  # fmt: skip
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=_IMAGE_SIZE,

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -148,16 +148,21 @@ class CalibrationModule(pl.LightningModule):
             handle.remove()
         if number == 0:
             self._total = sum_of_all(self._counts)
+        if not sum_of_all(self._cosines[number]).isfinite():
+            self._refuse(f"output of block {number}")
         for group in self.adapter.linear_groups:
             moment = self._moments.pop(group[0], None)
             if moment is None:
                 continue
             moment = (sum_of_all(moment) / self._total[0].to(moment.device)).float()
             if not moment.isfinite().all():
-                source = self.adapter.full_name(number, group[0])
-                raise NumericsError(f"NaN or infinity in the inputs of {source} during calibration.")
+                self._refuse(f"inputs of {self.adapter.full_name(number, group[0])}")
             for name in group:
                 self._measure(self.adapter.full_name(number, name), name, moment)
+
+    def _refuse(self, place: str) -> NoReturn:
+        """Some activation was NaN or infinite; `modules.finite.broken_samples` tells whose."""
+        raise NumericsError(f"NaN or infinity in the {place} during calibration.")
 
     def _measure(self, full_name: str, name: str, moment: Tensor) -> None:
         weight: Tensor = self._block.get_submodule(name).weight.detach()

@@ -1,6 +1,6 @@
 """End-to-end fine-tuning of the whole compressed model against the original's logits (method E)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,7 +21,7 @@ from casp_pl.modules.compiling import CompiledBlocks
 from casp_pl.modules.parameters import relative_groups, trainable_parameters, warmed_cosine
 from casp_pl.processes import mean_of_all, process_count, sum_of_all
 
-__all__ = ["EndToEndModule", "answer_mask", "final_states", "target_mask", "teacher_states"]
+__all__ = ["EndToEndModule", "answer_mask", "final_states", "original_states", "target_mask", "teacher_states"]
 
 
 @torch.no_grad()
@@ -31,22 +31,32 @@ def teacher_states(
     """The original's final hidden states at the tokens that are trained on, by sample id: each (tokens, I).
 
     The output head is never compressed, so these few numbers give the original's logits exactly, at 1/85 of their size.
-    All batches go through a block before the next is read; `keep` keeps what they are in between.
+    `keep` keeps what the batches are between blocks.
     """
     wanted, seen = [], set[str]()
     for batch in batches:
         if is_counted(batch) and not seen.issuperset(batch["sample_ids"]):
             wanted.append(batch)
             seen.update(batch["sample_ids"])
-    states = first_block_batches(adapter, wanted, keep=keep)
-    for block in adapter.originals():
-        states = run_blocks(block, states, keep)
     teacher: dict[str, Tensor] = {}
-    for batch, state in zip(wanted, states, strict=True):
-        hidden, targets = adapter.decoder.norm(state.hidden.to(adapter.device)), target_mask(batch)
+    for batch, hidden in zip(wanted, original_states(adapter, wanted, keep), strict=True):
+        targets = target_mask(batch)
         for row, sample in enumerate(batch["sample_ids"]):
             teacher[sample] = hidden[row][targets[row]].cpu()
     return teacher
+
+
+@torch.no_grad()
+def original_states(
+    adapter: ModelAdapter, batches: Sequence[Mapping[str, Any]], keep: Keep = in_memory
+) -> Iterator[Tensor]:
+    """`final_states` of the original for every batch; all batches go through a block before the next is read."""
+    states = first_block_batches(adapter, batches, keep=keep)
+    for block in adapter.originals():
+        states = run_blocks(block, states, keep)
+    for state in states:
+        hidden: Tensor = adapter.decoder.norm(state.hidden.to(adapter.device))
+        yield hidden
 
 
 def final_states(adapter: ModelAdapter, batch: Mapping[str, Any]) -> Tensor:
@@ -117,6 +127,16 @@ class EndToEndModule(pl.LightningModule):
         self._compiled = None if compile_backend is None else CompiledBlocks(self.blocks, compile_backend)
         self.update_codes = update_codes
         trainable_parameters(self.blocks)
+
+    @property
+    def purpose(self) -> str:
+        """What is trained, for messages."""
+        return "end-to-end fine-tuning"
+
+    @property
+    def lr_key(self) -> str:
+        """The key of the learning rate in a recipe."""
+        return "end_to_end.lr"
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch."""

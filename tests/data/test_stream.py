@@ -29,7 +29,7 @@ class Numbers(DataSource):
 def llava(llava_folder):
     """40 conversations about 30 images, number 7 damaged and number 11 missing."""
     images, write = llava_folder
-    (images / "7.png").write_bytes((images / "7.png").read_bytes()[:-20])
+    (images / "7.png").write_bytes((images / "7.png").read_bytes()[:50])
     (images / "11.png").unlink()
     talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
     rows = [{"id": str(number), "image": f"{number % 30}.png", "conversations": talk} for number in range(60)]
@@ -102,7 +102,7 @@ def test_every_beginning_of_a_mixture_has_the_weights(weights):
         assert all(abs(count - total * w / sum(weights)) <= 1 for count, w in zip(counts, weights, strict=True))
 
 
-@pytest.mark.parametrize("start", [0, 1, 5, 17, 29, 31])
+@pytest.mark.parametrize("start", [0, 1, 5, 17, 29, 30])
 def test_a_mixture_starts_anywhere_and_ends_with_its_first_source(start):
     def rows(at):
         return Mixture(sources=[Numbers("a", 20), Numbers("b", 99)], weights=[2, 1]).rows("train", at)
@@ -133,7 +133,7 @@ def test_json_lists_in_pieces_are_what_json_says(tmp_path, monkeypatch, chunk):
         assert list(json_rows(path, 3)) == expected[3:]
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1, 2", "[1 2]", '[{"a": 1}', "[1, ]", "[}", '["a'])
+@pytest.mark.parametrize("text", ["", "{}", "[1, 2", "[1 2]", '[{"a": 1}', "[1, ]", "[}", '["a', "[1] 2"])
 def test_what_is_no_json_list_is_refused(tmp_path, text):
     path = tmp_path / "a.json"
     path.write_text(text)

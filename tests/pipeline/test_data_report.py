@@ -36,14 +36,12 @@ def write(tmp_path: Path):
 def test_what_enters_is_told_and_shown(write, recipe: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["data", *recipe, *write(40, 2)]) == 0
     printed = capsys.readouterr().out
-    question = len("<|im_start|>user\n\nWhat colour is it?<|im_end|>\n<|im_start|>assistant\n") - 3 * 13 + 3 - 3 * 10
-    assert question  # bytes, special tokens are one each; what follows is counted from the batches in test_calibration
     for words in (
         "calibration",
         "held back",
         "image tokens",
         "0.png: cannot be decoded",
-        "skipped: 2 (2 x",
+        "skipped: 2 (2 x cannot be decoded)",
         "fingerprint",
     ):
         assert words in printed

@@ -22,7 +22,8 @@ class DataSource(ABC):
     def rows(self, split: Split, start: int = 0) -> Iterator[Row]:
         """The rows of a split from number `start` on, the same ones in the same order at every call.
 
-        They are read as far as they are asked for, so that a large data set need not fit in memory.
+        `start` is at most the number of rows. They are read as far as they are asked for, so that a large data set
+        need not fit in memory.
 
         Raises:
             InputError: the data is missing or broken; the message names the file or the sample.

@@ -43,28 +43,29 @@ def _elements(file: TextIO) -> Iterator[Any]:
         ValueError: it holds something else.
     """
     decoder = json.JSONDecoder()
-    text = file.read(_CHUNK).lstrip("\ufeff \t\r\n")
+    text, number = "", 0
+    while not text and (more := file.read(_CHUNK)):
+        text = more.lstrip("\ufeff \t\r\n")
     if not text.startswith("["):
         raise ValueError("not a list of rows")
-    text, number = text[1:], 0
-    while True:
-        text = text.lstrip()
-        if text.startswith("]"):
-            return
+    text = text[1:].lstrip()
+    while number or not text.startswith("]"):
         try:
             element, end = decoder.raw_decode(text)
-            rest = text[end:].lstrip()
-            complete = rest[:1] in (",", "]") and rest != ""  # what ends with the chunk may go on in the next one
+            rest, reason = text[end:].lstrip(), "the list is cut off, or a comma is missing"
         except ValueError as error:
-            complete, reason = False, error
-        else:
-            reason = ValueError("the list is cut off or a comma is missing")
-        if not complete:
+            rest, reason = "", str(error)
+        if rest[:1] not in ("]", ",") or not rest:  # what ends with the chunk may go on in the next one
             more = file.read(max(_CHUNK, len(text)))
             if not more:
                 raise ValueError(f"row {number}: {reason}")
-            text += more
+            text = (text + more).lstrip()
             continue
         yield element
         number += 1
-        text = rest.removeprefix(",")
+        text = rest
+        if text.startswith("]"):
+            break
+        text = text[1:].lstrip()
+    if (text[1:] + file.read()).strip():
+        raise ValueError("something stands behind the list")

@@ -73,8 +73,7 @@ def quantize_blocks(
     numbers = range(len(adapter.blocks))
     if all(run.has(block_name("blocks", number)) for number in numbers):  # then nothing reads activations
         for number in numbers:
-            _, notes = load_block(run, block_name("blocks", number), adapter, number)
-            block_done(number, [LinearReport(**report) for report in notes["linears"]])
+            block_done(number, _recall(run, adapter, number)[1])
         return
     teacher = student = first_block_batches(adapter, batches, autocast, keep)
     originals = adapter.originals()
@@ -83,8 +82,7 @@ def quantize_blocks(
         name = block_name("blocks", number)
         if run.has(name):
             teacher = run_blocks(original, teacher, keep)
-            block, notes = load_block(run, name, adapter, number)
-            reports = [LinearReport(**report) for report in notes["linears"]]
+            block, reports = _recall(run, adapter, number)
             if linear_done is not None:
                 for report in reports:
                     linear_done(report)
@@ -105,6 +103,12 @@ def quantize_blocks(
             student = run_through(block, student, keep)
         del block
         release_memory()
+
+
+def _recall(run: RunDirectory, adapter: ModelAdapter, number: int) -> tuple[nn.Module, list[LinearReport]]:
+    """A quantized block, and what was reported of its linears."""
+    block, notes = load_block(run, block_name("blocks", number), adapter, number)
+    return block, [LinearReport(**report) for report in notes["linears"]]
 
 
 def run_through(block: nn.Module, batches: Sequence[BlockBatch], keep: Keep = in_memory) -> list[BlockBatch]:

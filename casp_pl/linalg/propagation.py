@@ -36,7 +36,7 @@ class PropagationTarget:
 
     def of(self, weight: Tensor) -> Tensor:
         """W' (O, I) of a weight W (O, I), in its dtype."""
-        return torch.cat([self._of_rows(rows) for rows in weight.detach().split(_ROWS)])
+        return torch.cat([self._of_rows(rows) for rows in torch.split(weight.detach(), _ROWS)])
 
     def _of_rows(self, weight: Tensor) -> Tensor:
         wide = weight.to(torch.float64)

@@ -33,7 +33,7 @@ def require_finite_weights(model: nn.Module, prefix: str = "") -> None:
         InputError: a tensor has no values at all.
     """
     require_materialized(model)
-    broken = {}
+    broken: dict[str, tuple[int, int]] = {}
     for name, tensor in model.state_dict().items():
         if _is_tensor(tensor) and tensor.is_floating_point():
             count = tensor.numel() - int(tensor.isfinite().sum())

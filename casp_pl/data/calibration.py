@@ -177,6 +177,15 @@ class CalibrationData(pl.LightningDataModule):
             "skipped": [{"id": skipped.id, "reason": skipped.reason} for skipped in self._skipped],
         }
 
+    def leave_out(self, ids: Sequence[str], reason: str) -> None:
+        """From now on do without these samples; they count as skipped."""
+        out = {*ids}
+        self._set_up()._skipped += [Skipped(name, reason) for name in ids]
+        self._kept, self._held_back, self._more = (
+            [sample for sample in samples if sample.id not in out]
+            for samples in (self._kept, self._held_back, self._more)
+        )
+
     @property
     def parts(self) -> dict[str, list[Encoded]]:
         """All samples: for calibration, held back, and for fine-tuning alone."""

@@ -33,6 +33,7 @@ class EvaluationData(pl.LightningDataModule):
         window: tokens of a text window.
         images_per_batch: images whose questions are answered together.
         windows_per_batch: text windows per batch.
+        max_new_tokens: longest answer.
         seed: decides which questions are taken.
     """
 
@@ -46,11 +47,14 @@ class EvaluationData(pl.LightningDataModule):
         window: int = 256,
         images_per_batch: int = 8,
         windows_per_batch: int = 8,
+        max_new_tokens: int = 6,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if min(images_per_batch, windows_per_batch) < 1 or window < 2:
-            raise ConfigError("evaluation: images_per_batch and windows_per_batch are at least 1, window at least 2")
+        if min(images_per_batch, windows_per_batch, max_new_tokens) < 1 or window < 2:
+            raise ConfigError(
+                "evaluation: images_per_batch, windows_per_batch and max_new_tokens are at least 1, window at least 2"
+            )
         if (questions is not None and questions < 0) or text_tokens < 0:
             raise ConfigError(f"evaluation: questions ({questions}) and text_tokens ({text_tokens}) cannot be negative")
         if 0 < text_tokens < window:
@@ -62,6 +66,7 @@ class EvaluationData(pl.LightningDataModule):
         self.window = window
         self.images_per_batch = images_per_batch
         self.windows_per_batch = windows_per_batch
+        self.max_new_tokens = max_new_tokens
         self.seed = seed
         self._processor: Processor = None
         self._groups: list[QuestionGroup] | None = None

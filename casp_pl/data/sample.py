@@ -33,12 +33,20 @@ class Sample:
         text: the plain text; None for a conversation.
         images: what is opened when it is used, a file or a part of one; empty for samples without images. The frames
             of a video are images in their order.
+        video: as how many frames a model that knows videos is given them all, as one video; 0 where the images are no
+            frames. Other models get the frames as images.
+        answers: of a benchmark question, all answers that count, such as those of ten people; empty where the answer
+            of the first turn is the only one.
+        category: of a benchmark question, the part of the benchmark that it belongs to.
     """
 
     id: str
     turns: tuple[Turn, ...] = ()
     text: str | None = None
     images: tuple[ImageSource, ...] = ()
+    video: int = 0
+    answers: tuple[str, ...] = ()
+    category: str = ""
 
     def __post_init__(self) -> None:
         if bool(self.turns) == (self.text is not None):

@@ -7,16 +7,17 @@ from typing import TypeVar
 import torch
 
 from casp_pl.data.branches import join_branches
-from casp_pl.data.images import ImageRefusedError, ImageSource, load_image
+from casp_pl.data.images import ImageRefusedError, ImageSource
 from casp_pl.data.sample import Sample
 from casp_pl.data.skipped import Skipped
 from casp_pl.data.tokenize import (
     Counted,
     Encoded,
     Processor,
-    count_image_tokens,
     encode_sample,
     encode_windows,
+    image_tokens_of,
+    picture_token_id,
     truncate,
 )
 from casp_pl.errors import InputError
@@ -104,19 +105,20 @@ def encode_conversations(
     the image are joined (`join_branches`).
     """
     try:
-        image_tokens = [count_image_tokens(processor, load_image(image)) for image in group[0].images]
+        image_tokens = image_tokens_of(group[0], processor)
     except ImageRefusedError as error:
         return [], [Skipped(sample.id, str(error)) for sample in group]
     encoded, skipped = [], []
     for sample in group:
         whole = encode_sample(sample, processor, image_tokens=image_tokens, counted=counted)
-        cut = truncate(whole, max_length, getattr(processor, "image_token_id", None))
+        cut = truncate(whole, max_length, picture_token_id(processor, whole))
         if cut is None:
             images = ", or not all its images" if len(sample.images) > 1 else ""
             skipped.append(Skipped(sample.id, f"no answer within max_length = {max_length} tokens{images}"))
         else:
             encoded.append(cut)
-    return (join_branches(encoded, processor.image_token_id) if sum(image_tokens) else encoded), skipped
+    token = picture_token_id(processor, encoded[0]) if encoded else None
+    return (encoded if token is None or not sum(image_tokens) else join_branches(encoded, token)), skipped
 
 
 def choose_windows(

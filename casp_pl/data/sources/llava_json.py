@@ -11,6 +11,7 @@ A conversation has one turn or more. Marks say where the images belong:
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,4 +83,4 @@ class LlavaJson(DataSource):
             return Skipped(name, str(error))
         in_text = IMAGE_MARK * len(frames)
         questions = [text.replace(_VIDEO_MARK, IMAGE_MARK).replace(IMAGE_MARK, in_text) for text in questions]
-        return make_sample(name, questions, answers, frames, marks=len(frames))
+        return replace(make_sample(name, questions, answers, frames, marks=len(frames)), video=self.frames)

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from casp_pl.data.collate import load_pixels, pad_right
-from casp_pl.data.images import ImageRefusedError, load_image
+from casp_pl.data.images import ImageRefusedError
 from casp_pl.data.sample import Sample
 from casp_pl.data.selection import group_by_image, shuffled
 from casp_pl.data.skipped import Skipped
-from casp_pl.data.tokenize import Encoded, Processor, count_image_tokens, encode_prompt, pad_token_id
+from casp_pl.data.tokenize import Encoded, Processor, encode_prompt, image_tokens_of, pad_token_id, picture_token_id
 from casp_pl.errors import InputError
 
 __all__ = ["QuestionCollator", "QuestionGroup", "batch_groups", "choose_questions", "encode_questions"]
@@ -60,11 +60,10 @@ def encode_questions(samples: Sequence[Sample], processor: Processor) -> tuple[l
     groups: list[QuestionGroup] = []
     skipped: list[Skipped] = []
     for image_number, group in enumerate(group_by_image(samples)):
-        path = group[0].image
-        if path is None or not group[0].turns:
+        if not group[0].images or not group[0].turns:
             raise InputError(f"Sample {group[0].id}: an evaluation question needs an image, a question and an answer")
         try:
-            image_tokens = count_image_tokens(processor, load_image(path))
+            image_tokens = image_tokens_of(group[0], processor)
         except ImageRefusedError as error:
             skipped += [Skipped(sample.id, str(error)) for sample in group]
             continue
@@ -119,7 +118,7 @@ class QuestionCollator:
 
 
 def _prefix(prompt: Encoded, processor: Processor) -> tuple[int, ...]:
-    end = len(prompt) - prompt.input_ids[::-1].index(processor.image_token_id)
+    end = len(prompt) - prompt.input_ids[::-1].index(picture_token_id(processor, prompt))
     return prompt.input_ids[:end]
 
 

@@ -42,7 +42,8 @@ def teacher_states(adapter: ModelAdapter, batches: Iterable[dict[str, Any]]) -> 
 def final_states(adapter: ModelAdapter, batch: Mapping[str, Any]) -> Tensor:
     """Hidden states after the final norm, (B, T, I)."""
     inner = getattr(adapter.model, "model", adapter.model)
-    states: Tensor = inner(**model_inputs(batch, adapter.model.dtype), use_cache=False).last_hidden_state
+    inputs = model_inputs(batch, adapter.model.dtype, adapter.shortest_window)
+    states: Tensor = inner(**inputs, use_cache=False).last_hidden_state
     return states
 
 
@@ -106,6 +107,16 @@ class EndToEndModule(pl.LightningModule):
         self._compiled = None if compile_backend is None else CompiledBlocks(self.blocks, compile_backend)
         self.update_codes = update_codes
         trainable_parameters(self.blocks)
+
+    @property
+    def purpose(self) -> str:
+        """What is trained, for messages."""
+        return "end-to-end fine-tuning"
+
+    @property
+    def lr_key(self) -> str:
+        """The key of the learning rate in a recipe."""
+        return "end_to_end.lr"
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch."""

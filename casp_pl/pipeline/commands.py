@@ -1,6 +1,7 @@
 """What each subcommand does with a parsed recipe. Every function returns the exit code."""
 
 import sys
+from json import dumps
 from pathlib import Path
 
 import psutil
@@ -12,14 +13,17 @@ from casp_pl.callbacks.stage_table import print_stages, size
 from casp_pl.callbacks.tensorboard import log_report
 from casp_pl.checkpoint import RunDirectory, save_compressed, write_text
 from casp_pl.checkpoint import verify as find_problems
-from casp_pl.console import RunProgress, make_console, print_table
+from casp_pl.console import RunProgress, make_console
 from casp_pl.errors import ConfigError, ResourceError
 from casp_pl.export import export_model
 from casp_pl.pipeline.chat import Models, open_conversations, read_questions
-from casp_pl.pipeline.estimate import planned_estimate, stage_weights
+from casp_pl.pipeline.estimate import planned_estimate
+from casp_pl.pipeline.explain import ExplainSettings, explanation
+from casp_pl.pipeline.forecast import forecast_run
 from casp_pl.pipeline.launch import launch
 from casp_pl.pipeline.measure import Measurement
 from casp_pl.pipeline.model_card import model_card
+from casp_pl.pipeline.plan_text import print_forecast
 from casp_pl.pipeline.prepare import Prepared, fingerprint, load_batches, prepare
 from casp_pl.pipeline.reporting import build_report
 from casp_pl.pipeline.run import CompressionRun
@@ -28,11 +32,12 @@ from casp_pl.pipeline.side_by_side import side_by_side
 from casp_pl.pipeline.trainers import TrainerFactory
 from casp_pl.processes import is_first, process_count, said_by_first
 
-__all__ = ["export", "fit", "plan", "predict", "test", "validate", "verify"]
+__all__ = ["explain", "export", "fit", "plan", "predict", "test", "validate", "verify"]
 
 
 def fit(settings: RunSettings, *, override_memory: bool = False) -> int:
     """Compress, fine-tune, evaluate and save; goes on where an earlier run of the same recipe stopped."""
+    RunDirectory.check_place(settings.run_dir)
     launch(settings.trainer)
     prepared = prepare(settings)
     estimate = planned_estimate(settings, prepared)
@@ -40,7 +45,7 @@ def fit(settings: RunSettings, *, override_memory: bool = False) -> int:
     with RunDirectory.open(settings.run_dir, fingerprint(settings, prepared)) as run:
         if is_first():
             write_text(run.path("config.yaml"), settings.recipe)
-        with RunProgress(stage_weights(settings, estimate), enabled=is_first()) as progress:
+        with RunProgress(estimate.seconds, enabled=is_first()) as progress:
             report = _fit(settings, prepared, run, progress)
     if is_first():
         console = make_console()
@@ -71,33 +76,20 @@ def _fit(settings: RunSettings, prepared: Prepared, run: RunDirectory, progress:
     return report
 
 
-def plan(settings: RunSettings) -> int:
-    """Print bits, sizes, memory and time of a fit; writes nothing."""
-    prepared = prepare(settings)
-    chosen = settings.bits.make_plan(prepared.adapter, settings.low_rank.choose(prepared.adapter, None), None)
-    estimate = planned_estimate(settings, prepared)
-    console = make_console()
-    counts: dict[tuple[str, str, str], int] = {}
-    for module in chosen.modules:
-        rank = "-" if module.rank is None else str(module.rank)
-        key = (module.name.rsplit(".", 1)[-1], f"{module.bits}", rank)
-        counts[key] = counts.get(key, 0) + 1
-    rows = [[linear, bits, rank, str(count)] for (linear, bits, rank), count in counts.items()]
-    print_table(["linear", "bits", "rank", "blocks"], rows, console)
-    model = prepared.adapter.model
-    dense = 2 * sum(parameter.numel() for parameter in model.parameters())
-    after = dense - 2 * chosen.weights + chosen.bits_per_weight_total * chosen.weights / 8
-    codes, total = chosen.bits_per_weight_codes, chosen.bits_per_weight_total
-    lines = [
-        f"bits per weight: {codes:.3f} codes, {total:.3f} everything counted",
-        f"size: about {size(int(after))} (16-bit original {size(dense)})",
-        f"memory: about {size(estimate.memory_bytes)}, {size(psutil.virtual_memory().available)} are free",
-        f"time: about {estimate.total_seconds / 60:.0f} minutes: "
-        + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in estimate.seconds.items()),
-        "Which blocks get more bits is decided after calibration; here the first and last stand in.",
-    ]
-    for line in lines:
-        console.print(line, soft_wrap=True)
+def plan(settings: RunSettings, *, json: bool = False, quick: bool = False) -> int:
+    """Print what a fit will take and give, as tables or as JSON; writes nothing."""
+    forecast = forecast_run(settings, quick=quick)
+    if json:
+        print(dumps(forecast.to_json(), indent=1))
+    else:
+        print_forecast(forecast, make_console())
+    return 0
+
+
+def explain(recipe: ExplainSettings, module: str) -> int:
+    """Print why a linear of a run got its rank and bits."""
+    for line in explanation(recipe, module):
+        print(line)
     return 0
 
 

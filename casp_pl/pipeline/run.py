@@ -13,14 +13,14 @@ from itertools import chain, islice
 from typing import Any
 
 import lightning.pytorch as pl
-from torch import nn
+from torch import Tensor, nn
 
 from casp_pl.allocation import CompressionPlan
 from casp_pl.callbacks import Advance, BestState, CodebookUpdate
 from casp_pl.callbacks.report import StageRow
 from casp_pl.checkpoint import RunDirectory
 from casp_pl.console import RunProgress
-from casp_pl.errors import InputError
+from casp_pl.errors import InputError, NumericsError
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.compress import LinearReport, round_to_nearest
 from casp_pl.models.surgery import round_to_storage
@@ -28,9 +28,10 @@ from casp_pl.modules import CalibrationModule, CalibrationStatistics, EndToEndMo
 from casp_pl.modules.end_to_end import teacher_states
 from casp_pl.modules.sensitivity import linear_sensitivities
 from casp_pl.pipeline.blocks import Batches, load_blocks, quantize_blocks, save_block, tune_blocks
+from casp_pl.pipeline.broken_samples import BrokenSamples
 from casp_pl.pipeline.measure import Measurement
 from casp_pl.pipeline.memory import release_memory
-from casp_pl.pipeline.prepare import RunBatches, on_device
+from casp_pl.pipeline.prepare import RunBatches, load_batches, on_device
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import TrainerFactory, as_loader
 
@@ -67,6 +68,7 @@ class CompressionRun:
         self.measurement = measurement
         self.trainers = trainers
         self.progress = progress
+        self.broken = BrokenSamples(run, adapter, settings.data, trainers.autocast)
         self.linears: list[LinearReport] = []
         self._started = time.monotonic()
         self._earlier = sum(row.seconds or 0.0 for row in self.rows())
@@ -78,13 +80,29 @@ class CompressionRun:
             self._baseline(self.settings.baseline)
         if self.trainers.working_precision is not None:
             self.progress.say(f"everything but evaluation computes in {self.trainers.working_precision}")
-        plan = self.plan(batches.calibration)
+        plan, batches = self._plan_on_sound_samples(batches)
         blocks = self._quantize(plan, batches.calibration)
         if self.settings.block_tuning.get("epochs", 0) > 0:
             blocks = self._tune(blocks, batches.tuning, batches.held_back)
         if self.settings.end_to_end.get("steps", 0) > 0:
             blocks = self._end_to_end(blocks, batches.held_back)
         return blocks
+
+    def _plan_on_sound_samples(self, batches: RunBatches) -> tuple[CompressionPlan, RunBatches]:
+        """The plan, and the batches without the samples on which the original itself gives NaN or infinity."""
+        device = self.adapter.model.device
+        found = self.broken.recall()
+        if not self.run.has("plan.json"):
+            found = self.broken.search(batches.held_back) or found
+        if found:
+            batches = load_batches(self.settings, device)
+        try:
+            return self.plan(batches.calibration), batches
+        except NumericsError:
+            if not self.broken.search(batches.calibration):
+                raise
+            batches = load_batches(self.settings, device)
+        return self.plan(batches.calibration), batches
 
     def plan(self, calibration: Batches) -> CompressionPlan:
         """The calibration pass of the original model, then ranks and bits; plan.json and calibration.safetensors."""
@@ -231,7 +249,7 @@ class CompressionRun:
             precision=self.trainers.working_precision,
         )
         with trainer.precision_plugin.forward_context():
-            teacher = teacher_states(self.adapter, chain(_first(data.train_dataloader(), steps), held_back))
+            teacher = self._teacher(held_back, steps)
         pl.seed_everything(self.settings.seed, verbose=False)
         with self.adapter.with_blocks(blocks):
             module = EndToEndModule(self.adapter, teacher, **settings)
@@ -240,6 +258,14 @@ class CompressionRun:
         for block in blocks:
             round_to_storage(block)
             block.eval().requires_grad_(False)
+
+    def _teacher(self, held_back: Batches, steps: int) -> dict[str, Tensor]:
+        """What the original gives for the batches of training, without samples on which it breaks down."""
+        while True:
+            batches = _first(self.settings.data.train_dataloader(), steps)
+            teacher = teacher_states(self.adapter, chain(batches, held_back))
+            if not self.broken.leave_out([name for name, states in teacher.items() if not states.isfinite().all()]):
+                return teacher
 
     def _measure(self, name: str, blocks: Sequence[nn.Module], start: float | None = None) -> None:
         if self.run.has(f"stages/{name}.json") and self.measurement.knows(name):

@@ -72,7 +72,7 @@ def test_lmms_eval_gets_the_answers_that_test_gets(finished_run: Path, tmp_path:
     for number in range(3):
         path = tmp_path / f"{number}.png"
         Image.effect_mandelbrot((32, 32), (-2, -1.5, 1 - number / 7, 1.5), 100).convert("RGB").save(path)
-        samples.append(Sample(id=str(number), turns=(Turn(f"what is number {number}?", "red"),), image=path))
+        samples.append(Sample(id=str(number), turns=(Turn(f"what is number {number}?", "red"),), images=(path,)))
     expected = evaluate_vqa(*load_compressed(finished_run / "model"), samples, max_new_tokens=6).predictions
     # two answers of three are right by construction
     answers = [expected[0], expected[1], "something else"]

@@ -3,13 +3,13 @@
 import json
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from string import Formatter, ascii_uppercase
 from typing import Any
 
 from casp_pl.data.sample import Sample, Turn
-from casp_pl.data.sources.base import DataSource, Split
+from casp_pl.data.sources.base import DataSource, Row, Split
 from casp_pl.errors import ConfigError, InputError
 
 __all__ = ["Benchmark", "Prompt", "letter", "lettered", "read_json", "read_json_lines"]
@@ -26,8 +26,8 @@ class Benchmark(DataSource):
             InputError: a file is missing or is not what the benchmark publishes.
         """
 
-    def load(self, split: Split) -> list[Sample]:
-        """The questions.
+    def rows(self, split: Split, start: int = 0) -> Iterator[Row]:
+        """The questions from number `start` on.
 
         Raises:
             ConfigError: another split than the test split is wanted.
@@ -45,7 +45,7 @@ class Benchmark(DataSource):
             ) from error
         if not samples:
             raise InputError(f"{name}: there is no question with an image in these files.")
-        return samples
+        return iter(samples[start:])
 
 
 class Prompt:
@@ -72,7 +72,7 @@ class Prompt:
     def sample(self, id: str, image: Path, answers: Sequence[str], category: str = "", **fields: str) -> Sample:
         """One question of the benchmark; the most common answer stands for all where one is shown."""
         turn = Turn(self.template.format(**fields), Counter(answers).most_common(1)[0][0])
-        return Sample(id=id, turns=(turn,), image=image, answers=tuple(answers), category=category)
+        return Sample(id=id, turns=(turn,), images=(image,), answers=tuple(answers), category=category)
 
 
 def lettered(options: Iterable[str]) -> str:

@@ -61,7 +61,8 @@ class CalibrationModule(pl.LightningModule):
         """One batch of the original model; the hooks do the rest."""
         self._real = real_tokens(batch)
         self._image = self.adapter.image_mask(batch["input_ids"]) & self._real
-        self._visible = visible_pairs(batch)
+        windows = {self.adapter.window(number) for number in range(len(self.adapter.blocks))}
+        self._visible = {window: visible_pairs(batch, window) for window in windows}
         self._tokens += int(self._real.sum())
         self._image_tokens += int(self._image.sum())
         self._watch_attention = batch_idx * process_count() + process_rank() < self.sparsity_batches
@@ -69,7 +70,8 @@ class CalibrationModule(pl.LightningModule):
         self.adapter.decoder.set_attn_implementation("eager" if self._watch_attention else before)
         try:
             # the decoder's output is enough: logits of every token would cost a quarter more
-            getattr(self.model, "model", self.model)(**model_inputs(batch, self.model.dtype), use_cache=False)
+            inputs = model_inputs(batch, self.model.dtype, self.adapter.shortest_window)
+            getattr(self.model, "model", self.model)(**inputs, use_cache=False)
         finally:
             self.adapter.decoder.set_attn_implementation(before)
 
@@ -112,7 +114,7 @@ class CalibrationModule(pl.LightningModule):
 
         def attention_done(_: nn.Module, inputs: Any, output: Any) -> None:
             if self._watch_attention and output[1] is not None:
-                self._sparsity[number] += self._count_sparse(output[1])
+                self._sparsity[number] += self._count_sparse(output[1], self._visible[self.adapter.window(number)])
 
         def linear_reads(name: str) -> Any:
             def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -134,14 +136,14 @@ class CalibrationModule(pl.LightningModule):
         handles.append(block.self_attn.register_forward_hook(attention_done))
         return handles
 
-    def _count_sparse(self, probabilities: Tensor) -> Tensor:
+    def _count_sparse(self, probabilities: Tensor, visible: Tensor) -> Tensor:
         """(query modality, key modality, [below threshold, all]) over pairs of real tokens that see each other."""
         small = (probabilities < self.sparsity_threshold).float().mean(1)
         result = torch.zeros(2, 2, 2, dtype=torch.float64)
         kinds = (self._real & ~self._image, self._image)
         for q, query in enumerate(kinds):
             for k, key in enumerate(kinds):
-                pairs = query[:, :, None] & key[:, None, :] & self._visible
+                pairs = query[:, :, None] & key[:, None, :] & visible
                 result[q, k, 0] = small[pairs].double().sum()
                 result[q, k, 1] = pairs.sum()
         return result

@@ -42,7 +42,8 @@ def teacher_states(adapter: ModelAdapter, batches: Iterable[dict[str, Any]]) -> 
 def final_states(adapter: ModelAdapter, batch: Mapping[str, Any]) -> Tensor:
     """Hidden states after the final norm, (B, T, I)."""
     inner = getattr(adapter.model, "model", adapter.model)
-    states: Tensor = inner(**model_inputs(batch, adapter.model.dtype), use_cache=False).last_hidden_state
+    inputs = model_inputs(batch, adapter.model.dtype, adapter.shortest_window)
+    states: Tensor = inner(**inputs, use_cache=False).last_hidden_state
     return states
 
 

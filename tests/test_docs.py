@@ -1,7 +1,7 @@
 """What README and docs show: examples run, commands parse, messages exist, links lead somewhere, pages are in the nav.
 
-An example is a fenced block behind `<!-- runnable -->`: bash (commands of casp_pl), yaml (an overlay) or python. Those of a
-page run one after the other in one directory, which has the configs and a finished run of the tiny model, `runs/tiny`.
+An example is a fenced block behind `<!-- runnable -->`: bash (commands of casp_pl), yaml (an overlay) or python. Those
+of a page run one after the other in one directory, which has the configs and a finished run, `runs/tiny`.
 """
 
 import re
@@ -79,15 +79,11 @@ def test_messages_of_the_troubleshooting_page_exist() -> None:
     source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "casp_pl").rglob("*.py"))
     source = re.sub(r'"\s*\n\s*f?"', "", source)  # literals that go on in the next line
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-    messages = [
-        cell for row in re.findall(r"^\| (`[^|]*`) \|", page, re.MULTILINE) for cell in re.findall("`(.*?)`", row)
-    ]
+    rows = re.findall(r"^\| (`[^|]*`) \|", page, re.MULTILINE)
+    messages = [message for row in rows for message in re.findall("`(.*?)`", row)]
     assert len(messages) > 25
-    missing = [
-        m
-        for m in messages
-        if not re.search(re.escape(m).replace(r"\ \.\.\.\ ", ".{1,80}").replace(r"\.\.\.", ".{1,80}"), source)
-    ]
+    patterns = {message: re.escape(message).replace(r"\.\.\.", ".{1,80}") for message in messages}
+    missing = [message for message, pattern in patterns.items() if not re.search(pattern, source)]
     missing = [message for message in missing if message != "is not expected"]  # jsonargparse's
     assert missing == []
 

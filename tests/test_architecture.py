@@ -28,6 +28,7 @@ FLOORS = (
     "evaluation",
     "modules",
     "callbacks",
+    "harness",
     "pipeline",
     "cli",
     "__main__",

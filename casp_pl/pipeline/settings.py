@@ -7,6 +7,7 @@ from typing import Any
 from casp_pl.callbacks import BitAllocation, LowRankAllocation
 from casp_pl.data import CalibrationData
 from casp_pl.data.evaluation import EvaluationData
+from casp_pl.evaluation.scoring import AnswerRule
 from casp_pl.models.compress import BlockQuantization
 from casp_pl.models.load import ModelSource
 from casp_pl.quantizers import Quantizer
@@ -25,6 +26,7 @@ class RunSettings:
         model: what is compressed.
         data: calibration samples.
         evaluation: test questions and held-out text.
+        scoring: scores the answers.
         quantizer: what compresses.
         baseline: what it is compared with, without calibration; None for no baseline.
         baseline_bits: bits of the baseline.
@@ -47,6 +49,7 @@ class RunSettings:
     model: ModelSource
     data: CalibrationData
     evaluation: EvaluationData
+    scoring: AnswerRule
     quantizer: Quantizer
     baseline: Quantizer | None
     baseline_bits: int

@@ -7,9 +7,11 @@ on several Trainers, which is why it is not a `LightningCLI` (which runs one).
 
 import argparse
 import difflib
+import logging
 import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -43,6 +45,8 @@ from casp_pl.pipeline.settings import RunSettings
 from casp_pl.quantizers import Quantizer
 
 __all__ = ["build_parser", "main", "recipe_parsers", "settings_from"]
+
+_LOG = logging.getLogger(__name__)
 
 COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
     "fit": (commands.fit, "compress, fine-tune, evaluate and save a model; goes on where an earlier run stopped"),
@@ -201,6 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     verbose = "--verbose" in arguments
     previous = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    hook, threading.excepthook = threading.excepthook, threading.excepthook if verbose else _thread_failed
     try:
         return _run(arguments, verbose)
     except CaspError as error:
@@ -216,6 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = f"Unexpected {type(error).__name__}: {reason}\nRun again with --verbose for the traceback."
         return _fail(message, 1, verbose)
     finally:
+        threading.excepthook = hook
         for number, handler in previous.items():
             signal.signal(number, handler)
 
@@ -328,6 +334,11 @@ def _resource_error(error: Exception) -> ResourceError | None:
     if isinstance(error, OSError) and is_disk_full(error):
         return resource_error(error, Path(error.filename or "a file of the run directory"))
     return None
+
+
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    """One line instead of a traceback; TensorBoard's writer gives its error to the run at the next write."""
+    _LOG.warning("%s in a thread: %s", failed.exc_type.__name__, failed.exc_value)
 
 
 def _stop(number: int, _: FrameType | None) -> None:

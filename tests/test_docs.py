@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1]
 TEST_ID = re.compile(r"`(tests/[\w/]+\.py)::(\w+)(?:\[[^`]*\])?`")
 
 
-def tests_of(path: Path) -> set[str]:
+def functions_of(path: Path) -> set[str]:
     return {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
 
 
@@ -20,4 +20,4 @@ def test_every_row_of_the_faults_has_a_test_that_exists() -> None:
         assert named, row
         for file, name in named:
             assert (ROOT / file).exists(), file
-            assert name in tests_of(ROOT / file), f"{file}::{name}"
+            assert name in functions_of(ROOT / file), f"{file}::{name}"

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from casp_pl.errors import NumericsError
-from casp_pl.models.soundness import require_materialized
 from casp_pl.processes import is_first, mean_of_all
 
 __all__ = ["BestState"]
@@ -37,14 +36,6 @@ class BestState(pl.Callback):
         self._validated = False
         self._loss_is_finite = True
         self._state: dict[str, Tensor] = {}
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lightning itself would train on tensors that were never filled.
-
-        Raises:
-            InputError: a tensor has no values; the message names it.
-        """
-        require_materialized(pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remember this state if it is the best so far."""

@@ -51,7 +51,7 @@ class VideoFrame(LazyImage):
                         break
                 if last is None:
                     raise ImageRefusedError(self, "no frame at that time")
-                image: Image.Image = last.to_image()
+                image: Image.Image = last.to_image()  # type: ignore[no-untyped-call]
                 return image
         except (av.FFmpegError, IndexError) as error:
             raise ImageRefusedError(self, f"cannot be decoded ({error})") from error

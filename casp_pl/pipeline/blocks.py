@@ -24,6 +24,7 @@ from casp_pl.layers import materialized
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.compress import BlockQuantization, LinearReport
 from casp_pl.models.micro_batch import is_out_of_memory
+from casp_pl.models.soundness import require_materialized
 from casp_pl.models.streams import BlockBatch, first_block_batches, run_blocks, run_blocks_seeing
 from casp_pl.models.surgery import block_from_tensors, layer_specs, round_to_storage
 from casp_pl.modules import BlockwiseModule
@@ -184,6 +185,7 @@ def _tune_window(
 
 
 def _fit_window(module: BlockwiseModule, trainers: TrainerFactory, update: dict[str, Any]) -> dict[str, float]:
+    require_materialized(module)
     best = BestState()
     callbacks = [best, CodebookUpdate(**update), EarlyStopping("val_loss", patience=module.patience, min_delta=0.0)]
     trainer = trainers.make(

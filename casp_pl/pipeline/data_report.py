@@ -1,5 +1,6 @@
 """The command `data`: what enters a fit, told before anything is computed."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,9 +61,15 @@ def _print_skipped(skipped: Sequence[Skipped], console: Console) -> None:
         return
     rows = [[entry.id, entry.reason] for entry in skipped[:_MOST_SKIPPED]]
     print_table(("skipped", "reason"), rows, console)
-    kinds = Counter(entry.reason.rsplit(": ", 1)[-1] for entry in skipped)
+    kinds = Counter(_kind(entry.reason) for entry in skipped)
     reasons = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
     console.print(f"skipped: {len(skipped)} ({reasons})", soft_wrap=True, markup=False)
+
+
+def _kind(reason: str) -> str:
+    """A reason without the path in front of it and the details behind it."""
+    found = re.search(r": ([^:()]+?)( \(.*)?$", reason)
+    return found[1] if found else reason
 
 
 def _entries(samples: Sequence[Encoded], processor: Processor) -> list[tuple[ImageSource, str]]:

@@ -24,8 +24,8 @@ _DATA = {
 }
 _LIMITS = """\
 - Only the linear layers of the decoder blocks are compressed; everything else is stored in 16 or 32 bit.
-- It was tuned to imitate the original, with its faults, on the data below; how it answers elsewhere was not measured.
-  Rare words, other languages and long texts suffer more from few bits than these figures show.
+- It was tuned to imitate the original, with its faults, on the data below. How it does elsewhere - other kinds of
+  images, other languages, long answers - was not measured.
 - The intervals cover the choice of test images, not the choice of seeds and calibration samples.
 - A few tokens are multiplied without a dense weight, many (a prompt) by way of one that is rebuilt for a moment."""
 
@@ -47,8 +47,7 @@ def model_card(report: CompressionReport, settings: RunSettings) -> str:
         f"{size(final.model_bytes)} in all.",
         "## How good\n\n" + markdown_table(HEADER, [stage_cells(row) for row in (original, final) if row is not None]),
         _in_words(final),
-        "## How to load\n\n"
-        "    pip install casp_pl\n\n"
+        "## How to load\n\nWith the package casp_pl installed:\n\n"
         "    import casp_pl\n"
         "    model, processor = casp_pl.load_compressed(DIR)\n\n"
         "or, after `import casp_pl`, transformers' own `from_pretrained(DIR)` of "

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from casp_pl.callbacks import Advance, BestState
-from casp_pl.errors import InputError, NumericsError
+from casp_pl.errors import NumericsError
 
 
 class Walk(pl.LightningModule):
@@ -113,10 +113,3 @@ def test_a_held_back_loss_that_is_never_finite_is_an_error() -> None:
         fit(Descent(broken=set(), held_back=float("nan")), [BestState()], max_epochs=1)
     with pytest.raises(NumericsError, match="step 0: the loss is NaN"):
         fit(Descent(broken={0}, held_back=float("nan")), [BestState()], max_epochs=1)
-
-
-def test_a_tensor_that_was_never_filled_is_named() -> None:
-    module = Descent(broken=set())
-    module.head = nn.Linear(3, 3, device="meta")
-    with pytest.raises(InputError, match=r"head\.weight was never filled.*2 tensors"):
-        fit(module, [BestState()], max_epochs=1)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from casp_pl.data import HuggingFaceConversations, HuggingFaceText, SampleStream, Turn, load_image
+from casp_pl.data import HuggingFaceConversations, HuggingFaceText, SampleStream, Skipped, Turn, load_image
 from casp_pl.errors import ConfigError, InputError
 
 datasets = pytest.importorskip("datasets")
@@ -101,6 +101,17 @@ def test_conversations_with_several_images(tmp_path):
     assert first.turns[0].question == "<image>\nand <image>\n?"
     assert [np.asarray(load_image(image))[0, 0, 0] for image in first.images] == [30, 60]
     assert second.images == ()
+
+
+def test_conversations_without_an_image_among_others(tmp_path):
+    ask = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "that"}]
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    columns = {"talk": [ask, talk, ask], "image": [picture(1), None, None]}
+    table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    table.to_parquet(tmp_path / "train.parquet")
+    rows = list(HuggingFaceConversations(name=str(tmp_path), conversations="talk").rows("train"))
+    assert [len(rows[0].images), rows[1].images, rows[1].turns] == [1, (), (Turn("Hi", "Ho"),)]
+    assert isinstance(rows[2], Skipped)
 
 
 def test_the_same_image_in_two_rows_is_one_image(tmp_path):

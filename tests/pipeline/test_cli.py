@@ -10,7 +10,8 @@ from casp_pl.cli import build_parser, main
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(ROOT.glob("configs/*.yaml"))
-OVERLAYS = [[], *([path] for path in sorted(ROOT.glob("configs/*/*.yaml")))]
+OVERLAYS = [[], *([path] for path in sorted(ROOT.glob("configs/*/*.yaml")) if path.parent.name != "evaluation")]
+BENCHMARKS = sorted(ROOT.glob("configs/evaluation/*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,15 @@ def test_every_composition_parses(recipe: Path, overlay: list[Path], parser: Lig
         arguments += ["--config", str(path)]
     config = parser.parse_args(arguments)
     assert config.fit.bits.budget > 0
+
+
+@pytest.mark.parametrize("overlay", BENCHMARKS)
+def test_every_benchmark_parses(overlay: Path) -> None:
+    arguments = ["test", "--config", str(ROOT / "configs/llava_aqlm.yaml"), "--config", str(overlay)]
+    recipe = build_parser().parse_args(arguments).test
+    assert recipe.evaluation.source.class_path.startswith("casp_pl.data.benchmarks.")
+    assert recipe.scoring.class_path.startswith("casp_pl.evaluation.scoring.")
+    assert "\n" in recipe.evaluation.source.init_args.prompt
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def test_what_enters_is_told_and_shown(write, recipe: list[str], tmp_path: Path,
         "held back",
         "image tokens",
         "0.png: cannot be decoded",
-        "skipped: 2 (2 x",
+        "skipped: 2 (2 x cannot be decoded)",
         "fingerprint",
     ):
         assert words in printed

@@ -82,8 +82,8 @@ def marks_without_images(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        (no_conversation, ["18 image-text samples are wanted", "the source has 0"]),
-        (few_conversations, ["18 image-text samples are wanted", "the source has 3"]),
+        (no_conversation, ["24 image-text samples are wanted", "the source has 0"]),
+        (few_conversations, ["24 image-text samples are wanted", "the source has 3"]),
         (broken_images, ["samples cannot be used (more than 5%)", "images/row", ".png"]),
         (marks_without_images, ["bad", "2 <image> marks", "1 images"]),
     ],

@@ -14,7 +14,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from casp_pl.data.images import ImageSource, StoredImage
-from casp_pl.data.sample import Sample
+from casp_pl.data.sample import IMAGE_MARK, Sample
 from casp_pl.data.skipped import Skipped
 from casp_pl.data.sources.base import DataSource, Row, Split
 from casp_pl.data.sources.conversations import make_sample, split_turns
@@ -132,7 +132,7 @@ class HuggingFaceConversations(DataSource):
             for number, row in enumerate(_from(_undecoded(rows, self.image), start), start=start):
                 yield self._sample(row, f"{self.name}/{split}/{number}")
 
-    def _sample(self, row: dict[str, Any], name: str) -> Row:
+    def _sample(self, row: dict[Any, Any], name: str) -> Row:
         if self.conversations is not None:
             questions, answers = split_turns(row[self.conversations] or [], name)
         else:
@@ -142,6 +142,8 @@ class HuggingFaceConversations(DataSource):
                 return Skipped(name, f"no text in the columns {self.question!r} and {self.answer!r}")
             questions, answers = [row[self.question]], [answer]
         stored = [] if self.image is None else row[self.image]
+        if stored is None and self.conversations is not None and not any(IMAGE_MARK in text for text in questions):
+            stored = []  # a conversation without an image among others with one
         images = [_image(image, self.name) for image in (stored if isinstance(stored, list) else [stored])]
         if None in images:
             return Skipped(name, f"no image in the column {self.image!r}")

@@ -57,7 +57,7 @@ format: .venv  ## rewrite the files in the project's style
 	$(BIN)/ruff format .
 
 docs: $(DOCS)  ## build the documentation into build/site, every link checked
-	$(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 hooks: .venv  ## run lint and types before every commit
 	$(BIN)/pre-commit install

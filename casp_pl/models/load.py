@@ -54,10 +54,10 @@ class ModelSource:
         if self.source in _OWN and self.streaming:
             raise ConfigError(f"model.streaming: '{self.source}' has no files to read from; set it to false.")
         if self.source not in _OWN and self.streaming is not False:
-            directory = _directory(self.source)
+            directory = source_directory(self.source)
             check_original(directory)
             if self.streams(device):
-                factory, processor = _factory_and_processor(self.source, directory)
+                factory, processor = factory_and_processor(self.source, directory)
                 dtype = getattr(torch, self.dtype)
                 return load_streamed(directory, factory, dtype=dtype, device=device), processor
         model, processor = self.load()
@@ -67,7 +67,7 @@ class ModelSource:
         """Whether `open` leaves the decoder blocks of this model on disk."""
         if self.source in _OWN or self.streaming is not None:
             return bool(self.streaming)
-        return not fits_in_memory(_directory(self.source), getattr(torch, self.dtype), device)
+        return not fits_in_memory(source_directory(self.source), getattr(torch, self.dtype), device)
 
     def load(self) -> tuple[Any, Any]:
         """A frozen model in evaluation mode and its processor (a tokenizer for a text model).

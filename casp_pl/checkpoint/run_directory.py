@@ -6,6 +6,7 @@ run that was killed anywhere goes on from its last entry.
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -18,7 +19,7 @@ from casp_pl.checkpoint.lock import hold_lock
 from casp_pl.checkpoint.manifest import MANIFEST_NAME, Manifest, describe
 from casp_pl.checkpoint.reading import read_json, read_safetensors
 from casp_pl.errors import ConfigError, IntegrityError, ResourceError
-from casp_pl.processes import is_first, said_by_first, wait_for_all
+from casp_pl.processes import is_first, process_rank, said_by_first, wait_for_all
 
 __all__ = ["RunDirectory"]
 
@@ -145,6 +146,23 @@ class RunDirectory:
             self._manifest.artifacts[path.relative_to(self.root).as_posix()] = describe(path)
         self._manifest.save(self.root)
 
+    def discard(self, name: str) -> None:
+        """Forget an artifact and delete its files; nothing is done where there is none."""
+        self._write(lambda: self._discard(name))
+
+    def _discard(self, name: str) -> None:
+        self._forget(name)
+        full = self.path(name)
+        if full.is_dir():
+            shutil.rmtree(full)
+        else:
+            full.unlink(missing_ok=True)
+
+    def names(self, folder: str) -> list[str]:
+        """The recorded files below a folder, in order."""
+        own = sorted(self._entries(folder)) if self._writable or not self._together else []
+        return said_by_first(own) if self._together else own
+
     def write_json(self, name: str, value: Any) -> None:
         """Write and record a JSON artifact.
 
@@ -168,6 +186,26 @@ class RunDirectory:
             ResourceError: the disk is full or cannot be written.
         """
         self._write(lambda: write_safetensors(self.path(name), tensors, metadata), then_record=name)
+
+    def write_tensors_of_each(self, folder: str, tensors: Mapping[str, Tensor], metadata: Any = None) -> None:
+        """Every process writes tensors of its own; the folder is recorded when all have done so.
+
+        Raises:
+            ResourceError: the disk is full or cannot be written.
+        """
+        own = self.root / _own_file(folder)
+        own.parent.mkdir(parents=True, exist_ok=True)
+        write_safetensors(own, tensors, metadata)
+        wait_for_all()
+        self.record(folder)
+
+    def read_tensors_of_each(self, folder: str) -> tuple[dict[str, Tensor], Any]:
+        """What this process wrote there with `write_tensors_of_each`.
+
+        Raises:
+            IntegrityError: it is missing, or is not what was written.
+        """
+        return self.read_tensors(_own_file(folder))
 
     def read_tensors(self, name: str) -> tuple[dict[str, Tensor], Any]:
         """Tensors and metadata of a safetensors artifact.
@@ -203,6 +241,10 @@ class RunDirectory:
                 self._record(then_record)
         if self._together:
             wait_for_all()
+
+
+def _own_file(folder: str) -> str:
+    return f"{folder}/{process_rank():03d}.safetensors"
 
 
 def _load_or_create(root: Path, fingerprint: dict[str, Any]) -> Manifest:

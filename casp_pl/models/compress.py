@@ -18,9 +18,9 @@ from casp_pl.allocation import ModulePlan
 from casp_pl.layers import LowRankLinear, QuantizedLinear, materialized
 from casp_pl.linalg import PropagationTarget, full_width_products, relative_proxy_loss
 from casp_pl.models.adapter import ModelAdapter
-from casp_pl.models.sharing import of_everyone, own_share
+from casp_pl.models.sharing import are_few, of_everyone, own_share
 from casp_pl.models.streams import BlockBatch, linear_inputs
-from casp_pl.processes import sum_of_all
+from casp_pl.processes import RowShare, sum_of_all
 from casp_pl.quantizers import Quantizer
 from casp_pl.quantizers.low_rank import quantize_low_rank
 
@@ -93,30 +93,35 @@ class BlockQuantization:
         for group in adapter.linear_groups:
             with materialized(block):  # all batches pass through what is compressed already
                 moments = collect_moments(block, student, [reference[group[0]] for reference in references], group[0])
-            targets = self._targets(block, group, moments)
+            together = are_few(group)
+            costs = {name: _dense_linear(block, name).weight.numel() for name in group}
+            aim = PropagationTarget(moments.cross, moments.second, self.propagation)
             made = {}
-            for name in own_share({name: target.numel() for name, target in targets.items()}):
+            for name in group if together else own_share(costs):
                 linear = _dense_linear(block, name)
-                made[name] = self._compress_linear(linear, targets[name], by_name[name], quantizer, moments.second)
-            everyones = of_everyone(made, moments.second.device)
+                target = _target(aim, linear.weight, together)
+                made[name] = self._compress_linear(linear, target, by_name[name], quantizer, moments.second, together)
+            everyones = made if together else of_everyone(made, moments.second.device)
             for name in group:
                 layer, report = everyones[name]
                 block.set_submodule(name, layer)
                 reports.append(report)
         return block, reports
 
-    def _targets(self, block: nn.Module, group: Sequence[str], moments: Moments) -> dict[str, Tensor]:
-        """What each linear of a group, (O, I), aims at."""
-        aim = PropagationTarget(moments.cross, moments.second, self.propagation)
-        return {name: aim.of(_dense_linear(block, name).weight.float()) for name in group}
-
     def _compress_linear(
-        self, linear: nn.Linear, target: Tensor, plan: ModulePlan, quantizer: Quantizer, moment: Tensor
+        self,
+        linear: nn.Linear,
+        target: Tensor,
+        plan: ModulePlan,
+        quantizer: Quantizer,
+        moment: Tensor,
+        together: bool,
     ) -> tuple[QuantizedLinear | LowRankLinear, LinearReport]:
         start = time.perf_counter()
         # a name, not a position, seeds the linear: hash() differs between processes, a sum of bytes does not
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + sum(map(ord, plan.name)) + 7919 * plan.block)
         settings: dict[str, Any] = {"bits": plan.bits, "bias": linear.bias, "generator": generator}
+        settings |= {"together": True} if together else {}
         layer: QuantizedLinear | LowRankLinear
         if plan.rank is None:
             layer = quantizer.quantize(target, moment, **settings)
@@ -125,6 +130,12 @@ class BlockQuantization:
         loss = relative_proxy_loss(linear.weight, layer.dequantize().detach(), moment)
         seconds = time.perf_counter() - start
         return layer, LinearReport(plan.name, loss, layer.bits_per_weight_codes, layer.bits_per_weight, seconds)
+
+
+def _target(aim: PropagationTarget, weight: Tensor, together: bool) -> Tensor:
+    """What a linear with this weight (O, I) aims at."""
+    share = RowShare(len(weight), together)
+    return share.join(aim.of(weight[share.own].float()))
 
 
 @torch.no_grad()

@@ -6,27 +6,24 @@ Every stage leaves its figures in stages/NAME.json and its tensors beside; that 
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import chain, islice
 from typing import Any
 
-import lightning.pytorch as pl
 from torch import nn
 
 from casp_pl.allocation import CompressionPlan
-from casp_pl.callbacks import Advance, BestState, CodebookUpdate
+from casp_pl.callbacks import Advance
 from casp_pl.callbacks.report import StageRow
 from casp_pl.checkpoint import RunDirectory
 from casp_pl.console import RunProgress
 from casp_pl.errors import InputError
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.compress import LinearReport, round_to_nearest
-from casp_pl.models.surgery import round_to_storage
-from casp_pl.modules import CalibrationModule, CalibrationStatistics, EndToEndModule
-from casp_pl.modules.end_to_end import teacher_states
+from casp_pl.modules import CalibrationModule, CalibrationStatistics
 from casp_pl.modules.sensitivity import linear_sensitivities
-from casp_pl.pipeline.blocks import Batches, load_blocks, quantize_blocks, save_block, tune_blocks
+from casp_pl.pipeline.blocks import Batches, load_blocks, quantize_blocks, tune_blocks
+from casp_pl.pipeline.end_to_end import FOLDER, EndToEndStage
 from casp_pl.pipeline.measure import Measurement
 from casp_pl.pipeline.memory import release_memory
 from casp_pl.pipeline.prepare import RunBatches, on_device
@@ -190,43 +187,12 @@ class CompressionRun:
 
     def _end_to_end(self, blocks: list[nn.Module], held_back: Batches) -> list[nn.Module]:
         start = time.monotonic()
-        finished = load_blocks(self.run, "end_to_end", self.adapter)
+        finished = load_blocks(self.run, FOLDER, self.adapter)
         if finished is None:
-            steps = self.settings.end_to_end["steps"]
-            with self.progress.stage("end to end", steps):
-                self._fit_end_to_end(blocks, held_back, steps)
-            finished = blocks
-            for number, block in enumerate(finished):
-                save_block(self.run, f"end_to_end/{number:03d}.safetensors", block)
+            stage = EndToEndStage(self.settings, self.run, self.adapter, self.trainers, self.progress)
+            finished = stage.fit(blocks, held_back)
         self._measure("end_to_end", finished, start)
         return finished
-
-    def _fit_end_to_end(self, blocks: list[nn.Module], held_back: Batches, steps: int) -> None:
-        data, settings = self.settings.data, self.settings.end_to_end
-        callbacks: list[pl.Callback] = [BestState(), Advance(self.progress.advance, loop="train")]
-        if settings["update_codes"]:
-            callbacks.insert(1, CodebookUpdate(**self.settings.codebook_update))
-        trainer = self.trainers.make(
-            callbacks=callbacks,
-            max_steps=steps,
-            max_epochs=-1,
-            num_sanity_val_steps=0,
-            val_check_interval=max(1, steps // 4),
-            check_val_every_n_epoch=None,
-            log_every_n_steps=1,
-            gradient_clip_val=1.0,
-            precision=self.trainers.working_precision,
-        )
-        with trainer.precision_plugin.forward_context():
-            teacher = teacher_states(self.adapter, chain(_first(data.train_dataloader(), steps), held_back))
-        pl.seed_everything(self.settings.seed, verbose=False)
-        with self.adapter.with_blocks(blocks):
-            module = EndToEndModule(self.adapter, teacher, **settings)
-            trainer.validate(module, dataloaders=as_loader(held_back), verbose=False)
-            trainer.fit(module, train_dataloaders=data.train_dataloader(), val_dataloaders=as_loader(held_back))
-        for block in blocks:
-            round_to_storage(block)
-            block.eval().requires_grad_(False)
 
     def _measure(self, name: str, blocks: Sequence[nn.Module], start: float | None = None) -> None:
         if self.run.has(f"stages/{name}.json") and self.measurement.knows(name):
@@ -238,12 +204,6 @@ class CompressionRun:
         release_memory()
         self.run.write_json(f"stages/{name}.json", asdict(row))
         self.progress.say(_sentence(row))
-
-
-def _first(loader: Iterable[dict[str, Any]], count: int) -> Iterator[dict[str, Any]]:
-    """The batches that `count` steps of training see, over as many epochs as that takes."""
-    epochs = chain.from_iterable(loader for _ in range(count))
-    return islice(epochs, count)
 
 
 def _sentence(row: StageRow) -> str:

@@ -137,6 +137,8 @@ class CompressionReport:
         commit: of the source tree; None outside one.
         versions: of the packages that matter.
         wall_seconds: of the whole run, interrupted parts included.
+        work_seconds: the part of it that calibration, quantization and both trainings took, without evaluations; of a
+            stage that was interrupted, its last part.
         peak_memory_bytes: largest resident size of the process, plus the largest device allocation.
         stages: in the order in which they ran.
         modules: every compressed linear.
@@ -151,6 +153,7 @@ class CompressionReport:
     commit: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     wall_seconds: float | None = None
+    work_seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
     stages: tuple[StageRow, ...] = ()
     modules: tuple[ModuleFigures, ...] = ()

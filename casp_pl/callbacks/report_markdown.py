@@ -51,7 +51,9 @@ def report_markdown(report: CompressionReport, pictures: Sequence[str] = ()) -> 
 
 
 def _summary(report: CompressionReport) -> str:
-    return f"Wall time {duration(report.wall_seconds)}, peak memory {size(report.peak_memory_bytes)}."
+    whole = f"Wall time {duration(report.wall_seconds)}, peak memory {size(report.peak_memory_bytes)}."
+    parts = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in report.work_seconds.items())
+    return f"{whole} Without evaluations: {parts}." if parts else whole
 
 
 def _measured_on(report: CompressionReport) -> str:

@@ -1,6 +1,7 @@
 """End-to-end fine-tuning of the whole compressed model against the original's logits (method E)."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,6 +17,7 @@ from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.branches import is_counted
 from casp_pl.models.streams import model_inputs
 from casp_pl.modules.checkpointing import checkpointed
+from casp_pl.modules.compiling import CompiledBlocks
 from casp_pl.modules.parameters import relative_groups, trainable_parameters, warmed_cosine
 from casp_pl.modules.sharding import Sharding, build_sharded, clip_gradients, plain_name, unwrapped
 from casp_pl.processes import mean_of_all, process_count, sum_of_all
@@ -95,6 +97,7 @@ class EndToEndModule(pl.LightningModule):
         answer_weight: what the mean over the answers counts beside the mean over plain texts.
         activation_checkpointing: whether to keep only the inputs of blocks for the backward pass, which computes the
             rest again: far less memory for a third more time.
+        compile_backend: of torch.compile, such as `inductor`, which needs a C++ compiler; null runs blocks as they are.
         update_codes: whether `CodebookUpdate` takes part in this stage as it does in block tuning. It holds two dense
             weights of every layer; on the embedded model not one of its updates lowered the loss here.
         sharding: where it is given, `adapter` is the original; a compressed copy is built and divided among the
@@ -111,6 +114,7 @@ class EndToEndModule(pl.LightningModule):
         warmup: float = 0.3,
         answer_weight: float = 1.0,
         activation_checkpointing: bool = False,
+        compile_backend: str | None = None,
         update_codes: bool = False,
         sharding: Sharding | None = None,
     ) -> None:
@@ -125,6 +129,8 @@ class EndToEndModule(pl.LightningModule):
         self.warmup = warmup
         self.answer_weight = answer_weight
         self.activation_checkpointing = activation_checkpointing
+        self.compile_backend = compile_backend
+        self._compiled = None if compile_backend is None else CompiledBlocks(self.blocks, compile_backend)
         self.update_codes = update_codes
         self._sizes: dict[str, float] = {}
         trainable_parameters(self.blocks)
@@ -140,7 +146,8 @@ class EndToEndModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch."""
-        with checkpointed(unwrapped(self.blocks) if self.activation_checkpointing else []):
+        compiled = nullcontext() if self._compiled is None else self._compiled.active()
+        with compiled, checkpointed(unwrapped(self.blocks) if self.activation_checkpointing else []):
             loss = self.batch_loss(batch)
         self.log("end_to_end/train_kl", loss, batch_size=1, sync_dist=True)
         return loss

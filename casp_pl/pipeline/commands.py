@@ -59,7 +59,8 @@ def _fit(settings: RunSettings, prepared: Prepared, run: RunDirectory, progress:
     compression = CompressionRun(settings, run, prepared.adapter, measurement, trainers, progress)
     blocks = compression.stages(load_batches(settings, prepared.device))
     rows, statistics = compression.rows(), compression.statistics()
-    report = build_report(settings, run, rows, compression.linears, statistics, measurement, compression.seconds)
+    times = compression.seconds, compression.work_seconds()
+    report = build_report(settings, run, rows, compression.linears, statistics, measurement, *times)
     with progress.stage("save", 1), prepared.adapter.with_blocks(blocks) as model:
         if not run.has("model"):
             if is_first():

@@ -89,16 +89,15 @@ class EndToEndStage:
             held_back: batches that the best state is chosen by.
         """
         trainer = self._trainer()
-        with self.progress.stage("end to end", self.steps):
-            for _ in range(self.checkpoint.step):
-                self.progress.advance()
-            teacher = self._teacher(trainer, held_back)
-            pl.seed_everything(self.settings.seed, verbose=False)
-            if self.wrapping is None:
-                with self.adapter.with_blocks(blocks):
-                    self._train(trainer, EndToEndModule(self.adapter, teacher, **self.arguments), held_back)
-            else:
-                blocks[:] = self._train_divided(trainer, teacher, held_back, blocks, self.wrapping)
+        for _ in range(self.checkpoint.step):
+            self.progress.advance()
+        teacher = self._teacher(trainer, held_back)
+        pl.seed_everything(self.settings.seed, verbose=False)
+        if self.wrapping is None:
+            with self.adapter.with_blocks(blocks):
+                self._train(trainer, EndToEndModule(self.adapter, teacher, **self.arguments), held_back)
+        else:
+            blocks[:] = self._train_divided(trainer, teacher, held_back, blocks, self.wrapping)
         for number, block in enumerate(blocks):
             round_to_storage(block)
             block.eval().requires_grad_(False)
@@ -189,6 +188,8 @@ def _check(settings: RunSettings, trainers: TrainerFactory, wrapping: Wrapping) 
     name = f"trainer.strategy {wrapping}"
     if settings.end_to_end["update_codes"]:
         raise ConfigError(f"{name} cannot change codes: set end_to_end.update_codes to false, or take ddp.")
+    if settings.end_to_end.get("compile_backend") is not None:
+        raise ConfigError(f"{name} does not compile blocks: set end_to_end.compile_backend to null, or take ddp.")
     if settings.model.dtype != "float32":
         raise ConfigError(f"{name} needs model.dtype float32, not {settings.model.dtype}; or take ddp.")
     if str(trainers.working_precision) not in ("None", "32", "32-true", "bf16-mixed"):

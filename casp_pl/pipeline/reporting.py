@@ -30,6 +30,7 @@ def build_report(
     statistics: CalibrationStatistics,
     measurement: Measurement,
     seconds: float,
+    work_seconds: dict[str, float],
 ) -> CompressionReport:
     """Everything a run has to say.
 
@@ -41,6 +42,7 @@ def build_report(
         statistics: of the calibration pass.
         measurement: knows the answers of each stage.
         seconds: wall time of the run so far, interrupted parts included.
+        work_seconds: see `CompressionRun.work_seconds`.
     """
     plan = CompressionPlan.from_json(run.read_json("plan.json"))
     by_name = {report.name: report for report in linears}
@@ -69,6 +71,7 @@ def build_report(
         commit=source_commit(),
         versions=package_versions(),
         wall_seconds=seconds,
+        work_seconds=work_seconds,
         peak_memory_bytes=peak_memory_bytes(),
         stages=tuple(rows),
         modules=modules,

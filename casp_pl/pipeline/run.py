@@ -6,7 +6,8 @@ Every stage leaves its figures in stages/NAME.json and its tensors beside; that 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -32,6 +33,7 @@ from casp_pl.pipeline.trainers import TrainerFactory, as_loader
 
 __all__ = ["CompressionRun"]
 
+_WORK = "stages/work_seconds.json"
 _SENSITIVITY_BATCHES = 4  # of the calibration: squares of gradients need fewer tokens than second moments
 
 
@@ -86,7 +88,7 @@ class CompressionRun:
         settings = self.settings
         if self.run.has("plan.json") and self.run.has("calibration.safetensors"):
             return CompressionPlan.from_json(self.run.read_json("plan.json"))
-        with self.progress.stage("calibration", len(calibration)):
+        with self._working("calibration", len(calibration)):
             module = CalibrationModule(
                 self.adapter,
                 measure_rounding=settings.bits.score == "proxy_loss",
@@ -115,6 +117,17 @@ class CompressionRun:
         """Wall time so far: this process and the stages that earlier ones finished."""
         return self._earlier + time.monotonic() - self._started
 
+    def work_seconds(self) -> dict[str, float]:
+        """Wall time of the finished stages without their evaluation; of one that was interrupted, its last part."""
+        return self.run.read_json(_WORK) if self.run.has(_WORK) else {}
+
+    @contextmanager
+    def _working(self, stage: str, steps: float) -> Iterator[None]:
+        start = time.monotonic()
+        with self.progress.stage(stage, steps):
+            yield
+        self.run.write_json(_WORK, self.work_seconds() | {stage: time.monotonic() - start})
+
     def rows(self) -> list[StageRow]:
         """Figures of the finished stages, in order."""
         names = ("original", "rtn", "quantized", "block_tuned", "end_to_end")
@@ -141,7 +154,7 @@ class CompressionRun:
             self.progress.say(f"block {number:3d}  {bits} bits  worst relative loss {loss:.4f}  {seconds:5.1f} s")
             self.progress.advance()
 
-        with self.progress.stage("quantize", len(self.adapter.blocks)):
+        with self._working("quantize", len(self.adapter.blocks)):
             blocks = quantize_blocks(
                 self.run,
                 self.adapter,
@@ -168,7 +181,7 @@ class CompressionRun:
             for _ in numbers:
                 self.progress.advance()
 
-        with self.progress.stage("block tuning", len(blocks)):
+        with self._working("block tuning", len(blocks)):
             tuned = load_blocks(self.run, "tuned", self.adapter) or tune_blocks(
                 self.run,
                 self.adapter,
@@ -190,7 +203,8 @@ class CompressionRun:
         finished = load_blocks(self.run, FOLDER, self.adapter)
         if finished is None:
             stage = EndToEndStage(self.settings, self.run, self.adapter, self.trainers, self.progress)
-            finished = stage.fit(blocks, held_back)
+            with self._working("end to end", stage.steps):
+                finished = stage.fit(blocks, held_back)
         self._measure("end_to_end", finished, start)
         return finished
 

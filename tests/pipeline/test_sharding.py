@@ -1,13 +1,11 @@
 """The end-to-end stage on two real processes that divide the model: losses and model of one, also after a stop."""
 
 import json
-import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,9 @@ from safetensors.torch import load_file
 from casp_pl import load_compressed
 from casp_pl.cli import main
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+Start = Callable[..., list[subprocess.Popen[bytes]]]
+Finish = Callable[..., None]
+
 STEPS, STOPPED_AT = 9, 5  # an epoch is seven batches
 TIMEOUT = 300
 
@@ -60,33 +60,6 @@ def before_the_stage(finished: Path, folder: Path) -> Path:
     return folder
 
 
-def processes(command: list[str], count: int = 2) -> list[subprocess.Popen[bytes]]:
-    """The same command in several processes that know each other, as torchrun starts them."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    together = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0", "MASTER_PORT": str(port)}
-    together |= {"MASTER_ADDR": "localhost", "TORCHELASTIC_RUN_ID": "test"}
-    return [
-        subprocess.Popen(
-            [sys.executable, *command],
-            env=ENVIRONMENT | together | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(count)
-    ]
-
-
-def finish(started: list[subprocess.Popen[bytes]]) -> None:
-    for process in started:
-        try:
-            _, errors = process.communicate(timeout=TIMEOUT)
-        finally:
-            process.kill()
-        assert process.returncode == 0, errors.decode()[-3000:]
-
-
 @pytest.fixture(scope="module")
 def alone(recipe: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone") / "run"
@@ -95,7 +68,7 @@ def alone(recipe: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def divided(recipe: list[str], alone: Path) -> Path:
+def divided(recipe: list[str], alone: Path, start_together: Start, finish_together: Finish) -> Path:
     """Folder of the runs STRATEGY and STRATEGY-stopped, the latter stopped in the middle of an epoch."""
     runs = []
     for strategy in ("ddp", "fsdp", "fsdp2"):
@@ -103,7 +76,7 @@ def divided(recipe: list[str], alone: Path) -> Path:
             folder = before_the_stage(alone, alone.parent / f"{strategy}{'-stopped' * stopped}")
             runs.append((strategy, str(folder), stopped))
     script = DRIVER.format(stopped_at=STOPPED_AT, runs=runs, arguments=arguments(recipe))
-    finish(processes(["-c", script]))
+    finish_together(start_together(["-c", script]))
     return alone.parent
 
 
@@ -149,11 +122,13 @@ def test_a_stop_in_mid_epoch_changes_nothing(strategy: str, divided: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_killed_process_stops_the_other_and_the_stage_goes_on(recipe: list[str], alone: Path, divided: Path) -> None:
+def test_a_killed_process_stops_the_other_and_the_stage_goes_on(
+    recipe: list[str], alone: Path, divided: Path, start_together: Start, finish_together: Finish
+) -> None:
     folder = before_the_stage(alone, alone.parent / "killed")
     command = ["-m", "casp_pl", *arguments(recipe), "--trainer.devices", "2", "--trainer.strategy", "fsdp2"]
     command += ["--run_dir", str(folder)]
-    first, second = processes(command)
+    first, second = start_together(command)
     deadline = time.monotonic() + TIMEOUT
     while not _recorded(folder) and first.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -161,7 +136,7 @@ def test_a_killed_process_stops_the_other_and_the_stage_goes_on(recipe: list[str
     assert first.wait(60) not in (0, None)
     assert _recorded(folder), "the kill came too late to prove anything"
     second.wait(60)
-    finish(processes(command))
+    finish_together(start_together(command))
     whole, resumed = tensors(divided / "fsdp2"), tensors(folder)
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
 

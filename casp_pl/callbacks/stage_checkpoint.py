@@ -64,7 +64,8 @@ class StageCheckpoint(pl.Callback):
             _restore_optimizer(trainer.optimizers[0], pl_module.blocks, _below("adam", tensors), self.step)
         self.best.state, self.best.best, self.best.first = _below("best", tensors), notes["best"], notes["first"]
         for name, layer in _additive_layers(pl_module):
-            layer.weight_gradient = tensors.get(f"gradient/{name}")
+            gradient = tensors.get(f"gradient/{name}")
+            layer.weight_gradient = None if gradient is None else gradient.to(layer.codes.device)
         _count_on(trainer, self.step)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: object, batch_idx: int) -> None:
@@ -95,11 +96,12 @@ class StageCheckpoint(pl.Callback):
 
     def _save(self, trainer: pl.Trainer, module: Any, step: int) -> None:
         optimizer, chosen = trainer.optimizers[0], self._kept_names(module)
-        tensors = {f"now/{name}": part for name, part in own_parts(module).items() if name in chosen}
+        tensors = {f"now/{name}": part.clone() for name, part in own_parts(module).items() if name in chosen}
         tensors |= {f"best/{name}": part for name, part in self.best.state.items() if name in chosen}
         for name, parameter in _trained(module.blocks):
+            state = optimizer.state.get(parameter) or {}  # none where no part of the parameter is here
             for moment in _MOMENTS:
-                tensors[f"adam/{name}/{moment}"] = local(optimizer.state[parameter][moment])
+                tensors[f"adam/{name}/{moment}"] = local(state.get(moment, torch.zeros_like(parameter))).detach()
         for name, layer in _additive_layers(module):
             if layer.weight_gradient is not None:
                 tensors[f"gradient/{name}"] = layer.weight_gradient
@@ -148,12 +150,11 @@ def _restore_optimizer(optimizer: Optimizer, blocks: nn.Module, saved: dict[str,
 def _count_on(trainer: pl.Trainer, step: int) -> None:
     """The learning rate of the next step, and Lightning's counters, as if `step` steps had been made."""
     scheduler: Any = trainer.lr_scheduler_configs[0].scheduler
-    state = scheduler.state_dict()
-    scheduler.load_state_dict(state | {"last_epoch": step, "_step_count": step + 1})
-    for group, base, factor in zip(
-        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-    ):
-        group["lr"] = base * factor(step)
+    rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    counted = {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
+    scheduler.load_state_dict(scheduler.state_dict() | counted)
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
     loop = trainer.fit_loop.epoch_loop
     made = {"ready": step, "completed": step}
     loop.automatic_optimization.optim_progress.optimizer.step.total.load_state_dict(made)

@@ -78,7 +78,8 @@ def whole_tensors(parts: Mapping[str, Tensor], shapes: Mapping[str, torch.Size])
         parts: of `trained_parts`.
         shapes: of the whole tensors.
     """
-    everyones = of_all({name: part.flatten().cpu() for name, part in parts.items()})
+    # a view would be sent with all of the memory that it looks at
+    everyones = of_all({name: part.flatten().cpu().clone() for name, part in parts.items()})
     return {name: torch.cat([own[name] for own in everyones]).view(shapes[name]) for name in parts}
 
 

@@ -45,7 +45,14 @@ for strategy, folder, interrupted in {runs}:
 
 def arguments(recipe: list[str]) -> list[str]:
     """A fit whose end-to-end stage saves after every second step; bfloat16 would round what each process adds."""
-    search = ["--quantizer.max_rounds", "1", "--quantizer.kmeans_iterations", "2", "--codebook_update.every", "2"]
+    search = [
+        "--quantizer.init_args.max_rounds",
+        "1",
+        "--quantizer.init_args.kmeans_iterations",
+        "2",
+        "--codebook_update.every",
+        "2",
+    ]
     few = ["--evaluation.questions", "6", "--evaluation.text_tokens", "128", "--data.batch_size", "4"]
     stage = ["--end_to_end.steps", str(STEPS), "--end_to_end.checkpoint_every", "2", "--end_to_end.lr", "0.003"]
     return ["fit", *recipe, *search, *few, *stage, "--trainer.precision", "32-true"]

@@ -235,6 +235,8 @@ class RunDirectory:
         """Done by the first process alone; no other is told that a file is there before it is recorded."""
         if not self._writable and not self._together:
             raise RuntimeError(f"{self.root} was opened for reading only")
+        if self._together:
+            wait_for_all()  # nobody still reads what is about to be replaced
         if self._writable:
             work()
             if then_record is not None:

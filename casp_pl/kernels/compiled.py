@@ -229,5 +229,10 @@ def _load(module: str, name: str) -> Callable[..., None] | None:
 
 
 def _arrays(*arguments: Any) -> list[Any]:
-    """Tensors as contiguous arrays (one layout, so that one compilation serves all calls), the rest as it is."""
-    return [item.detach().contiguous().numpy() if isinstance(item, Tensor) else item for item in arguments]
+    """Tensors as contiguous arrays (one layout, so that one compilation serves all calls), the rest as it is.
+
+    `Tensor.numpy` would fix the size of its memory for ever, and FSDP takes that of gathered parameters away.
+    """
+    import numpy as np
+
+    return [np.from_dlpack(item.detach().contiguous()) if isinstance(item, Tensor) else item for item in arguments]

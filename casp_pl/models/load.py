@@ -16,7 +16,7 @@ from casp_pl.models.original import check_config, check_original
 from casp_pl.models.streamed import load_streamed
 from casp_pl.models.tiny import load_tiny
 
-__all__ = ["ModelSource", "load_model"]
+__all__ = ["ModelSource", "explained", "factory_and_processor", "load_model", "source_directory"]
 
 _OWN = ("embedded", "embedded-text", "tiny")
 
@@ -54,10 +54,10 @@ class ModelSource:
         if self.source in _OWN and self.streaming:
             raise ConfigError(f"model.streaming: '{self.source}' has no files to read from; set it to false.")
         if self.source not in _OWN and self.streaming is not False:
-            directory = _directory(self.source)
+            directory = source_directory(self.source)
             check_original(directory)
             if self.streams(device):
-                factory, processor = _factory_and_processor(self.source, directory)
+                factory, processor = factory_and_processor(self.source, directory)
                 dtype = getattr(torch, self.dtype)
                 return load_streamed(directory, factory, dtype=dtype, device=device), processor
         model, processor = self.load()
@@ -67,7 +67,7 @@ class ModelSource:
         """Whether `open` leaves the decoder blocks of this model on disk."""
         if self.source in _OWN or self.streaming is not None:
             return bool(self.streaming)
-        return not fits_in_memory(_directory(self.source), getattr(torch, self.dtype), device)
+        return not fits_in_memory(source_directory(self.source), getattr(torch, self.dtype), device)
 
     def load(self) -> tuple[Any, Any]:
         """A frozen model in evaluation mode and its processor (a tokenizer for a text model).
@@ -99,9 +99,9 @@ class ModelSource:
             return load_tiny()[1]
         if self.source in ("embedded", "embedded-text"):
             return load_processor() if self.source == "embedded" else load_tokenizer()
-        directory = _directory(self.source)
+        directory = source_directory(self.source)
         check_config(directory)
-        return _factory_and_processor(self.source, directory)[1]
+        return factory_and_processor(self.source, directory)[1]
 
 
 def load_model(source: str = "embedded") -> tuple[Any, Any]:
@@ -110,11 +110,11 @@ def load_model(source: str = "embedded") -> tuple[Any, Any]:
 
 
 def _load_hugging_face(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    directory = _directory(source)
+    directory = source_directory(source)
     check_original(directory)
-    factory, processor = _factory_and_processor(source, directory)
+    factory, processor = factory_and_processor(source, directory)
     settings: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
-    with _explained(source):
+    with explained(source):
         model, loading = factory.from_pretrained(directory, dtype=dtype, output_loading_info=True, **settings)
     lost = sorted(str(entry) for what in ("missing_keys", "mismatched_keys") for entry in loading[what])
     if lost:
@@ -124,7 +124,7 @@ def _load_hugging_face(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     return model, processor
 
 
-def _factory_and_processor(source: str, directory: Path) -> tuple[Any, Any]:
+def factory_and_processor(source: str, directory: Path) -> tuple[Any, Any]:
     """The Auto class of the model, and its processor or tokenizer."""
     from transformers import (
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -135,26 +135,30 @@ def _factory_and_processor(source: str, directory: Path) -> tuple[Any, Any]:
 
     from casp_pl.models.processors import load_processor as processor_in
 
-    with _explained(source):
+    with explained(source):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
         multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         processor = processor_in(directory, config.model_type, takes_images=multimodal)
     return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM, processor
 
 
-def _directory(source: str) -> Path:
-    """Where the model's files lie, fetched from the hub if need be."""
+def source_directory(source: str, *, weights: bool = True) -> Path:
+    """Where the model's files lie, fetched from the hub if need be; without `weights` all but these is fetched.
+
+    Raises:
+        InputError: there is no such model, or no way to reach it.
+    """
     if Path(source).is_dir():
         return Path(source)
     if Path(source).exists() or source.count("/") != 1:
         raise InputError(
             f"model.source: '{source}' is neither embedded, tiny, a directory, nor a hub name like org/name."
         )
-    return hub_directory(source)
+    return hub_directory(source, weights=weights)
 
 
 @contextmanager
-def _explained(source: str) -> Iterator[None]:
+def explained(source: str) -> Iterator[None]:
     """Turns what goes wrong in reading a model into one sentence."""
     from safetensors import SafetensorError
 

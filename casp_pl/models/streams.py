@@ -71,7 +71,7 @@ class BlockBatch:
 
     def _rows(self, rows: slice) -> "BlockBatch":
         arguments, own = (_rows_of(value, rows, len(self)) for value in (self.arguments, self.own))
-        tensors = {"hidden": self.hidden[rows], "real": self.real[rows], "image": self.image[rows]}
+        tensors: dict[str, Any] = {"hidden": self.hidden[rows], "real": self.real[rows], "image": self.image[rows]}
         return replace(self, **tensors, arguments=arguments, own=own)
 
 

@@ -14,7 +14,7 @@ from casp_pl.pipeline.planning import Workload
 __all__ = ["PROCESS_BYTES", "BlockShape", "logits_bytes", "stage_memory"]
 
 PROCESS_BYTES = 900 << 20  # Python with torch, lightning and transformers, before any weight
-_HEAP_SLACK = 1.5  # what the heap takes for what is in it
+_HEAP_SLACK = 1.33  # what the heap takes for what is in it; fitted to whole runs with AQLM and GPTQ
 _FLOAT = 4
 _DOUBLE = 8
 _LOGITS_AT_ONCE = 128  # tokens, see `head_divergence`

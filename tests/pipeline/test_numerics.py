@@ -31,6 +31,9 @@ from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import TrainerFactory, as_loader
 from casp_pl.quantizers import RTNQuantizer
 
+pytestmark = pytest.mark.filterwarnings(  # the command line silences these as well (console/logs.py)
+    r"ignore:Found \d+ module\(s\) in eval mode", "ignore:.*does not have many workers"
+)
 NAN = float("nan")
 Pairs = list[tuple[BlockBatch, Tensor]]
 
@@ -207,7 +210,7 @@ def test_a_sample_that_the_original_cannot_compute_is_left_out(
 ) -> None:
     settings, adapter, batches = run_that_breaks(recipe, tmp_path, 160)
     with RunDirectory.open(tmp_path / "run", {}) as run, RunProgress({"calibration": 1.0}, enabled=False) as progress:
-        measurement = Measurement(run, settings.evaluation, None, trainers)
+        measurement = Measurement(run, settings.evaluation, None, settings.scoring, trainers)
 
         def sound_batches() -> RunBatches:
             compression = CompressionRun(settings, run, adapter, measurement, trainers, progress)

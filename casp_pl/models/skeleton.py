@@ -45,6 +45,7 @@ def load_skeleton(source: ModelSource) -> Skeleton:
         InputError: the model cannot be found.
     """
     headers: Mapping[str, torch.dtype] | None = None
+    processor: Any
     if source.source == "tiny":
         real, processor = load_tiny()
         model = _on_meta(type(real), real.config)

@@ -11,11 +11,12 @@ from casp_pl.callbacks.report import CompressionReport
 from casp_pl.callbacks.report_files import write_report
 from casp_pl.callbacks.stage_table import print_stages, size
 from casp_pl.callbacks.tensorboard import log_report
-from casp_pl.checkpoint import RunDirectory, save_compressed, write_text
+from casp_pl.checkpoint import RunDirectory, save_compressed, save_streamed, write_text
 from casp_pl.checkpoint import verify as find_problems
 from casp_pl.console import RunProgress, make_console
 from casp_pl.errors import ConfigError, ResourceError
 from casp_pl.export import export_model
+from casp_pl.pipeline.block_files import BlockFiles
 from casp_pl.pipeline.chat import Models, open_conversations, read_questions
 from casp_pl.pipeline.estimate import planned_estimate
 from casp_pl.pipeline.explain import ExplainSettings, explanation
@@ -63,10 +64,10 @@ def _fit(settings: RunSettings, prepared: Prepared, run: RunDirectory, progress:
     rows, statistics = compression.rows(), compression.statistics()
     times = compression.seconds, compression.work_seconds()
     report = build_report(settings, run, rows, compression.linears, statistics, measurement, *times)
-    with progress.stage("save", 1), prepared.adapter.with_blocks(blocks) as model:
+    with progress.stage("save", 1):
         if not run.has("model"):
             if is_first():
-                save_compressed(model, prepared.processor, run.path("model"), card=model_card(report, settings))
+                _save(prepared, blocks, run.path("model"), model_card(report, settings))
             run.record("model")
         for name in said_by_first(write_report(report, run.root) if is_first() else []):
             run.record(name)
@@ -74,6 +75,15 @@ def _fit(settings: RunSettings, prepared: Prepared, run: RunDirectory, progress:
             log_report(logger.experiment, report)
         logger.finalize("success")
     return report
+
+
+def _save(prepared: Prepared, blocks: BlockFiles, directory: Path, card: str) -> None:
+    adapter = prepared.adapter
+    if adapter.stored is not None:
+        save_streamed(adapter, blocks, prepared.processor, directory, card=card)
+        return
+    with adapter.with_blocks(blocks) as model:
+        save_compressed(model, prepared.processor, directory, card=card)
 
 
 def plan(settings: RunSettings, *, json: bool = False, quick: bool = False) -> int:

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def measured_block_costs(
     exact = _repeated(lambda: run_blocks(block, plain)) if autocast is not None else forward
     _, references = run_blocks_seeing(block, inputs, probe.group_heads)
     moments = sum(
-        _timed(collect_moments, block, inputs, [seen[head] for seen in references], head)[0]
+        _timed(partial(collect_moments, block, inputs, [seen[head] for seen in references], head))[0]
         for head in probe.group_heads
     )
     typical = _typical_block(plan)
@@ -121,8 +122,8 @@ def _quantized(
         return sum(report.seconds for report in reports), compressed
     largest = max(plans, key=lambda plan: plan.weights)
     name = next(name for name in probe.linear_names if largest.name.endswith("." + name))
-    widest: Any = block.get_submodule(name)
-    rows: Tensor = widest.weight[:_SLICE_ROWS].float()
+    largest_linear: Any = block.get_submodule(name)
+    rows: Tensor = largest_linear.weight[:_SLICE_ROWS].float()
     moment = torch.eye(rows.shape[1], device=rows.device)
     seconds, _ = _timed(lambda: quantizer.quantize(rows, moment, bits=largest.bits))
     compressed = copy.deepcopy(block)
@@ -140,11 +141,11 @@ def _training_steps(module: BlockwiseModule, pairs: Sequence[tuple[BlockBatch, T
 
     def step(pair: tuple[BlockBatch, Tensor]) -> None:
         optimizer.zero_grad()
-        torch.autograd.backward(module.batch_loss(pair))
+        module.batch_loss(pair).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     step(pairs[0])  # the first one fills caches
-    return [_timed(step, pair)[0] for pair in [*pairs] * _REPEATS]
+    return [_timed(partial(step, pair))[0] for pair in [*pairs] * _REPEATS]
 
 
 def _kept_for_backward(module: BlockwiseModule, pairs: Sequence[tuple[BlockBatch, Tensor]]) -> int:
@@ -174,12 +175,12 @@ def _head(probe: ModelAdapter, batches: Sequence[dict[str, Any]], autocast: torc
     student = teacher.clone().requires_grad_()
     kind = weight.device.type
     with torch.autocast(kind, autocast or torch.bfloat16, enabled=autocast is not None):
-        return min(_repeated(lambda: torch.autograd.backward(head_divergence(student, teacher, weight))))
+        return min(_repeated(lambda: head_divergence(student, teacher, weight).backward()))  # type: ignore[no-untyped-call]
 
 
-def _timed(work: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
     start = time.perf_counter()
-    result = work(*arguments)
+    result = work()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start, result

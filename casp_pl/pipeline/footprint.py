@@ -13,8 +13,8 @@ from casp_pl.pipeline.planning import Workload
 
 __all__ = ["BlockShape", "stage_memory"]
 
-_PROCESS_BYTES = 900 << 20  # Python with torch, lightning and transformers, before any weight
-_HEAP_SLACK = 1.33  # what the heap takes for what is in it; fitted to whole runs with AQLM and GPTQ
+_PROCESS_BYTES = 700 << 20  # Python with torch, lightning and transformers, before any weight
+_HEAP_SLACK = 1.38  # what the heap takes for what is in it; fitted to whole runs with AQLM and GPTQ
 _FLOAT = 4
 _DOUBLE = 8
 _LOGITS_AT_ONCE = 128  # tokens, see `head_divergence`

@@ -15,6 +15,7 @@ __all__ = [
     "Example",
     "ModuleFigures",
     "StageRow",
+    "finite",
     "sparsity_by_modality",
 ]
 
@@ -167,7 +168,7 @@ class CompressionReport:
 
     def to_json(self) -> dict[str, Any]:
         """A value for report.json: no key is ever left out, and what is not finite becomes null (with a warning)."""
-        return {key: _finite(value, key) for key, value in asdict(self).items()}
+        return {key: finite(value, key) for key, value in asdict(self).items()}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "CompressionReport":
@@ -208,11 +209,12 @@ def _check_keys(kind: type[Any], value: Mapping[str, Any], where: str) -> None:
         raise IntegrityError(f"report.json: {where}: missing or unknown keys: {', '.join(wrong)}")
 
 
-def _finite(value: Any, where: str) -> Any:
+def finite(value: Any, where: str) -> Any:
+    """The value for JSON: tuples become lists, and what is not finite becomes null, with a warning that names it."""
     if isinstance(value, dict):
-        return {key: _finite(item, f"{where}.{key}") for key, item in value.items()}
+        return {key: finite(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item, f"{where}.{number}") for number, item in enumerate(value)]
+        return [finite(item, f"{where}.{number}") for number, item in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
         _log.warning("report: %s is %s and is written as null", where, value)
         return None

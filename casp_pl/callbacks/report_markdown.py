@@ -7,7 +7,7 @@ from typing import Any
 from casp_pl.callbacks.report import CompressionReport, ModuleFigures
 from casp_pl.callbacks.stage_table import HEADER, duration, number, size, stage_cells
 
-__all__ = ["report_markdown"]
+__all__ = ["markdown_table", "report_markdown"]
 
 _READING = """\
 - **bits** count against the original weights of the compressed linears: the codes alone, and with every codebook, scale
@@ -39,12 +39,12 @@ def report_markdown(report: CompressionReport, pictures: Sequence[str] = ()) -> 
     parts = [
         f"# {report.name}: {report.model} compressed with {report.quantizer}",
         _summary(report),
-        _table(HEADER, (stage_cells(row) for row in report.stages)),
+        markdown_table(HEADER, (stage_cells(row) for row in report.stages)),
         _measured_on(report),
         "## How to read it\n\n" + _READING,
         *(f"## {_CAPTIONS.get(name, name)}\n\n![{_CAPTIONS.get(name, name)}]({name}.png)" for name in pictures),
         "## Data that really entered\n\n" + _data(report),
-        "## Every linear\n\n" + _table(_MODULE_HEADER, (_module_cells(module) for module in report.modules)),
+        "## Every linear\n\n" + markdown_table(_MODULE_HEADER, (_module_cells(module) for module in report.modules)),
         "## Made with\n\n" + _made_with(report),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -66,7 +66,7 @@ def _data(report: CompressionReport) -> str:
     if not report.data:
         return "n/a"
     rows = ([key.replace("_", " "), _value(value)] for key, value in _flat(report.data))
-    return _table(("what", "count"), rows)
+    return markdown_table(("what", "count"), rows)
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -99,7 +99,8 @@ def _made_with(report: CompressionReport) -> str:
     return "\n".join(lines)
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown; the first column names the rows, the others are right-aligned."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 

@@ -6,6 +6,7 @@ run that was killed anywhere goes on from its last entry.
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -43,6 +44,20 @@ class RunDirectory:
         self._manifest = manifest
         self._writable = writable
         self._together = together
+
+    @staticmethod
+    def check_place(path: Path | str) -> None:
+        """Find out early whether `open` can write there; nothing is created.
+
+        Raises:
+            ResourceError: a file is in the way, or the place cannot be written.
+        """
+        place = Path(path).absolute()
+        existing = next(folder for folder in (place, *place.parents) if folder.exists())
+        if not existing.is_dir():
+            raise ResourceError(f"Cannot create {path}: {existing} is a file.\nGive another --run_dir.")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise ResourceError(f"Cannot write {path}: {existing} is read-only.\nGive another --run_dir.")
 
     @classmethod
     @contextmanager
@@ -127,6 +142,18 @@ class RunDirectory:
             del self._manifest.artifacts[entry]
         self._manifest.save(self.root)
 
+    def discard(self, name: str) -> None:
+        """Delete an artifact that nobody needs any more; one that is not there is no error."""
+        self._write(lambda: self._discard(name))
+
+    def _discard(self, name: str) -> None:
+        self._forget(name)
+        full = self.root / PurePosixPath(name)
+        if full.is_dir():
+            shutil.rmtree(full)
+        else:
+            full.unlink(missing_ok=True)
+
     def record(self, name: str) -> None:
         """Enter a file, or every file of a directory, that is complete now.
 
@@ -145,18 +172,6 @@ class RunDirectory:
         for path in files:
             self._manifest.artifacts[path.relative_to(self.root).as_posix()] = describe(path)
         self._manifest.save(self.root)
-
-    def discard(self, name: str) -> None:
-        """Forget an artifact and delete its files; nothing is done where there is none."""
-        self._write(lambda: self._discard(name))
-
-    def _discard(self, name: str) -> None:
-        self._forget(name)
-        full = self.path(name)
-        if full.is_dir():
-            shutil.rmtree(full)
-        else:
-            full.unlink(missing_ok=True)
 
     def names(self, folder: str) -> list[str]:
         """The recorded files below a folder, in order."""

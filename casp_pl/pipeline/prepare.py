@@ -1,6 +1,6 @@
 """What every command needs before it can start: model, processor, data on the right device."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,15 +8,25 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from casp_pl.checkpoint.registration import compact_state_dict
 from casp_pl.errors import ConfigError, InputError
 from casp_pl.models.adapter import ModelAdapter, adapt
+from casp_pl.models.skeleton import load_skeleton
+from casp_pl.models.soundness import require_finite_weights
 from casp_pl.pipeline.blocks import Batches
 from casp_pl.pipeline.launch import accelerator_type
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.processes import process_count
 
-__all__ = ["Prepared", "RunBatches", "fingerprint", "load_batches", "on_device", "prepare"]
+__all__ = [
+    "Prepared",
+    "RunBatches",
+    "fingerprint",
+    "load_batches",
+    "model_device",
+    "on_device",
+    "prepare",
+    "prepare_outline",
+]
 
 
 @dataclass(frozen=True)
@@ -34,22 +44,50 @@ def prepare(settings: RunSettings) -> Prepared:
     Raises:
         ConfigError: no such device, or a budget that cannot be met.
         InputError: the model or the data cannot be read.
+        NumericsError: a weight is NaN or infinite.
     """
     pl.seed_everything(settings.seed, verbose=False)
+    adapter, processor = settings.model.open(model_device(settings))
+    require_finite_weights(adapter.model)
+    if adapter.stored is not None:
+        precision = str(settings.trainer.get("precision"))
+        if precision.endswith("-true") and precision != "32-true":
+            raise ConfigError(f"trainer.precision: {precision} does not reach blocks on disk; set model.dtype instead.")
+        for number, block in enumerate(adapter.originals()):
+            require_finite_weights(block, adapter.full_name(number, ""))
+    return _prepared(settings, adapter, processor)
+
+
+def prepare_outline(settings: RunSettings) -> tuple[Prepared, Mapping[str, torch.dtype] | None]:
+    """As `prepare`, but no weight is read: the model is on the meta device, whatever `device` says.
+
+    Returns:
+        What `prepare` returns, and `Skeleton.headers`.
+
+    Raises:
+        ConfigError: no such device, or a budget that cannot be met.
+        InputError: the model or the data cannot be read.
+    """
+    skeleton = load_skeleton(settings.model)
+    return _prepared(settings, adapt(skeleton.model), skeleton.processor), skeleton.headers
+
+
+def _prepared(settings: RunSettings, adapter: ModelAdapter, processor: Any) -> Prepared:
     settings.bits.attach(settings.quantizer, settings.low_rank)
-    model, processor = settings.model.load()
-    adapter = adapt(model)
     settings.data.attach(processor)
     settings.evaluation.attach(processor)
     # an impossible budget or rank is found now, not after an hour
     settings.bits.make_plan(adapter, settings.low_rank.choose(adapter, None), None)
-    device = _device(accelerator_type(settings.trainer))
-    model.to(device)
-    return Prepared(adapter, processor, device)
+    return Prepared(adapter, processor, model_device(settings))
 
 
-def _device(accelerator: str) -> torch.device:
-    if accelerator == "cpu":
+def model_device(settings: RunSettings) -> torch.device:
+    """Where the recipe's trainer wants the model.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if accelerator_type(settings.trainer) == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("trainer.accelerator: there is no GPU here; set it to cpu.")
@@ -90,11 +128,27 @@ def load_batches(settings: RunSettings, device: torch.device) -> RunBatches:
 
 def fingerprint(settings: RunSettings, prepared: Prepared) -> dict[str, Any]:
     """What the artifacts of a run depend on: the recipe key by key, the model's weights, the samples."""
+    return {"recipe": settings.flat, "model": _weight_sum(prepared.adapter), "data": settings.data.fingerprint}
+
+
+def _weight_sum(adapter: ModelAdapter) -> str:
+    """The sum of all absolute values, exactly as written; the same whether the model is streamed or not."""
+    skeletons = [adapter.skeleton(number) for number in range(len(adapter.blocks))]
+    with adapter.with_blocks(skeletons) as model:
+        names = list(model.state_dict())
+    with adapter.with_blocks([]) as model:
+        sums = _sums(model.state_dict())
+    for number, block in enumerate(adapter.originals()):
+        sums |= {adapter.full_name(number, name): value for name, value in _sums(block.state_dict()).items()}
     total = torch.zeros((), dtype=torch.float64)
-    for tensor in compact_state_dict(prepared.adapter.model).values():
-        if tensor.is_floating_point():
-            total += tensor.double().abs().sum().cpu()
-    return {"recipe": settings.flat, "model": float(total).hex(), "data": settings.data.fingerprint}
+    for name in names:  # in this order, because the sum depends on it
+        total += sums.get(name, 0.0)
+    return float(total).hex()
+
+
+def _sums(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    return {name: tensor.double().abs().sum().cpu() for name, tensor in floating.items()}
 
 
 def on_device(batches: Iterable[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:

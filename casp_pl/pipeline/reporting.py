@@ -1,4 +1,4 @@
-"""The report of a run, put together from its artifacts; the model card; the examples."""
+"""The report of a run, put together from its artifacts, and its examples."""
 
 from casp_pl.allocation import CompressionPlan
 from casp_pl.callbacks.environment import package_versions, peak_memory_bytes, source_commit
@@ -10,7 +10,6 @@ from casp_pl.callbacks.report import (
     StageRow,
     sparsity_by_modality,
 )
-from casp_pl.callbacks.report_markdown import report_markdown
 from casp_pl.checkpoint import RunDirectory
 from casp_pl.data.evaluation import EvaluationData
 from casp_pl.models.compress import LinearReport
@@ -19,7 +18,7 @@ from casp_pl.pipeline.examples import choose_examples
 from casp_pl.pipeline.measure import Measurement
 from casp_pl.pipeline.settings import RunSettings
 
-__all__ = ["build_report", "model_card"]
+__all__ = ["build_report"]
 
 
 def build_report(
@@ -79,16 +78,6 @@ def build_report(
         data={"calibration": settings.data.counts, "evaluation": settings.evaluation.counts},
         examples=_examples(settings.evaluation, measurement, rows[-1].name),
     )
-
-
-def model_card(report: CompressionReport) -> str:
-    """README.md of the model directory: how to load it, and the report's figures."""
-    loading = (
-        "    import casp_pl\n"
-        "    model, processor = casp_pl.load_compressed(DIR)\n\n"
-        "or, after `import casp_pl`, with transformers' `AutoModelForImageTextToText.from_pretrained(DIR)`."
-    )
-    return f"Load it with\n\n{loading}\n\n{report_markdown(report)}"
 
 
 def _examples(data: EvaluationData, measurement: Measurement, stage: str) -> tuple[Example, ...]:

@@ -18,20 +18,24 @@ from casp_pl.callbacks import Advance
 from casp_pl.callbacks.report import StageRow
 from casp_pl.checkpoint import RunDirectory
 from casp_pl.console import RunProgress
-from casp_pl.errors import InputError
+from casp_pl.errors import InputError, NumericsError
+from casp_pl.models.activations import ActivationStore
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.compress import LinearReport, round_to_nearest
+from casp_pl.models.memory import streaming_memory
 from casp_pl.modules import CalibrationModule, CalibrationStatistics
 from casp_pl.modules.sensitivity import linear_sensitivities
-from casp_pl.pipeline.blocks import Batches, load_blocks, quantize_blocks, tune_blocks
+from casp_pl.pipeline.block_files import BlockFiles, block_name, finished_blocks, save_block
+from casp_pl.pipeline.blocks import Batches, quantize_blocks, tune_blocks
+from casp_pl.pipeline.broken_samples import BrokenSamples
 from casp_pl.pipeline.end_to_end import FOLDER, EndToEndStage
 from casp_pl.pipeline.measure import Measurement
 from casp_pl.pipeline.memory import release_memory
-from casp_pl.pipeline.prepare import RunBatches, on_device
+from casp_pl.pipeline.prepare import RunBatches, load_batches, on_device
 from casp_pl.pipeline.settings import RunSettings
-from casp_pl.pipeline.trainers import TrainerFactory, as_loader
+from casp_pl.pipeline.trainers import TrainerFactory
 
-__all__ = ["CompressionRun"]
+__all__ = ["CompressionRun", "activation_store"]
 
 _WORK = "stages/work_seconds.json"
 _SENSITIVITY_BATCHES = 4  # of the calibration: squares of gradients need fewer tokens than second moments
@@ -64,18 +68,22 @@ class CompressionRun:
         self.measurement = measurement
         self.trainers = trainers
         self.progress = progress
+        self.keep = activation_store(settings, adapter)
+        self.broken = BrokenSamples(run, adapter, settings.data, trainers.autocast, self.keep)
         self.linears: list[LinearReport] = []
         self._started = time.monotonic()
         self._earlier = sum(row.seconds or 0.0 for row in self.rows())
 
-    def stages(self, batches: RunBatches) -> list[nn.Module]:
+    def stages(self, batches: RunBatches) -> BlockFiles:
         """Run (or read) all stages; returns the final blocks."""
+        if self.adapter.stored is not None:
+            self.progress.say("streaming: the decoder blocks stay on disk and are read one at a time")
         self._measure("original", list(self.adapter.blocks))
         if self.settings.baseline is not None:
             self._baseline(self.settings.baseline)
         if self.trainers.working_precision is not None:
             self.progress.say(f"everything but evaluation computes in {self.trainers.working_precision}")
-        plan = self.plan(batches.calibration)
+        plan, batches = self._plan_on_sound_samples(batches)
         blocks = self._quantize(plan, batches.calibration)
         if self.settings.block_tuning.get("epochs", 0) > 0:
             blocks = self._tune(blocks, batches.tuning, batches.held_back)
@@ -83,21 +91,41 @@ class CompressionRun:
             blocks = self._end_to_end(blocks, batches.held_back)
         return blocks
 
+    def _plan_on_sound_samples(self, batches: RunBatches) -> tuple[CompressionPlan, RunBatches]:
+        """The plan, and the batches without the samples on which the original itself gives NaN or infinity."""
+        device = self.adapter.device
+        found = self.broken.recall()
+        if not self.run.has("plan.json"):
+            found = self.broken.search(batches.held_back) or found
+        if found:
+            batches = load_batches(self.settings, device)
+        try:
+            return self.plan(batches.calibration), batches
+        except NumericsError:
+            if not self.broken.search(batches.calibration):
+                raise
+            batches = load_batches(self.settings, device)
+        return self.plan(batches.calibration), batches
+
     def plan(self, calibration: Batches) -> CompressionPlan:
         """The calibration pass of the original model, then ranks and bits; plan.json and calibration.safetensors."""
         settings = self.settings
         if self.run.has("plan.json") and self.run.has("calibration.safetensors"):
             return CompressionPlan.from_json(self.run.read_json("plan.json"))
-        with self._working("calibration", len(calibration)):
+        with self._working("calibration", len(self.adapter.blocks) * len(calibration)):
             module = CalibrationModule(
                 self.adapter,
+                calibration,
+                keep=self.keep,
                 measure_rounding=settings.bits.score == "proxy_loss",
                 sensitivity=self._sensitivity() if settings.bits.score == "sensitivity" else None,
                 **settings.calibration,
             )
             callbacks = [settings.low_rank, settings.bits, Advance(self.progress.advance, loop="validation")]
-            trainer = self.trainers.make(callbacks=callbacks, logger=False, precision=self.trainers.working_precision)
-            trainer.validate(module, dataloaders=as_loader(calibration), verbose=False)
+            trainer = self.trainers.make(
+                callbacks=callbacks, logger=False, precision=self.trainers.working_precision, limit_val_batches=1.0
+            )
+            trainer.validate(module, verbose=False)
         if module.statistics is None or settings.bits.plan is None:
             raise InputError("The calibration pass saw no sample: give data.samples a larger number.")
         self.run.write_tensors("calibration.safetensors", module.statistics.tensors(), {})
@@ -106,7 +134,9 @@ class CompressionRun:
 
     def _sensitivity(self) -> dict[str, float]:
         chosen = on_device(self.settings.data.first_batches(_SENSITIVITY_BATCHES), self.adapter.model.device)
-        return linear_sensitivities(self.adapter, chosen, seed=self.settings.seed, autocast=self.trainers.autocast)
+        return linear_sensitivities(
+            self.adapter, chosen, seed=self.settings.seed, autocast=self.trainers.autocast, keep=self.keep
+        )
 
     def statistics(self) -> CalibrationStatistics:
         """What the calibration pass found."""
@@ -139,11 +169,15 @@ class CompressionRun:
         return StageRow(**(value | {"vqa_interval": tuple(interval) if interval else None}))
 
     def _baseline(self, quantizer: Any) -> None:
-        if not self.run.has("stages/rtn.json"):
-            start = time.monotonic()
-            self._measure("rtn", round_to_nearest(self.adapter, quantizer, self.settings.baseline_bits), start)
+        if self.run.has("stages/rtn.json"):
+            return
+        start = time.monotonic()
+        for number, block in enumerate(round_to_nearest(self.adapter, quantizer, self.settings.baseline_bits)):
+            save_block(self.run, block_name("rtn", number), block)
+        self._measure("rtn", BlockFiles(self.run, "rtn", self.adapter), start)
+        self.run.discard("rtn")
 
-    def _quantize(self, plan: CompressionPlan, calibration: Batches) -> list[nn.Module]:
+    def _quantize(self, plan: CompressionPlan, calibration: Batches) -> BlockFiles:
         start = time.monotonic()
 
         def done(number: int, reports: list[LinearReport]) -> None:
@@ -152,10 +186,9 @@ class CompressionRun:
             bits = "/".join(str(bits) for bits in sorted({module.bits for module in plan.of_block(number)}))
             seconds = sum(report.seconds for report in reports)
             self.progress.say(f"block {number:3d}  {bits} bits  worst relative loss {loss:.4f}  {seconds:5.1f} s")
-            self.progress.advance()
 
-        with self._working("quantize", len(self.adapter.blocks)):
-            blocks = quantize_blocks(
+        with self._working("quantize", len(plan.modules)):
+            quantize_blocks(
                 self.run,
                 self.adapter,
                 plan,
@@ -164,11 +197,14 @@ class CompressionRun:
                 calibration,
                 done,
                 self.trainers.autocast,
+                keep=self.keep,
+                linear_done=lambda report: self.progress.advance(note=report.name.rsplit(".", 1)[-1]),
             )
+        blocks = BlockFiles(self.run, "blocks", self.adapter)
         self._measure("quantized", blocks, start)
         return blocks
 
-    def _tune(self, blocks: Sequence[nn.Module], train: Batches, held_back: Batches) -> list[nn.Module]:
+    def _tune(self, blocks: BlockFiles, train: Batches, held_back: Batches) -> BlockFiles:
         start = time.monotonic()
         tuning = dict(self.settings.block_tuning)
         window = tuning.pop("window")
@@ -182,29 +218,34 @@ class CompressionRun:
                 self.progress.advance()
 
         with self._working("block tuning", len(blocks)):
-            tuned = load_blocks(self.run, "tuned", self.adapter) or tune_blocks(
-                self.run,
-                self.adapter,
-                blocks,
-                self.trainers,
-                train,
-                held_back,
-                window=window,
-                tuning=tuning,
-                update=self.settings.codebook_update,
-                seed=self.settings.seed,
-                window_done=done,
-            )
+            if finished_blocks(self.run, "tuned", self.adapter) is None:
+                tune_blocks(
+                    self.run,
+                    self.adapter,
+                    blocks,
+                    self.trainers,
+                    train,
+                    held_back,
+                    window=window,
+                    tuning=tuning,
+                    update=self.settings.codebook_update,
+                    seed=self.settings.seed,
+                    window_done=done,
+                    keep=self.keep,
+                )
+        tuned = BlockFiles(self.run, "tuned", self.adapter)
         self._measure("block_tuned", tuned, start)
         return tuned
 
-    def _end_to_end(self, blocks: list[nn.Module], held_back: Batches) -> list[nn.Module]:
+    def _end_to_end(self, blocks: BlockFiles, held_back: Batches) -> BlockFiles:
         start = time.monotonic()
-        finished = load_blocks(self.run, FOLDER, self.adapter)
-        if finished is None:
-            stage = EndToEndStage(self.settings, self.run, self.adapter, self.trainers, self.progress)
+        if finished_blocks(self.run, FOLDER, self.adapter) is None:
+            stage = EndToEndStage(
+                self.settings, self.run, self.adapter, self.trainers, self.progress, self.broken, self.keep
+            )
             with self._working("end to end", stage.steps):
-                finished = stage.fit(blocks, held_back)
+                stage.fit(blocks, held_back)
+        finished = BlockFiles(self.run, FOLDER, self.adapter)
         self._measure("end_to_end", finished, start)
         return finished
 
@@ -213,11 +254,17 @@ class CompressionRun:
             return
         begun = time.monotonic() if start is None else start
         release_memory()  # the dense weights of an evaluation come on top of what the stage left behind
-        with self.progress.stage(f"evaluate {name}", self.measurement.steps):
+        with self.progress.stage(f"evaluate {name}", max(1, self.measurement.steps)):
             row = self.measurement.measure(name, self.adapter, blocks, self.progress.advance, started=begun)
         release_memory()
         self.run.write_json(f"stages/{name}.json", asdict(row))
         self.progress.say(_sentence(row))
+
+
+def activation_store(settings: RunSettings, adapter: ModelAdapter) -> ActivationStore:
+    """Keeps activations of a run as its recipe says; `auto` leaves memory for the work on one block."""
+    needed = streaming_memory(adapter, 0, dtype=adapter.model.dtype, on_disk=True)
+    return ActivationStore(settings.activations, settings.run_dir, reserve=needed.block + needed.moments)
 
 
 def _sentence(row: StageRow) -> str:

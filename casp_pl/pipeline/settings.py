@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from casp_pl.callbacks import BitAllocation, LowRankAllocation
 from casp_pl.data import CalibrationData
 from casp_pl.data.evaluation import EvaluationData
+from casp_pl.evaluation.scoring import AnswerRule
 from casp_pl.models.compress import BlockQuantization
 from casp_pl.models.load import ModelSource
 from casp_pl.quantizers import Quantizer
@@ -25,12 +26,14 @@ class RunSettings:
         model: what is compressed.
         data: calibration samples.
         evaluation: test questions and held-out text.
+        scoring: scores the answers.
         quantizer: what compresses.
         baseline: what it is compared with, without calibration; None for no baseline.
         baseline_bits: bits of the baseline.
         low_rank: chooses the ranks.
         bits: chooses the bits.
         quantization: the block-by-block pass.
+        activations: where inputs of blocks are kept, see `ActivationStore`.
         calibration: arguments of `CalibrationModule`.
         block_tuning: `window`, how many blocks are tuned together, and arguments of `BlockwiseModule`; epochs 0
             leaves the stage out.
@@ -47,12 +50,14 @@ class RunSettings:
     model: ModelSource
     data: CalibrationData
     evaluation: EvaluationData
+    scoring: AnswerRule
     quantizer: Quantizer
     baseline: Quantizer | None
     baseline_bits: int
     low_rank: LowRankAllocation
     bits: BitAllocation
     quantization: BlockQuantization
+    activations: Literal["auto", "memory", "disk"] = "auto"
     calibration: dict[str, Any] = field(default_factory=dict)
     block_tuning: dict[str, Any] = field(default_factory=dict)
     end_to_end: dict[str, Any] = field(default_factory=dict)

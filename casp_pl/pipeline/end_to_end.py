@@ -190,7 +190,7 @@ class _Steps:
 def _check(settings: RunSettings, trainers: TrainerFactory, adapter: ModelAdapter, wrapping: Wrapping) -> None:
     name = f"trainer.strategy {wrapping}"
     if adapter.stored is not None:
-        raise ConfigError(f"{name} does not work with model.stream: set it to false, or take ddp.")
+        raise ConfigError(f"{name} does not work with model.streaming: set it to false, or take ddp.")
     if settings.end_to_end["update_codes"]:
         raise ConfigError(f"{name} cannot change codes: set end_to_end.update_codes to false, or take ddp.")
     if settings.end_to_end.get("compile_backend") is not None:

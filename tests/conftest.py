@@ -43,22 +43,6 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tensor_digests() -> Callable[[Path], dict[str, str]]:
-    """Run directory -> SHA-256 of every tensor of its model and its blocks."""
-
-    def digests(folder: Path) -> dict[str, str]:
-        # the notes beside the tensors hold wall times, which differ
-        files = sorted((folder / "model").glob("*.safetensors")) + sorted(folder.glob("*/[0-9]*.safetensors"))
-        return {
-            f"{path.relative_to(folder)}:{name}": hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
-            for path in files
-            for name, tensor in load_file(path).items()
-        }
-
-    return digests
-
-
-@pytest.fixture(scope="session")
 def start_together() -> Callable[..., list[subprocess.Popen[bytes]]]:
     """(arguments of Python, number of processes) -> the processes, which know each other as torchrun's do."""
 
@@ -81,3 +65,36 @@ def start_together() -> Callable[..., list[subprocess.Popen[bytes]]]:
         ]
 
     return start
+
+
+@pytest.fixture(scope="session")
+def finish_together() -> Callable[..., None]:
+    """Waits for all of them; what one says when it fails is in the assertion."""
+
+    def finish(processes: list[subprocess.Popen[bytes]], timeout: float = 300) -> None:
+        try:
+            for process in processes:
+                _, errors = process.communicate(timeout=timeout)
+                assert process.returncode == 0, errors.decode()[-3000:]
+        finally:
+            for process in processes:
+                process.kill()
+                process.communicate()
+
+    return finish
+
+
+@pytest.fixture(scope="session")
+def tensor_digests() -> Callable[[Path], dict[str, str]]:
+    """Run directory -> SHA-256 of every tensor of its model and its blocks."""
+
+    def digests(folder: Path) -> dict[str, str]:
+        # the notes beside the tensors hold wall times, which differ
+        files = sorted((folder / "model").glob("*.safetensors")) + sorted(folder.glob("*/[0-9]*.safetensors"))
+        return {
+            f"{path.relative_to(folder)}:{name}": hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+            for path in files
+            for name, tensor in load_file(path).items()
+        }
+
+    return digests

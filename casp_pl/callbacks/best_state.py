@@ -1,6 +1,7 @@
 """Fine-tuning can only help: the state with the lowest held-back loss is what remains."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -44,6 +45,20 @@ class BestState(pl.Callback):
         self._validated = False
         self._loss_is_finite = True
         self.state: dict[str, Tensor] = {}
+
+    def notes(self) -> dict[str, float]:
+        """What belongs to `state`, to be saved with it."""
+        return {"best": self.best, "first": self.first, "restarts": self.restarts}
+
+    def recall(self, state: dict[str, Tensor], notes: Mapping[str, float]) -> None:
+        """Go on from a saved state and its `notes`; the learning rates are as after its restarts."""
+        self.state, self._validated = state, True
+        self.best, self.first, self.restarts = notes["best"], notes["first"], int(notes["restarts"])
+
+    @property
+    def rate(self) -> float:
+        """What the learning rates are multiplied with."""
+        return float(_SMALLER_STEP**self.restarts)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remember this state if it is the best so far."""
@@ -108,8 +123,8 @@ class BestState(pl.Callback):
             )
 
     def _restore(self, pl_module: pl.LightningModule) -> None:
+        parts = own_parts(pl_module)
         with torch.no_grad():
-            parts = own_parts(pl_module)
             for name, tensor in self.state.items():
                 parts[name].copy_(tensor)
 

@@ -61,12 +61,12 @@ class StageCheckpoint(pl.Callback):
         tensors, notes = self._read(self._found)
         with torch.no_grad():
             self._restore_module(pl_module, _below("now", tensors))
-            _restore_optimizer(trainer.optimizers[0], pl_module.blocks, _below("adam", tensors), self.step)
-        self.best.state, self.best.best, self.best.first = _below("best", tensors), notes["best"], notes["first"]
+            _restore_optimizer(trainer.optimizers[0], pl_module.blocks, _below("adam", tensors), notes["adam_steps"])
+        self.best.recall(_below("best", tensors), notes)
         for name, layer in _additive_layers(pl_module):
             gradient = tensors.get(f"gradient/{name}")
             layer.weight_gradient = None if gradient is None else gradient.to(layer.codes.device)
-        _count_on(trainer, self.step)
+        _count_on(trainer, self.step, self.best.rate)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: object, batch_idx: int) -> None:
         """Before a step, when validation and code updates of the one before are done: save."""
@@ -105,7 +105,8 @@ class StageCheckpoint(pl.Callback):
         for name, layer in _additive_layers(module):
             if layer.weight_gradient is not None:
                 tensors[f"gradient/{name}"] = layer.weight_gradient
-        notes = {"layout": self.layout, "best": self.best.best, "first": self.best.first}
+        made = [int(state["step"]) for state in optimizer.state.values() if state]
+        notes: dict[str, Any] = self.best.notes() | {"layout": self.layout, "adam_steps": max(made, default=0)}
         older = sorted({name.rsplit("/", 1)[0] for name in self.run.names(self.folder)})
         name = f"{self.folder}/{step:06d}"
         if self.divided:
@@ -139,17 +140,24 @@ def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _restore_optimizer(optimizer: Optimizer, blocks: nn.Module, saved: dict[str, Tensor], step: int) -> None:
+def _restore_optimizer(optimizer: Optimizer, blocks: nn.Module, saved: dict[str, Tensor], steps: int) -> None:
     for name, parameter in _trained(blocks):
         moments = {moment: torch.zeros_like(parameter) for moment in _MOMENTS}
         for moment, tensor in moments.items():
             local(tensor).copy_(saved[f"{name}/{moment}"])
-        optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+        optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
 
 
-def _count_on(trainer: pl.Trainer, step: int) -> None:
-    """The learning rate of the next step, and Lightning's counters, as if `step` steps had been made."""
+def _count_on(trainer: pl.Trainer, step: int, rate: float) -> None:
+    """The learning rate of the next step, and Lightning's counters, as if `step` steps had been made.
+
+    Args:
+        trainer: its optimizer and schedule are set up.
+        step: finished steps.
+        rate: what learning rates are multiplied with.
+    """
     scheduler: Any = trainer.lr_scheduler_configs[0].scheduler
+    scheduler.base_lrs = [rate * base for base in scheduler.base_lrs]
     rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
     counted = {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
     scheduler.load_state_dict(scheduler.state_dict() | counted)

@@ -152,18 +152,19 @@ class BlockQuantization:
             moments = collect_moments(block, student, references, next(iter(plans)))
         second, aim = moments.second, PropagationTarget(moments.cross, moments.second, self.propagation)
         del moments  # the cross moment of a wide linear is half as large as a block
-        together = are_few(list(plans))
-        costs = {name: _dense_linear(block, name).weight.numel() for name in missing}
-        own = missing if together else own_share(costs)
+        together = are_few(missing)
+        own = missing if together else own_share({name: _dense_linear(block, name).weight.numel() for name in missing})
         targets = {name: _target(aim, _dense_linear(block, name).weight, together) for name in own}
         del aim
         made = {}
         for name in own:
             linear = _dense_linear(block, name)
             made[name] = self._compress_linear(linear, targets[name], plans[name], quantizer, second, together)
-            if process_count() == 1:
+            if together or process_count() == 1:
                 finished.add(name, *made[name])
-        everyones = made if together else of_everyone(made, second.device)
+        if together:
+            return found | made
+        everyones = of_everyone(made, second.device)
         if process_count() > 1:  # only the first process writes, and it learns of the others' linears just now
             for name in missing:
                 finished.add(name, *everyones[name])

@@ -164,6 +164,15 @@ class EndToEndModule(pl.LightningModule):
         self._sizes: dict[str, float] = {}
         trainable_parameters(self.blocks)
 
+    def configure_model(self) -> None:
+        """With `sharding`, build the divided copy, once."""
+        if self.sharding is None or self.student is not None:
+            return
+        mesh = None if self.device_mesh is None else self.device_mesh["data_parallel"]
+        built = build_sharded(self.adapter, self.sharding, divergences, mesh, self.trainer.strategy.root_device)
+        self.blocks, self._sizes = built.blocks, built.sizes
+        self.student = built.root
+
     @property
     def purpose(self) -> str:
         """What is trained, for messages."""
@@ -173,15 +182,6 @@ class EndToEndModule(pl.LightningModule):
     def lr_key(self) -> str:
         """The key of the learning rate in a recipe."""
         return "end_to_end.lr"
-
-    def configure_model(self) -> None:
-        """With `sharding`, build the divided copy, once."""
-        if self.sharding is None or self.student is not None:
-            return
-        mesh = None if self.device_mesh is None else self.device_mesh["data_parallel"]
-        built = build_sharded(self.adapter, self.sharding, divergences, mesh, self.trainer.strategy.root_device)
-        self.blocks, self._sizes = built.blocks, built.sizes
-        self.student = built.root
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch."""

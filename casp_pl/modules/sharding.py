@@ -20,14 +20,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
-from casp_pl.errors import IntegrityError
 from casp_pl.models.adapter import ModelAdapter
-from casp_pl.models.surgery import install_layers
 from casp_pl.modules.parameters import root_mean_square, trainable_parameters
 from casp_pl.processes import of_all, sum_of_all
 
 __all__ = [
-    "BlockReader",
     "ShardedStudent",
     "Sharding",
     "Wrapping",
@@ -43,9 +40,6 @@ __all__ = [
 ]
 
 Wrapping = Literal["fsdp", "fsdp2"]
-BlockReader = Callable[[int], tuple[Mapping[str, dict[str, Any]], Mapping[str, Tensor]]]
-"""Number of a block -> specs of its compressed layers, and its tensors, by names relative to the block."""
-
 _WRAPPED = "_fsdp_wrapped_module."
 
 
@@ -103,12 +97,12 @@ class Sharding:
 
     Attributes:
         wrapping: `fsdp` is FullyShardedDataParallel, `fsdp2` is `fully_shard`.
-        read: gives specs and tensors of every block.
+        read: number of a block -> the compressed block, whole and on the CPU.
         autocast: what the model multiplies matrices in; None for the dtype of its weights.
     """
 
     wrapping: Wrapping
-    read: BlockReader
+    read: Callable[[int], nn.Module]
     autocast: torch.dtype | None = None
 
 
@@ -172,9 +166,8 @@ def build_sharded(
 ) -> ShardedStudent:
     """A compressed copy of a model, divided while it is built: no process ever holds two whole blocks of it.
 
-    The skeletons of the blocks are made on the meta device from the specs of their layers: nothing is compressed again,
-    and no dense weight is copied. Everything but the blocks is copied as it is, frozen. Decoder blocks and the layers
-    of the vision tower are gathered one at a time, the rest with the root.
+    Everything but the blocks is copied as it is, frozen. Decoder blocks and the layers of the vision tower are gathered
+    one at a time, the rest with the root.
 
     Args:
         adapter: the original.
@@ -182,20 +175,17 @@ def build_sharded(
         compute: see `Student`.
         mesh: of the processes, for `fsdp2`.
         device: where it computes.
-
-    Raises:
-        IntegrityError: a block's tensors are not those of its layers.
     """
-    hollow: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in _parameters(adapter)}
-    model = copy.deepcopy(adapter.model, hollow)
+    with adapter.with_blocks([]) as hollow:
+        model: Any = copy.deepcopy(hollow)
     twin = replace(adapter, model=model, decoder=model.get_submodule(adapter.decoder_name))
     sizes: dict[str, float] = {}
-    for number, block in enumerate(twin.blocks):
-        _fill(block, number, *sharding.read(number))
+    for number in range(len(adapter.blocks)):
+        block = sharding.read(number)
         trainable_parameters(block)
         trained = ((name, p) for name, p in block.named_parameters() if p.requires_grad)
         sizes |= {f"{number}.{name}": root_mean_square(parameter) for name, parameter in trained}
-        twin.blocks[number] = _shard(block, sharding.wrapping, mesh, device)
+        twin.blocks.append(_shard(block, sharding.wrapping, mesh, device))
     for layers in _other_layers(twin):
         for number, layer in enumerate(layers):
             layers[number] = _shard(layer, sharding.wrapping, mesh, device)
@@ -217,22 +207,6 @@ def parked(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.to(device)
-
-
-def _parameters(adapter: ModelAdapter) -> Iterator[Tensor]:
-    """What the copy does not take over."""
-    for block in adapter.blocks:
-        yield from block.parameters()
-
-
-def _fill(block: nn.Module, number: int, specs: Mapping[str, dict[str, Any]], tensors: Mapping[str, Tensor]) -> None:
-    install_layers(block, specs)
-    empty = block.state_dict()
-    wrong = sorted(empty.keys() ^ tensors.keys())
-    if wrong:
-        raise IntegrityError(f"Block {number} does not fit its layers: {len(wrong)} tensors differ, first {wrong[0]}.")
-    block.load_state_dict({name: tensor.to(empty[name].dtype) for name, tensor in tensors.items()}, assign=True)
-    block.eval()
 
 
 def _other_layers(adapter: ModelAdapter) -> list[nn.ModuleList]:

@@ -4,8 +4,7 @@ Several hold the whole model each (DDP), or a part of its parameters (FSDP); the
 stopped goes on from its last checkpoint, bit by bit as if it had not been stopped.
 """
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from typing import Any
 
@@ -20,14 +19,13 @@ from casp_pl.data.loaders import StatefulLoader
 from casp_pl.errors import ConfigError
 from casp_pl.models.activations import Keep
 from casp_pl.models.adapter import ModelAdapter
-from casp_pl.models.surgery import block_from_tensors, round_to_storage
+from casp_pl.models.surgery import round_to_storage
 from casp_pl.modules import EndToEndModule
 from casp_pl.modules.end_to_end import teacher_states
 from casp_pl.modules.sharding import Sharding, Wrapping, parked, trained_parts, whole_tensors
-from casp_pl.pipeline.block_files import block_name, save_block
+from casp_pl.pipeline.block_files import BlockFiles, block_name, save_block
 from casp_pl.pipeline.blocks import Batches
 from casp_pl.pipeline.broken_samples import BrokenSamples
-from casp_pl.pipeline.memory import release_memory
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.strategies import sharded_strategy, wrapping_of
 from casp_pl.pipeline.trainers import TrainerFactory, as_loader
@@ -49,7 +47,7 @@ class EndToEndStage:
         trainers: makes the Trainers.
         progress: shows the steps.
         broken: leaves out samples on which the original breaks down.
-        keep: keeps what batches of the original are between blocks.
+        keep: keeps activations.
 
     Raises:
         ConfigError: settings that a divided model cannot have.
@@ -88,13 +86,13 @@ class EndToEndStage:
         if self.arguments["update_codes"]:
             self.callbacks.insert(1, CodebookUpdate(**settings.codebook_update))
         if self.wrapping is not None:
-            _check(settings, trainers, self.wrapping)
+            _check(settings, trainers, adapter, self.wrapping)
 
-    def fit(self, blocks: list[nn.Module], held_back: Batches) -> list[nn.Module]:
-        """The trained blocks.
+    def fit(self, blocks: BlockFiles, held_back: Batches) -> None:
+        """Train the blocks of the stage before, and write them.
 
         Args:
-            blocks: as the stage before left them; trained in place, or emptied where the model is divided.
+            blocks: of the stage before.
             held_back: batches that the best state is chosen by.
         """
         trainer = self._trainer()
@@ -103,16 +101,13 @@ class EndToEndStage:
         teacher = self._teacher(trainer, held_back)
         pl.seed_everything(self.settings.seed, verbose=False)
         if self.wrapping is None:
-            with self.adapter.with_blocks(blocks):
-                self._train(trainer, EndToEndModule(self.adapter, teacher, **self.arguments), held_back)
+            trained: Iterable[nn.Module] = self._train_whole(trainer, teacher, held_back, list(blocks))
         else:
-            blocks[:] = self._train_divided(trainer, teacher, held_back, blocks, self.wrapping)
-        for number, block in enumerate(blocks):
+            trained = self._train_divided(trainer, teacher, held_back, blocks, self.wrapping)
+        for number, block in enumerate(trained):
             round_to_storage(block)
-            block.eval().requires_grad_(False)
-            save_block(self.run, block_name(FOLDER, number), block)
+            save_block(self.run, block_name(FOLDER, number), block.eval().requires_grad_(False))
         self.checkpoint.discard()
-        return blocks
 
     def _trainer(self) -> pl.Trainer:
         overrides: dict[str, Any] = {"precision": self.trainers.working_precision}
@@ -132,15 +127,13 @@ class EndToEndStage:
         )
 
     def _teacher(self, trainer: pl.Trainer, held_back: Batches) -> dict[str, Tensor]:
-        """What the original says of every sample that is still to be seen, without those on which it breaks down."""
-        autocast, device = self.trainers.autocast, self.adapter.head.weight.device.type
+        """What the original gives for the batches that are still to come, without samples on which it breaks down."""
+        autocast, device = self.trainers.autocast, self.adapter.device.type
+        divided = torch.autocast(device, dtype=autocast, enabled=autocast is not None)
         while True:
-            batches = chain(_Steps(self.settings.data.train_dataloader(), self.checkpoint.step, self.steps), held_back)
-            context = trainer.precision_plugin.forward_context()
-            if self.wrapping is not None:
-                context = torch.autocast(device, dtype=autocast, enabled=autocast is not None)
-            with context:
-                teacher = teacher_states(self.adapter, batches, self.keep)
+            with trainer.precision_plugin.forward_context() if self.wrapping is None else divided:
+                batches = _Steps(self.settings.data.train_dataloader(), self.checkpoint.step, self.steps)
+                teacher = teacher_states(self.adapter, chain(batches, held_back), self.keep)
             if not self.broken.leave_out([name for name, states in teacher.items() if not states.isfinite().all()]):
                 return teacher
 
@@ -150,33 +143,31 @@ class EndToEndStage:
         batches: Any = _Steps(self.settings.data.train_dataloader(), self.checkpoint.step, self.steps)
         trainer.fit(module, train_dataloaders=batches, val_dataloaders=as_loader(held_back))
 
+    def _train_whole(
+        self, trainer: pl.Trainer, teacher: Mapping[str, Tensor], held_back: Batches, blocks: list[nn.Module]
+    ) -> list[nn.Module]:
+        with self.adapter.with_blocks(blocks):
+            self._train(trainer, EndToEndModule(self.adapter, teacher, **self.arguments), held_back)
+        return blocks
+
     def _train_divided(
         self,
         trainer: pl.Trainer,
         teacher: Mapping[str, Tensor],
         held_back: Batches,
-        blocks: list[nn.Module],
+        blocks: BlockFiles,
         wrapping: Wrapping,
-    ) -> list[nn.Module]:
-        """Blocks are read from their files, one at a time, and put together again in the end."""
-        blocks.clear()
-        release_memory()
-        sharding = Sharding(wrapping, self._read, self.trainers.autocast)
+    ) -> Iterator[nn.Module]:
+        """Blocks are read one at a time, and put together again one at a time."""
+        sharding = Sharding(wrapping, blocks.__getitem__, self.trainers.autocast)
         module = EndToEndModule(self.adapter, teacher, sharding=sharding, **self.arguments)
         with parked(self.adapter.model):
             self._train(trainer, module, held_back)
-            return [self._whole(number, trained) for number, trained in enumerate(module.blocks)]
-
-    def _read(self, number: int) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
-        names = [block_name(folder, number) for folder in ("tuned", "blocks")]
-        tuned = self.settings.block_tuning.get("epochs", 0) > 0
-        tensors, metadata = self.run.read_tensors(names[0] if tuned else names[1])
-        return json.loads(metadata["layers"]), tensors
-
-    def _whole(self, number: int, trained: nn.Module) -> nn.Module:
-        specs, tensors = self._read(number)
-        found = whole_tensors(trained_parts(trained), {name: tensor.shape for name, tensor in tensors.items()})
-        return block_from_tensors(self.adapter.skeleton(number), specs, tensors | found, self.adapter.device)
+        for number, parts in enumerate(module.blocks):
+            block = blocks[number]
+            shapes = {name: tensor.shape for name, tensor in block.state_dict().items()}
+            block.load_state_dict(whole_tensors(trained_parts(parts), shapes), strict=False)
+            yield block
 
 
 class _Steps:
@@ -196,8 +187,10 @@ class _Steps:
         return islice(chain.from_iterable(self.loader for _ in range(self.last)), len(self))
 
 
-def _check(settings: RunSettings, trainers: TrainerFactory, wrapping: Wrapping) -> None:
+def _check(settings: RunSettings, trainers: TrainerFactory, adapter: ModelAdapter, wrapping: Wrapping) -> None:
     name = f"trainer.strategy {wrapping}"
+    if adapter.stored is not None:
+        raise ConfigError(f"{name} does not work with model.streaming: set it to false, or take ddp.")
     if settings.end_to_end["update_codes"]:
         raise ConfigError(f"{name} cannot change codes: set end_to_end.update_codes to false, or take ddp.")
     if settings.end_to_end.get("compile_backend") is not None:

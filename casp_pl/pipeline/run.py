@@ -244,7 +244,7 @@ class CompressionRun:
                 self.settings, self.run, self.adapter, self.trainers, self.progress, self.broken, self.keep
             )
             with self._working("end to end", stage.steps):
-                stage.fit(list(blocks), held_back)
+                stage.fit(blocks, held_back)
         finished = BlockFiles(self.run, FOLDER, self.adapter)
         self._measure("end_to_end", finished, start)
         return finished

@@ -152,7 +152,7 @@ class BlockQuantization:
             moments = collect_moments(block, student, references, next(iter(plans)))
         second, aim = moments.second, PropagationTarget(moments.cross, moments.second, self.propagation)
         del moments  # the cross moment of a wide linear is half as large as a block
-        together = are_few(missing)
+        together = are_few(list(plans))
         own = missing if together else own_share({name: _dense_linear(block, name).weight.numel() for name in missing})
         targets = {name: _target(aim, _dense_linear(block, name).weight, together) for name in own}
         del aim

@@ -53,7 +53,8 @@ class CalibrationModule(pl.LightningModule):
         count = len(self.adapter.blocks)
         self._moments: dict[str, Tensor] = {}
         self._cosines = torch.zeros(count, dtype=torch.float64)
-        self._sparsity = torch.zeros(count, 2, 2, 2, dtype=torch.float64)
+        heads = int(self.adapter.decoder.config.num_attention_heads)
+        self._sparsity = torch.zeros(count, heads, 2, 2, 2, dtype=torch.float64)
         self._tokens = self._image_tokens = 0
         self._handles = [handle for number in range(count) for handle in self._watch(number)]
 
@@ -90,7 +91,8 @@ class CalibrationModule(pl.LightningModule):
         self.statistics = CalibrationStatistics(
             block_influence=(1 - cosines / sums[0]).float(),
             spectra={n: whitened_svd(weights[n], moments[self._source(n)]).S.float() for n in weights if n in low_rank},
-            attention_sparsity=(sparsity[..., 0] / sparsity[..., 1]).float(),
+            attention_sparsity=(sparsity[..., 0] / sparsity[..., 1]).mean(1).float(),
+            head_sparsity=(sparsity[..., 0] / sparsity[..., 1]).float(),
             rounding=self._rounding(weights, moments) if self.measure_rounding else {},
             sensitivity=self.sensitivity,
             tokens=int(sums[0]),
@@ -132,15 +134,15 @@ class CalibrationModule(pl.LightningModule):
         return handles
 
     def _count_sparse(self, probabilities: Tensor) -> Tensor:
-        """(query modality, key modality, [below threshold, all]) over pairs of real tokens that see each other."""
-        small = (probabilities < self.sparsity_threshold).float().mean(1)
-        result = torch.zeros(2, 2, 2, dtype=torch.float64)
+        """(head, query modality, key modality, [below threshold, all]) over real tokens that see each other."""
+        small = probabilities < self.sparsity_threshold
+        result = torch.zeros(small.shape[1], 2, 2, 2, dtype=torch.float64)
         kinds = (self._real & ~self._image, self._image)
         for q, query in enumerate(kinds):
             for k, key in enumerate(kinds):
                 pairs = query[:, :, None] & key[:, None, :] & self._visible
-                result[q, k, 0] = small[pairs].double().sum()
-                result[q, k, 1] = pairs.sum()
+                result[:, q, k, 0] = (small & pairs[:, None]).sum((0, 2, 3)).cpu()
+                result[:, q, k, 1] = pairs.sum().cpu()
         return result
 
     def _names(self) -> list[str]:

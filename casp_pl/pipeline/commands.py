@@ -1,15 +1,18 @@
 """What each subcommand does with a parsed recipe. Every function returns the exit code."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
 
 from casp_pl.callbacks import Advance
 from casp_pl.callbacks.report import CompressionReport, StageRow
 from casp_pl.callbacks.report_files import write_report
+from casp_pl.callbacks.run_details import read_details
 from casp_pl.callbacks.stage_table import print_stages, size
 from casp_pl.callbacks.tensorboard import log_report
 from casp_pl.checkpoint import RunDirectory, load_compressed, save_compressed, write_text
@@ -25,13 +28,13 @@ from casp_pl.pipeline.launch import launch
 from casp_pl.pipeline.measure import Measurement, bits_per_weight
 from casp_pl.pipeline.predict import answer
 from casp_pl.pipeline.prepare import Prepared, fingerprint, load_batches, prepare
-from casp_pl.pipeline.reporting import build_report, model_card
+from casp_pl.pipeline.reporting import build_report, model_card, render_again
 from casp_pl.pipeline.run import CompressionRun
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import TrainerFactory
 from casp_pl.processes import is_first, process_count, said_by_first
 
-__all__ = ["export", "fit", "plan", "predict", "test", "validate", "verify"]
+__all__ = ["export", "fit", "plan", "predict", "report", "test", "validate", "verify"]
 
 
 def fit(settings: RunSettings, *, override_memory: bool = False) -> int:
@@ -48,7 +51,7 @@ def fit(settings: RunSettings, *, override_memory: bool = False) -> int:
     if is_first():
         console = make_console()
         print_stages(report.stages, console)
-        console.print(f"model: {run.path('model')}   report: {run.path('report.md')}", soft_wrap=True)
+        console.print(f"model: {run.path('model')}   report: {run.path('report.html')}", soft_wrap=True)
     return 0
 
 
@@ -56,21 +59,35 @@ def _fit(settings: RunSettings, prepared: Prepared, run: RunDirectory, progress:
     logger = TensorBoardLogger(str(settings.run_dir), name="tensorboard", version="")
     trainers = TrainerFactory(settings.trainer, logger)
     measurement = Measurement(run, settings.evaluation, prepared.processor, trainers)
-    compression = CompressionRun(settings, run, prepared.adapter, measurement, trainers, progress)
+
+    def report_now(done: CompressionRun) -> CompressionReport:
+        return build_report(settings, run, done.rows(), done.linears, measurement, done.seconds)
+
+    def show(done: CompressionRun) -> None:
+        _write_report(report_now(done), run, draw=False)
+
+    compression = CompressionRun(settings, run, prepared.adapter, measurement, trainers, progress, show)
     blocks = compression.stages(load_batches(settings, prepared.device))
-    rows, statistics = compression.rows(), compression.statistics()
-    report = build_report(settings, run, rows, compression.linears, statistics, measurement, compression.seconds)
+    report = report_now(compression)
     with progress.stage("save", 1), prepared.adapter.with_blocks(blocks) as model:
         if not run.has("model"):
             if is_first():
                 save_compressed(model, prepared.processor, run.path("model"), card=model_card(report))
             run.record("model")
-        for name in said_by_first(write_report(report, run.root) if is_first() else []):
-            run.record(name)
+        pictures = _write_report(report, run)
         if is_first():
-            log_report(logger.experiment, report)
+            log_report(logger.experiment, report, pictures)
         logger.finalize("success")
     return report
+
+
+def _write_report(report: CompressionReport, run: RunDirectory, *, draw: bool = True) -> Mapping[str, Figure]:
+    """The files of the report, written by the first process and recorded; returns the pictures."""
+    details = read_details(run)
+    names, pictures = write_report(report, run.root, details, draw=draw) if is_first() else ([], {})
+    for name in said_by_first(names):
+        run.record(name)
+    return pictures
 
 
 def plan(settings: RunSettings) -> int:
@@ -131,6 +148,12 @@ def verify(directory: Path) -> int:
         print(problem)
     print(f"{directory}: {'whole' if not problems else f'{len(problems)} problems'}")
     return 6 if problems else 0
+
+
+def report(directory: Path) -> int:
+    """Make report.html, report.md and the pictures of a run again from what it left; prints where."""
+    print(f"report: {render_again(directory)}")
+    return 0
 
 
 def export(directory: Path, out: Path, format: str, *, dtype: str | None = None) -> int:

@@ -2,12 +2,13 @@
 
 import torch
 
+from casp_pl.callbacks.report import STAGE_NAMES
 from casp_pl.pipeline.planning import RunEstimate, Workload, effective_rate, estimate_run
 from casp_pl.pipeline.prepare import Prepared
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import TrainerFactory
 
-__all__ = ["planned_estimate", "stage_weights"]
+__all__ = ["measured_stages", "planned_estimate", "stage_weights"]
 
 _QUESTION_TOKENS = 24  # a question's own tokens; the image prefix is shared
 
@@ -30,7 +31,7 @@ def _workload(settings: RunSettings) -> Workload:
         held_back_tokens=round(a_sample * counts["held_back_samples"]),
         batch_tokens=round(a_sample * settings.data.batch_size),
         evaluation_tokens=asked + wanted["text_tokens"],
-        evaluations=len(_evaluated(settings)),
+        evaluations=len(measured_stages(settings)),
         tuning_epochs=settings.block_tuning.get("epochs", 0),
         tuning_window=settings.block_tuning.get("window", 1),
         steps=settings.end_to_end.get("steps", 0),
@@ -39,7 +40,7 @@ def _workload(settings: RunSettings) -> Workload:
 
 def stage_weights(settings: RunSettings, estimate: RunEstimate) -> dict[str, float]:
     """Stage -> expected seconds, in the order in which they run."""
-    evaluated = _evaluated(settings)
+    evaluated = measured_stages(settings)
     share = estimate.seconds["evaluation"] / len(evaluated)
     weights = {f"evaluate {name}": share for name in ("original", "rtn") if name in evaluated}
     weights |= {"calibration": estimate.seconds["calibration"], "quantize": estimate.seconds["quantization"]}
@@ -51,9 +52,13 @@ def stage_weights(settings: RunSettings, estimate: RunEstimate) -> dict[str, flo
     return weights | {"save": 5.0}
 
 
-def _evaluated(settings: RunSettings) -> list[str]:
-    names = ["original", "quantized"]
-    names += ["rtn"] if settings.baseline is not None else []
-    names += ["block_tuned"] if settings.block_tuning.get("epochs", 0) > 0 else []
-    names += ["end_to_end"] if settings.end_to_end.get("steps", 0) > 0 else []
-    return names
+def measured_stages(settings: RunSettings) -> list[str]:
+    """Names of the stages of this recipe that are evaluated, in order."""
+    left_out = set()
+    if settings.baseline is None:
+        left_out.add("rtn")
+    if settings.block_tuning.get("epochs", 0) <= 0:
+        left_out.add("block_tuned")
+    if settings.end_to_end.get("steps", 0) <= 0:
+        left_out.add("end_to_end")
+    return [name for name in STAGE_NAMES if name not in left_out]

@@ -6,7 +6,7 @@ Every stage leaves its figures in stages/NAME.json and its tensors beside; that 
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain, islice
 from typing import Any
@@ -23,13 +23,14 @@ from casp_pl.errors import InputError
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.compress import LinearReport, round_to_nearest
 from casp_pl.models.surgery import round_to_storage
-from casp_pl.modules import CalibrationModule, CalibrationStatistics, EndToEndModule
+from casp_pl.modules import CalibrationModule, EndToEndModule
 from casp_pl.modules.end_to_end import teacher_states
 from casp_pl.modules.sensitivity import linear_sensitivities
 from casp_pl.pipeline.blocks import Batches, load_blocks, quantize_blocks, save_block, tune_blocks
 from casp_pl.pipeline.measure import Measurement
 from casp_pl.pipeline.memory import release_memory
 from casp_pl.pipeline.prepare import RunBatches, on_device
+from casp_pl.pipeline.reporting import calibration_seconds
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import TrainerFactory, as_loader
 
@@ -48,6 +49,7 @@ class CompressionRun:
         measurement: evaluates a model and remembers the original's answers.
         trainers: makes each stage's Trainer.
         progress: shows how far the run is.
+        measured: is called with this run when a stage has been measured.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class CompressionRun:
         measurement: Measurement,
         trainers: TrainerFactory,
         progress: RunProgress,
+        measured: Callable[["CompressionRun"], None],
     ) -> None:
         self.settings = settings
         self.run = run
@@ -65,9 +68,10 @@ class CompressionRun:
         self.measurement = measurement
         self.trainers = trainers
         self.progress = progress
+        self.measured = measured
         self.linears: list[LinearReport] = []
         self._started = time.monotonic()
-        self._earlier = sum(row.seconds or 0.0 for row in self.rows())
+        self._earlier = sum(row.seconds or 0.0 for row in self.rows()) + (calibration_seconds(run) or 0.0)
 
     def stages(self, batches: RunBatches) -> list[nn.Module]:
         """Run (or read) all stages; returns the final blocks."""
@@ -89,6 +93,7 @@ class CompressionRun:
         settings = self.settings
         if self.run.has("plan.json") and self.run.has("calibration.safetensors"):
             return CompressionPlan.from_json(self.run.read_json("plan.json"))
+        start = time.monotonic()
         with self.progress.stage("calibration", len(calibration)):
             module = CalibrationModule(
                 self.adapter,
@@ -101,17 +106,14 @@ class CompressionRun:
             trainer.validate(module, dataloaders=as_loader(calibration), verbose=False)
         if module.statistics is None or settings.bits.plan is None:
             raise InputError("The calibration pass saw no sample: give data.samples a larger number.")
-        self.run.write_tensors("calibration.safetensors", module.statistics.tensors(), {})
+        notes = {"seconds": time.monotonic() - start}
+        self.run.write_tensors("calibration.safetensors", module.statistics.tensors(), notes)
         self.run.write_json("plan.json", settings.bits.plan.to_json())
         return settings.bits.plan
 
     def _sensitivity(self) -> dict[str, float]:
         chosen = on_device(self.settings.data.first_batches(_SENSITIVITY_BATCHES), self.adapter.model.device)
         return linear_sensitivities(self.adapter, chosen, seed=self.settings.seed, autocast=self.trainers.autocast)
-
-    def statistics(self) -> CalibrationStatistics:
-        """What the calibration pass found."""
-        return CalibrationStatistics.from_tensors(self.run.read_tensors("calibration.safetensors")[0])
 
     @property
     def seconds(self) -> float:
@@ -238,6 +240,7 @@ class CompressionRun:
         release_memory()
         self.run.write_json(f"stages/{name}.json", asdict(row))
         self.progress.say(_sentence(row))
+        self.measured(self)
 
 
 def _first(loader: Iterable[dict[str, Any]], count: int) -> Iterator[dict[str, Any]]:

@@ -39,6 +39,7 @@ class RunSettings:
         trainer: arguments of `lightning.pytorch.Trainer`, for all stages.
         flat: the recipe as flat key -> value, what a resumed run is checked against.
         recipe: the recipe as YAML, for config.yaml.
+        command: what was typed, for the report.
     """
 
     name: str
@@ -60,3 +61,4 @@ class RunSettings:
     trainer: dict[str, Any] = field(default_factory=dict)
     flat: dict[str, str] = field(default_factory=dict)
     recipe: str = ""
+    command: str = ""

@@ -198,6 +198,7 @@ def _run(arguments: list[str], verbose: bool) -> int:
             chosen = config.export
             return commands.export(chosen.directory, chosen.out, chosen.format, dtype=chosen.dtype)
         settings = settings_from(recipes[command], config[command])
+        settings.verbose = verbose
         settings.command = shlex.join(["python", "-m", "casp_pl", *arguments])
     except (ArgumentError, argparse.ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(_short_reason(str(error), recipes, arguments)) from error

@@ -8,11 +8,18 @@ from casp_pl.callbacks.report import CompressionReport, ModuleFigures
 from casp_pl.callbacks.report_charts import TEXTS
 from casp_pl.callbacks.stage_table import HEADER, duration, number, size, stage_cells
 
-__all__ = ["MODULE_HEADER", "READING", "count_rows", "measured_on", "module_cells", "report_markdown"]
+__all__ = [
+    "MODULE_HEADER",
+    "READING",
+    "count_rows",
+    "measured_on",
+    "module_cells",
+    "report_markdown",
+]
 
 READING = (
-    "Bits count against the original weights of the compressed linears: the codes alone, and with every codebook, scale "
-    "and zero counted. The size is that of the whole model as stored, with the vision tower, the projector, the "
+    "Bits count against the original weights of the compressed linears: the codes alone, and with every codebook, "
+    "scale and zero counted. The size is that of the whole model as stored, with the vision tower, the projector, the "
     "embeddings and the norms, which stay in 16 or 32 bit.",
     "VQA % is the share of generated answers that are right, with its 95 % interval; not yes/no leaves out the "
     "questions that a guess gets right half the time; flips are answers that differ from the original model's.",

@@ -46,7 +46,8 @@ def fit(settings: RunSettings, *, override_memory: bool = False) -> int:
     with RunDirectory.open(settings.run_dir, fingerprint(settings, prepared)) as run:
         if is_first():
             write_text(run.path("config.yaml"), settings.recipe)
-        with RunProgress(stage_weights(settings, estimate), enabled=is_first()) as progress:
+        weights = stage_weights(settings, estimate)
+        with RunProgress(weights, enabled=is_first(), verbose=settings.verbose) as progress:
             report = _fit(settings, prepared, run, progress)
     if is_first():
         console = make_console()
@@ -168,7 +169,8 @@ def _side_by_side(settings: RunSettings, file: str) -> int:
     directory = _model_directory(settings)
     launch(settings.trainer)
     prepared = prepare(settings)
-    with RunProgress({"evaluate original": 1.0, "evaluate compressed": 1.0}, enabled=is_first()) as progress:
+    stages = {"evaluate original": 1.0, "evaluate compressed": 1.0}
+    with RunProgress(stages, enabled=is_first(), verbose=settings.verbose) as progress:
         model, processor = prepared.adapter.model, prepared.processor
         original, outputs = _evaluate("original", model, processor, settings, None, progress)
         compressed, processor = load_compressed(directory, device=prepared.device)

@@ -17,6 +17,7 @@ from torch import nn
 from casp_pl.allocation import CompressionPlan
 from casp_pl.callbacks import Advance, BestState, CodebookUpdate
 from casp_pl.callbacks.report import StageRow
+from casp_pl.callbacks.stage_table import duration
 from casp_pl.checkpoint import RunDirectory
 from casp_pl.console import RunProgress
 from casp_pl.errors import InputError
@@ -31,6 +32,7 @@ from casp_pl.pipeline.measure import Measurement
 from casp_pl.pipeline.memory import release_memory
 from casp_pl.pipeline.prepare import RunBatches, on_device
 from casp_pl.pipeline.reporting import calibration_seconds
+from casp_pl.pipeline.rows import show_block, show_stage, show_window
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import TrainerFactory, as_loader
 
@@ -107,6 +109,7 @@ class CompressionRun:
         if module.statistics is None or settings.bits.plan is None:
             raise InputError("The calibration pass saw no sample: give data.samples a larger number.")
         notes = {"seconds": time.monotonic() - start}
+        self.progress.row("calibration", f"{module.statistics.tokens:,} tokens", time=duration(notes["seconds"]))
         self.run.write_tensors("calibration.safetensors", module.statistics.tensors(), notes)
         self.run.write_json("plan.json", settings.bits.plan.to_json())
         return settings.bits.plan
@@ -140,10 +143,7 @@ class CompressionRun:
 
         def done(number: int, reports: list[LinearReport]) -> None:
             self.linears.extend(reports)
-            loss = max(report.relative_proxy_loss for report in reports)
-            bits = "/".join(str(bits) for bits in sorted({module.bits for module in plan.of_block(number)}))
-            seconds = sum(report.seconds for report in reports)
-            self.progress.say(f"block {number:3d}  {bits} bits  worst relative loss {loss:.4f}  {seconds:5.1f} s")
+            show_block(self.progress, number, reports, plan)
             self.progress.advance()
 
         with self.progress.stage("quantize", len(self.adapter.blocks)):
@@ -165,11 +165,11 @@ class CompressionRun:
         tuning = dict(self.settings.block_tuning)
         window = tuning.pop("window")
 
+        laps = [start]
+
         def done(numbers: range, losses: dict[str, float]) -> None:
-            before, after = losses["held_back_before"], losses["held_back_after"]
-            self.progress.say(
-                f"blocks {numbers[0]:3d} to {numbers[-1]:3d}  held-back error {before:.5f} -> {after:.5f}"
-            )
+            laps.append(time.monotonic())
+            show_window(self.progress, numbers, losses, laps[-1] - laps[-2])
             for _ in numbers:
                 self.progress.advance()
 
@@ -239,7 +239,7 @@ class CompressionRun:
             row = self.measurement.measure(name, self.adapter, blocks, self.progress.advance, started=begun)
         release_memory()
         self.run.write_json(f"stages/{name}.json", asdict(row))
-        self.progress.say(_sentence(row))
+        show_stage(self.progress, row)
         self.measured(self)
 
 
@@ -247,14 +247,3 @@ def _first(loader: Iterable[dict[str, Any]], count: int) -> Iterator[dict[str, A
     """The batches that `count` steps of training see, over as many epochs as that takes."""
     epochs = chain.from_iterable(loader for _ in range(count))
     return islice(epochs, count)
-
-
-def _sentence(row: StageRow) -> str:
-    parts = [f"{row.name:12s}"]
-    if row.vqa_accuracy is not None:
-        parts.append(f"accuracy {100 * row.vqa_accuracy:.1f} %")
-    if row.perplexity is not None:
-        parts.append(f"perplexity {row.perplexity:.2f}")
-    if row.kl is not None:
-        parts.append(f"KL {row.kl:.4f}")
-    return "  ".join(parts) + f"  ({row.seconds:.0f} s)"

@@ -40,6 +40,7 @@ class RunSettings:
         flat: the recipe as flat key -> value, what a resumed run is checked against.
         recipe: the recipe as YAML, for config.yaml.
         command: what was typed, for the report.
+        verbose: whether to print everything.
     """
 
     name: str
@@ -62,3 +63,4 @@ class RunSettings:
     flat: dict[str, str] = field(default_factory=dict)
     recipe: str = ""
     command: str = ""
+    verbose: bool = False

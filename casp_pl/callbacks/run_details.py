@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 from torch import Tensor
 
 from casp_pl.checkpoint import RunDirectory
@@ -46,6 +45,9 @@ def loss_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """
     if not folder.is_dir():
         return {}
+    # half a second that other commands need not wait
+    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
     events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}, purge_orphaned_data=False).Reload()
     curves: dict[str, list[tuple[int, float]]] = {}
     for tag in events.Tags()[SCALARS]:

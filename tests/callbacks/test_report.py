@@ -21,7 +21,7 @@ from casp_pl.callbacks.report import (
 )
 from casp_pl.callbacks.report_files import read_report, write_report
 from casp_pl.callbacks.report_markdown import report_markdown
-from casp_pl.callbacks.run_details import RunDetails
+from casp_pl.callbacks.run_details import RunDetails, loss_curves
 from casp_pl.callbacks.tensorboard import log_report, log_stage
 from casp_pl.errors import IntegrityError
 
@@ -153,6 +153,28 @@ def test_an_empty_report_has_no_pictures_but_a_text(tmp_path):
     empty = CompressionReport(name="empty", model="m", quantizer="q")
     assert write_report(empty, tmp_path, RunDetails()) == (["report.md", "report.html", "report.json"], {})
     assert "n/a" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_copies_of_images_stand_in_for_those_that_are_gone(report, tmp_path, image):
+    write_report(report, tmp_path, RunDetails(), draw=False)
+    first = (tmp_path / "report.html").read_text(encoding="utf-8")
+    Path(image).unlink()
+    write_report(report, tmp_path, RunDetails(), draw=False)
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == first
+    assert "data:image/png" in first
+    assert read_report(tmp_path).examples[0].image == image, "report.json still says where it was"
+
+
+def test_losses_of_a_run_that_went_on_begin_once(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    for steps in ([0, 1, 2], [0, 1, 2, 3]):
+        with SummaryWriter(str(tmp_path), filename_suffix=str(len(steps))) as writer:
+            for step in steps:
+                writer.add_scalar("end_to_end/train_kl", step / len(steps), step)
+                writer.add_scalar("score", 1.0, step)
+    assert loss_curves(tmp_path) == {"end_to_end/train_kl": [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75)]}
+    assert loss_curves(tmp_path / "none") == {}
 
 
 def test_markdown_table(report):

@@ -25,7 +25,7 @@ from casp_pl.callbacks.report_html import report_html
 from casp_pl.callbacks.report_html.elements import log_ticks, number_text, scale
 from casp_pl.callbacks.run_details import RunDetails
 
-EVIL = "<script>alert(1)</script> & \"quoted\" 'too' {{ 7 * 7 }} \u4f60\u597d"
+EVIL = "<script>alert(1)</script> & \"quoted\" 'too' {{ 7 * 7 }} \u4f60\u597d\x00\x1b[31m\ud83d"
 BLOCKS, HEADS = 32, 32
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

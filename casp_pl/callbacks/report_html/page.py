@@ -1,10 +1,12 @@
 """The page: what its template shows, in words and numbers. The template escapes everything that is not Markup."""
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from casp_pl.callbacks.charts import Bars, Chart, Lines, Picture
 from casp_pl.callbacks.example_images import small_image
@@ -23,6 +25,7 @@ __all__ = ["report_html"]
 _SECTIONS = tuple(name for name in TEXTS if name != "stages")
 _MOST_EXAMPLES = 12
 _MOST_SKIPPED = 200
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def report_html(report: CompressionReport, details: RunDetails) -> str:
@@ -38,10 +41,18 @@ def report_html(report: CompressionReport, details: RunDetails) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
+        finalize=_printable,
     )
     pictures = {picture.name: picture for picture in report_pictures(report, details)}
     context = _words(report) | _colours() | {"pictures": {name: _drawn(pictures.get(name)) for name in TEXTS}}
     return environment.get_template("report.html.jinja").render(context).lstrip() + "\n"
+
+
+def _printable(value: Any) -> Any:
+    """Answers of a model may hold what no page may: control characters and halves of surrogate pairs."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return _CONTROL.sub("\ufffd", value)
 
 
 def _words(report: CompressionReport) -> dict[str, Any]:

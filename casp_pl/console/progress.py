@@ -110,10 +110,10 @@ class RunProgress:
         self.say(f"{name}: complete, from an earlier run")
 
     def say(self, text: str) -> None:
-        """A line of text above the bars."""
+        """A line of text above the bars, broken between words where the console is too narrow."""
         if self.enabled:
             self._line_time = self._clock()
-            self.console.print(text, markup=False, soft_wrap=True)
+            self.console.print(text, markup=False)
 
     def row(self, label: str, *cells: str, time: str) -> None:
         """What is done, in columns; closer together, then below each other, where the console is too narrow."""

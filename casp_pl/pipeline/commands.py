@@ -52,7 +52,7 @@ def fit(settings: RunSettings, *, override_memory: bool = False) -> int:
     if is_first():
         console = make_console()
         print_stages(report.stages, console)
-        console.print(f"model: {run.path('model')}   report: {run.path('report.html')}", soft_wrap=True)
+        console.print(f"model:  {run.path('model')}\nreport: {run.path('report.html')}", markup=False, soft_wrap=True)
     return 0
 
 

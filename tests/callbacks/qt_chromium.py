@@ -1,4 +1,4 @@
-"""Qt's Chromium (`pip install PySide6-Addons`) as a headless browser: python qt_chromium.py PORT."""
+"""Qt's Chromium (`pip install pyside6-webengine`) as a headless browser: python qt_chromium.py PORT."""
 
 import os
 import sys

@@ -16,7 +16,7 @@ def browser():
     started = module.start()
     if started is None:
         pytest.skip(
-            "no browser: neither chromium nor google-chrome is in PATH, nor is PySide6 with QtWebEngine installed"
+            "no browser: neither chromium nor google-chrome is in PATH, nor is pyside6-webengine installed"
         )
     yield started
     started.close()

@@ -7,6 +7,8 @@ __all__ = ["Bars", "Chart", "Heat", "Lines", "Picture", "Point", "Series"]
 
 Point = tuple[float, float]
 
+_FEW = 5
+
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
@@ -74,6 +76,12 @@ class Heat:
         return [value for row in self.values for value in row if value is not None]
 
     @property
+    def levels(self) -> list[float]:
+        """All different values where they are few, such as bits; else nothing."""
+        found = sorted(set(self.known))
+        return found if len(found) <= _FEW else []
+
+    @property
     def scale(self) -> tuple[float, float]:
         """Values at the ends of the scale, the first smaller than the second."""
         low, high = self.bounds or (min(self.known), max(self.known))
@@ -90,6 +98,7 @@ class Bars:
         values: their lengths; None where it was not measured.
         intervals: ends of each value's interval; None where there is none; empty for no intervals.
         form: format of a value.
+        fair: whether lengths are to be compared, so that the scale stays linear however much they differ.
     """
 
     title: str
@@ -97,12 +106,13 @@ class Bars:
     values: tuple[float | None, ...]
     intervals: tuple[tuple[float, float] | None, ...] = ()
     form: str = "{:,.3g}"
+    fair: bool = False
 
     @property
     def log(self) -> bool:
-        """Whether the values differ so much that small ones would not be seen."""
+        """Whether the scale is logarithmic: small values would not be seen otherwise."""
         known = [value for value in self.values if value is not None]
-        return bool(known) and min(known) > 0 and max(known) > 20 * min(known)
+        return not self.fair and bool(known) and min(known) > 0 and max(known) > 20 * min(known)
 
 
 Chart = Lines | Heat | Bars

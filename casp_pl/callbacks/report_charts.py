@@ -7,13 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from casp_pl.callbacks.charts import Bars, Chart, Heat, Lines, Picture, Point, Series
-from casp_pl.callbacks.report import BlockFigures, CompressionReport, ModuleFigures, StageRow
+from casp_pl.callbacks.report import STAGE_NAMES, BlockFigures, CompressionReport, ModuleFigures, StageRow
 from casp_pl.callbacks.run_details import RunDetails
 from casp_pl.callbacks.stage_table import stage_title
 
 __all__ = ["TEXTS", "report_pictures"]
 
 _MOST_POINTS = 120  # of a line: a chart is hardly wider in pixels
+_MANY_SECONDS = 300  # from here on in minutes
 _LEAST = 1e-4  # of the largest singular value: what is smaller still is noise
 _KINDS = ("text", "image")
 
@@ -81,12 +82,13 @@ def report_pictures(report: CompressionReport, details: RunDetails) -> list[Pict
 
 
 def _stage_bars(stages: Sequence[StageRow]) -> list[Chart | None]:
+    changed = [row for row in stages if row.name != "original"]  # whose KL from itself is 0
     percent = [(_percent(row.vqa_accuracy), row.vqa_interval) for row in stages]
     intervals = tuple(None if ends is None else (100 * ends[0], 100 * ends[1]) for _, ends in percent)
     return [
         _bars("answers right, % (95 % interval)", stages, [value for value, _ in percent], "{:.1f}", intervals),
         _bars("perplexity of held-out text", stages, [row.perplexity for row in stages], "{:,.2f}"),
-        _bars("KL from the original on held-out text, nats", stages, [row.kl for row in stages], "{:.4f}"),
+        _bars("KL from the original on held-out text, nats", changed, [row.kl for row in changed], "{:.4f}"),
     ]
 
 
@@ -205,17 +207,18 @@ def _loss(name: str, curve: Sequence[tuple[int, float]]) -> Series:
 
 
 def _timings(report: CompressionReport) -> Bars | None:
-    minutes = {stage_title(row.name): row.seconds / 60 for row in report.stages if row.seconds is not None}
+    seconds = {stage_title(row.name): row.seconds for row in report.stages if row.seconds is not None}
     if report.calibration_seconds is not None:
-        names = list(minutes)
-        before = sum(name in (stage_title("original"), stage_title("rtn")) for name in names)
-        names.insert(before, "calibration")
-        minutes = {name: minutes.get(name, report.calibration_seconds / 60) for name in names}
-    if not minutes:
+        before = [stage_title(name) for name in STAGE_NAMES[:2]]
+        first = {name: spent for name, spent in seconds.items() if name in before}
+        seconds = first | {"calibration": report.calibration_seconds} | seconds
+    if not seconds:
         return None
     if report.wall_seconds is not None:
-        minutes["all the rest"] = max(0.0, report.wall_seconds / 60 - sum(minutes.values()))
-    return Bars(title="minutes", names=tuple(minutes), values=tuple(minutes.values()), form="{:,.1f}")
+        seconds["all the rest"] = max(0.0, report.wall_seconds - sum(seconds.values()))
+    unit, title = (60.0, "minutes") if sum(seconds.values()) > _MANY_SECONDS else (1.0, "seconds")
+    values = tuple(spent / unit for spent in seconds.values())
+    return Bars(title=title, names=tuple(seconds), values=values, form="{:,.1f}", fair=True)
 
 
 def _thinned(points: Sequence[Point]) -> list[Point]:

@@ -15,9 +15,7 @@ def browser():
     SPEC.loader.exec_module(module)
     started = module.start()
     if started is None:
-        pytest.skip(
-            "no browser: neither chromium nor google-chrome is in PATH, nor is pyside6-webengine installed"
-        )
+        pytest.skip("no browser: neither chromium nor google-chrome is in PATH, nor is pyside6-webengine installed")
     yield started
     started.close()
 

@@ -42,7 +42,9 @@ def scale(low: float, high: float, start: float, end: float, *, log: bool = Fals
 
 
 def ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
-    """Round numbers that enclose the range, or lie in it where they must be `whole`."""
+    """Round numbers that enclose the range, or lie in it where they must be `whole`; one where all is one value."""
+    if high <= low:
+        return [low]
     found = [float(tick) for tick in MaxNLocator(nbins=5, integer=whole).tick_values(low, high)]
     return [tick for tick in found if low <= tick <= high] if whole else found
 

@@ -22,7 +22,15 @@ from casp_pl.data.images import ImageRefusedError
 
 __all__ = ["report_html"]
 
-_SECTIONS = tuple(name for name in TEXTS if name != "stages")
+_LINKS = {  # picture -> its name in the contents, which is to be short
+    "bits": "Bits",
+    "proxy_loss": "Errors",
+    "attention_sparsity": "Sparsity",
+    "head_sparsity": "Heads",
+    "spectra": "Spectra",
+    "losses": "Fine-tuning",
+    "timings": "Time",
+}
 _MOST_EXAMPLES = 12
 _MOST_SKIPPED = 200
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
@@ -67,7 +75,7 @@ def _words(report: CompressionReport) -> dict[str, Any]:
             ("summary", "Summary"),
             ("stages", "Stages"),
             ("examples", "Examples"),
-            *((name, TEXTS[name][0]) for name in _SECTIONS),
+            *_LINKS.items(),
             ("data", "Data"),
             ("made", "Made with"),
         ],
@@ -79,7 +87,7 @@ def _words(report: CompressionReport) -> dict[str, Any]:
         "measured_on": measured_on(report) or "Stages",
         "reading": READING,
         "examples": [_example(example) for example in report.examples[:_MOST_EXAMPLES]],
-        "sections": _SECTIONS,
+        "sections": list(_LINKS),
         "titles": TEXTS,
         "module_header": MODULE_HEADER,
         "modules": [module_cells(module) for module in report.modules],

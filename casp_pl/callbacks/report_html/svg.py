@@ -93,8 +93,10 @@ def _heat(chart: Heat) -> Markup:
 
 
 def _key(chart: Heat, left: float, top: float) -> list[Markup]:
-    """The scale from low to high."""
+    """Each value where there are few, else the scale from low to high."""
     low, high = chart.scale
+    if chart.levels:
+        return _levels(chart, left, top)
     width = (_WIDTH - left - _RIGHT) / HEAT_COLOURS
     steps = ((f"h{number}", left + number * width) for number in range(HEAT_COLOURS))
     parts = [tag("rect", class_=css, x=x, y=top, width=width + 0.3, height=8.0) for css, x in steps]
@@ -102,6 +104,17 @@ def _key(chart: Heat, left: float, top: float) -> list[Markup]:
     parts.append(text(_WIDTH - _RIGHT, top + 21, chart.form.format(high), "end small"))
     if chart.log:
         parts.append(text((left + _WIDTH - _RIGHT) / 2, top + 21, "log scale", "mid small dim"))
+    return parts
+
+
+def _levels(chart: Heat, left: float, top: float) -> list[Markup]:
+    place = scale(*chart.scale, 0, HEAT_COLOURS - 1, log=chart.log)
+    width = (_WIDTH - left - _RIGHT) / len(chart.levels)
+    parts = []
+    for number, value in enumerate(chart.levels):
+        x = left + number * width
+        parts.append(tag("rect", class_=f"h{round(place(value))}", x=x, y=top, width=12.0, height=12.0))
+        parts.append(text(x + 17, top + 10, chart.form.format(value), "small"))
     return parts
 
 
@@ -120,7 +133,7 @@ def _lines(chart: Lines) -> Markup:
     parts += [text(x(t), bottom + 16, number_text(t), "mid small") for t in ticks(min(xs), max(xs), whole=True)]
     parts += [path([(left, bottom), (right, bottom)], "axis"), text(right, height - 4, chart.x, "end small dim")]
     for number, (line, points) in enumerate(zip(chart.series, shown, strict=True)):
-        marks = [tag("path", class_="mark", d=f"M{x(a):.1f} {y(b) - 4:.1f}l4 4l-4 4l-4 -4z") for a, b in line.marks]
+        marks = [tag("path", class_="mark", d=f"M{x(a):.1f} {y(b) - 5:.1f}l5 5l-5 5l-5 -5z") for a, b in line.marks]
         drawn = [tag("title", line.name), *_line([(x(a), y(b)) for a, b in points]), *marks]
         parts.append(tag("g", *drawn, class_=line_class(number, len(shown), chart.ordered)))
     return _svg(height, _description(chart, shown), parts)

@@ -7,10 +7,14 @@ TRITON := .venv/.triton
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 PEERS := gptqmodel==7.7.0 optimum device-smi pypcre tokenicer logbar torchao defuser threadpoolctl ninja protobuf \
 	auto-round py-cpuinfo
+HARNESSES := lm-eval==0.4.13 lmms-eval==0.7.3 evaluate rouge-score sacrebleu nltk regex scikit-learn joblib threadpoolctl \
+	sqlitedict word2number more-itertools pytablewriter DataProperty tabledata tcolorpy typepy mbstrdecoder pathvalidate \
+	chardet portalocker tabulate lxml colorama loguru pytz python-dateutil dateparser tzlocal jsonlines tenacity \
+	tqdm-multiprocess python-dotenv openpyxl et-xmlfile
 CONFIG ?= configs/llava_aqlm.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help fit test test-fast bench peers lint types format docs hooks clean
+.PHONY: help fit test test-fast bench peers harnesses lint types format docs hooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z._-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +37,12 @@ peers: .venv  ## install the other tools of benchmarks/peers.py into .venv-peers
 	    > "$$(.venv-peers/bin/python -c 'import site; print(site.getsitepackages()[0])')/casp_pl.pth"
 	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --constraint constraints.txt setuptools
 	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation $(PEERS)
+
+harnesses: .venv  ## install lm-eval and lmms-eval into .venv-eval, which sees .venv's packages
+	@$(PYTHON) -m venv .venv-eval
+	@$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
+	    > "$$(.venv-eval/bin/python -c 'import site; print(site.getsitepackages()[0])')/casp_pl.pth"
+	@.venv-eval/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation $(HARNESSES)
 
 lint: .venv  ## check style and formatting
 	$(BIN)/ruff check .

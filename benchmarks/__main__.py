@@ -25,6 +25,7 @@ PARTS: dict[str, tuple[list[str], list[str]]] = {
     "aqlm": (["--blocks", "15", "--tokens", "8192"], []),
     "growth": (["--largest", "2048"], ["--largest", "8192"]),
     "gaussian": ([], []),
+    "data_sources": (["--rows", "40"], []),
 }
 """Name -> options of the short run and of the full one."""
 

@@ -1,4 +1,4 @@
-"""The command line: `python -m casp_pl {fit,plan,validate,test,predict,verify,report,export}`.
+"""The command line: `python -m casp_pl COMMAND`; --help lists the commands.
 
 Built on Lightning's argument parser: the arguments are the constructor arguments of the classes that do the work, so
 their docstrings are the help and a recipe is checked against the real signatures. One fit is several LightningModules
@@ -7,10 +7,12 @@ on several Trainers, which is why it is not a `LightningCLI` (which runs one).
 
 import argparse
 import difflib
+import logging
 import re
 import shlex
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,26 +26,42 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import LightningArgumentParser
 
 from casp_pl.callbacks import BitAllocation, CodebookUpdate, LowRankAllocation
+from casp_pl.checkpoint.atomic import is_disk_full, resource_error
 from casp_pl.console import setup_logging
 from casp_pl.data import CalibrationData
 from casp_pl.data.evaluation import EvaluationData
-from casp_pl.errors import CaspError, ConfigError, InputError
+from casp_pl.errors import CaspError, ConfigError, InputError, ResourceError
+from casp_pl.evaluation.scoring import AnswerRule
 from casp_pl.export import EXPORT_DTYPES, EXPORT_FORMATS
+from casp_pl.harness import HARNESSES, run_harness
 from casp_pl.models.compress import BlockQuantization
 from casp_pl.models.load import ModelSource
+from casp_pl.models.micro_batch import is_out_of_memory
 from casp_pl.modules import BlockwiseModule, CalibrationModule, EndToEndModule
 from casp_pl.pipeline import commands
+from casp_pl.pipeline.chat import Models
+from casp_pl.pipeline.data_report import data
+from casp_pl.pipeline.explain import ExplainSettings
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.quantizers import Quantizer
 
 __all__ = ["build_parser", "main", "recipe_parsers", "settings_from"]
 
+_LOG = logging.getLogger(__name__)
+
 COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
     "fit": (commands.fit, "compress, fine-tune, evaluate and save a model; goes on where an earlier run stopped"),
     "plan": (commands.plan, "dry run: bits, sizes, memory and time before anything heavy happens"),
+    "data": (data, "what enters: samples, tokens, what is skipped and why, a sheet of images with captions"),
     "validate": (commands.validate, "original and compressed side by side on the recipe's test questions"),
     "test": (commands.test, "the same on the whole test set"),
-    "predict": (commands.predict, "answer one question about one image with both models"),
+    "predict": (commands.predict, "answer a question about an image, or talk (--chat)"),
+}
+_OWN_ARGUMENTS = {
+    "fit": ("override_memory",),
+    "plan": ("json", "quick"),
+    "data": ("out",),
+    "predict": ("image", "question", "chat", "models", "max_new_tokens"),
 }
 _ALLOWED_CLASSES = ("casp_pl.", "lightning.", "torch.")
 
@@ -67,10 +85,16 @@ def build_parser(recipes: Mapping[str, LightningArgumentParser] | None = None) -
     Args:
         recipes: what `recipe_parsers` made; None makes them here.
     """
-    parser = _new_parser("2-bit large multimodal models.", prog="casp_pl")
+    others = "lm_eval and lmms_eval MODEL_DIRECTORY --tasks ...: evaluate a compressed model with these packages."
+    parser = _new_parser("2-bit large multimodal models.", prog="casp_pl", epilog=others)
     subcommands = parser.add_subcommands(required=True)
     for name, recipe in (recipe_parsers() if recipes is None else recipes).items():
         subcommands.add_subcommand(name, recipe, help=COMMANDS[name][1])
+    explain = _new_parser("Why a linear got its rank and bits.")
+    explain.add_argument("module", type=str, help="name of a linear, or its end: layers.3.self_attn.q_proj")
+    explain.add_argument("--run_dir", type=Path, required=True, help="runs/NAME, after calibration")
+    explain.add_argument("--verbose", action="store_true", help="show tracebacks")
+    subcommands.add_subcommand("explain", explain, help="why a linear of a run got its rank and bits")
     verify = _new_parser("Check a run or model directory.")
     verify.add_argument("directory", type=Path, help="runs/NAME or runs/NAME/model")
     verify.add_argument("--verbose", action="store_true", help="show tracebacks")
@@ -106,12 +130,12 @@ def _recipe_parser(name: str, text: str) -> LightningArgumentParser:
     parser.add_class_arguments(ModelSource, "model")
     parser.add_class_arguments(CalibrationData, "data")
     parser.add_class_arguments(EvaluationData, "evaluation")
-    parser.add_subclass_arguments(Quantizer, "quantizer", default={"class_path": "casp_pl.quantizers.AQLMQuantizer"})
+    rule = {"class_path": "casp_pl.evaluation.scoring.ExactMatch"}
+    parser.add_subclass_arguments(AnswerRule, "scoring", default=rule)
+    _add_allocation(parser)
     parser.add_argument("--baseline", type=Quantizer | None, help="what every report compares with; null for nothing")
     parser.set_defaults({"baseline": {"class_path": "casp_pl.quantizers.RTNQuantizer"}})
     parser.add_argument("--baseline_bits", type=int, default=2, help="bits of the baseline")
-    parser.add_class_arguments(LowRankAllocation, "low_rank")
-    parser.add_class_arguments(BitAllocation, "bits")
     parser.add_class_arguments(BlockQuantization, "quantization", skip={"seed"})
     kwargs_only: dict[str, Any] = {"instantiate": False}
     parser.add_class_arguments(
@@ -125,10 +149,30 @@ def _recipe_parser(name: str, text: str) -> LightningArgumentParser:
     parser.add_class_arguments(CodebookUpdate, "codebook_update", **kwargs_only)
     parser.add_class_arguments(pl.Trainer, "trainer", fail_untyped=False, **kwargs_only)
     parser.set_defaults({"trainer.accelerator": "auto", "trainer.devices": 1})
+    if name == "data":
+        parser.add_argument(
+            "--out", type=Path | None, default=None, help="the sheet, a PNG; default runs/NAME.data.png"
+        )
+    if name == "plan":
+        parser.add_argument("--json", action="store_true", help="print everything as JSON")
+        parser.add_argument("--quick", action="store_true", help="times from rates instead of one measured block")
     if name == "predict":
-        parser.add_argument("--image", type=Path, required=True, help="an image file")
-        parser.add_argument("--question", type=str, required=True, help="what to ask about it")
+        _add_predict_arguments(parser)
     return parser
+
+
+def _add_allocation(parser: LightningArgumentParser) -> None:
+    parser.add_subclass_arguments(Quantizer, "quantizer", default={"class_path": "casp_pl.quantizers.AQLMQuantizer"})
+    parser.add_class_arguments(LowRankAllocation, "low_rank")
+    parser.add_class_arguments(BitAllocation, "bits")
+
+
+def _add_predict_arguments(parser: LightningArgumentParser) -> None:
+    parser.add_argument("--image", type=Path | None, default=None, help="an image file")
+    parser.add_argument("--question", type=str | None, default=None, help="what to ask about it")
+    parser.add_argument("--chat", action="store_true", help="a conversation: one question a line of standard input")
+    parser.add_argument("--models", type=Models, default="both", help="who answers")
+    parser.add_argument("--max_new_tokens", type=PositiveInt, default=64, help="longest answer")
 
 
 def settings_from(parser: LightningArgumentParser, chosen: Namespace) -> RunSettings:
@@ -137,7 +181,7 @@ def settings_from(parser: LightningArgumentParser, chosen: Namespace) -> RunSett
     recipe = parser.dump(chosen)
     built = parser.instantiate(chosen)
     fields = {key: built[key] for key in ("name", "data", "evaluation", "quantizer", "baseline", "baseline_bits")}
-    fields |= {key: built[key] for key in ("model", "low_rank", "bits", "quantization")}
+    fields |= {key: built[key] for key in ("scoring", "model", "low_rank", "bits", "quantization")}
     kwargs_only = ("calibration", "block_tuning", "end_to_end", "codebook_update", "trainer")
     fields |= {key: built[key].as_dict() for key in kwargs_only}
     built["quantization"].seed = built["seed_everything"]
@@ -151,7 +195,8 @@ def settings_from(parser: LightningArgumentParser, chosen: Namespace) -> RunSett
 
 
 _NOT_IN_FINGERPRINT = frozenset(
-    {"config", "run_dir", "verbose", "override_memory", "name", "image", "question"}
+    {"config", "run_dir", "verbose", "name"}
+    | {argument for arguments in _OWN_ARGUMENTS.values() for argument in arguments}
     | {"trainer.devices", "trainer.num_nodes", "trainer.strategy"}  # a run may go on with more or fewer processes
 )
 
@@ -165,24 +210,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     verbose = "--verbose" in arguments
     previous = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    hook, threading.excepthook = threading.excepthook, threading.excepthook if verbose else _thread_failed
     try:
         return _run(arguments, verbose)
     except CaspError as error:
         return _fail(str(error), error.exit_code, verbose)
     except _StopRun as stop:
         return _fail(f"{stop}: what is finished is saved; the same command goes on from here.", stop.exit_code, verbose)
-    except MemoryError as error:
-        return _fail(f"Out of memory {error}: lower data.samples or data.batch_size.", 5, verbose)
-    except Exception as error:  # anything else is a bug of ours: say so in one line, the traceback on demand
+    except Exception as error:
+        known = _resource_error(error)
+        if known is not None:
+            return _fail(str(known), known.exit_code, verbose)
+        # anything else is a bug of ours: say so in one line, the traceback on demand
         reason = str(error).splitlines()[0] if str(error) else ""
         message = f"Unexpected {type(error).__name__}: {reason}\nRun again with --verbose for the traceback."
         return _fail(message, 1, verbose)
     finally:
+        threading.excepthook = hook
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def _run(arguments: list[str], verbose: bool) -> int:
+    if arguments and arguments[0] in HARNESSES:  # they have messages and bars of their own
+        return run_harness(arguments[0], arguments[1:])
     setup_logging(verbose=verbose)
     recipes = recipe_parsers()
     parser = build_parser(recipes)
@@ -194,6 +245,8 @@ def _run(arguments: list[str], verbose: bool) -> int:
             return commands.verify(config.verify.directory)
         if command == "report":
             return commands.report(config.report.directory)
+        if command == "explain":
+            return commands.explain(_explain_settings(config.explain.run_dir), config.explain.module)
         if command == "export":
             chosen = config.export
             return commands.export(chosen.directory, chosen.out, chosen.format, dtype=chosen.dtype)
@@ -202,9 +255,21 @@ def _run(arguments: list[str], verbose: bool) -> int:
         settings.command = shlex.join(["python", "-m", "casp_pl", *arguments])
     except (ArgumentError, argparse.ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(_short_reason(str(error), recipes, arguments)) from error
-    extra = {key: config[command][key] for key in ("image", "question") if command == "predict"}
-    extra |= {"override_memory": config[command].override_memory} if command == "fit" else {}
+    extra = {key: config[command][key] for key in _OWN_ARGUMENTS.get(command, ())}
     return COMMANDS[command][0](settings, **extra)
+
+
+def _explain_settings(run_dir: Path) -> ExplainSettings:
+    """What a finished calibration was asked for, out of the recipe that the run kept."""
+    path = run_dir / "config.yaml"
+    _check_recipe(path, f"{path}: no such file; give --run_dir of a run that has begun.")
+    recipe = yaml.safe_load(path.read_text())
+    parser = _new_parser("")
+    _add_allocation(parser)
+    built = parser.instantiate(
+        parser.parse_object({key: recipe[key] for key in ("quantizer", "low_rank", "bits") if key in recipe})
+    )
+    return ExplainSettings(run_dir, built.quantizer, built.low_rank, built.bits)
 
 
 def _check_files(arguments: Sequence[str]) -> None:
@@ -212,17 +277,21 @@ def _check_files(arguments: Sequence[str]) -> None:
     values = [b for a, b in zip(arguments, arguments[1:], strict=False) if a == "--config"]
     values += [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
     for path in map(Path, values):
-        if not path.is_file():
-            raise InputError(f"--config {path}: no such file.")
-        try:
-            content = yaml.safe_load(path.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not plain YAML: {str(error).splitlines()[0]}") from error
-        if not isinstance(content, dict):
-            raise ConfigError(f"{path} must hold keys and values, not {type(content).__name__}.")
-        _check_classes(str(path), _class_paths(content))
+        _check_recipe(path, f"--config {path}: no such file.")
     pairs = zip(arguments, arguments[1:], strict=False)
     _check_classes("command line", [value for key, value in pairs if key.endswith("class_path")])
+
+
+def _check_recipe(path: Path, missing: str) -> None:
+    if not path.is_file():
+        raise InputError(missing)
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not plain YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold keys and values, not {type(content).__name__}.")
+    _check_classes(str(path), _class_paths(content))
 
 
 def _check_classes(where: str, paths: Sequence[str]) -> None:
@@ -264,6 +333,21 @@ def _fail(message: str, code: int, verbose: bool) -> int:
         traceback.print_exc()
     print("\n".join(message.splitlines()[:3]), file=sys.stderr)
     return code
+
+
+def _resource_error(error: Exception) -> ResourceError | None:
+    """Memory that ran out and disks that are full, wherever it happened; None for any other error."""
+    if is_out_of_memory(error):
+        reason = (str(error).splitlines() or [""])[0][:200]
+        return ResourceError(f"Out of memory. {reason}\nLower data.batch_size, data.max_length or data.samples.")
+    if isinstance(error, OSError) and is_disk_full(error):
+        return resource_error(error, Path(error.filename or "a file of the run directory"))
+    return None
+
+
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    """One line instead of a traceback; TensorBoard's writer gives its error to the run at the next write."""
+    _LOG.warning("%s in a thread: %s", failed.exc_type.__name__, failed.exc_value)
 
 
 def _stop(number: int, _: FrameType | None) -> None:

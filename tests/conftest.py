@@ -1,8 +1,11 @@
 """One finished fit of the tiny model, shared by all tests."""
 
+import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from casp_pl.cli import main
 
@@ -22,3 +25,19 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     assert main(["fit", *RECIPE, "--run_dir", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def tensor_digests() -> Callable[[Path], dict[str, str]]:
+    """Run directory -> SHA-256 of every tensor of its model and its blocks."""
+
+    def digests(folder: Path) -> dict[str, str]:
+        # the notes beside the tensors hold wall times, which differ
+        files = sorted((folder / "model").glob("*.safetensors")) + sorted(folder.glob("*/[0-9]*.safetensors"))
+        return {
+            f"{path.relative_to(folder)}:{name}": hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+            for path in files
+            for name, tensor in load_file(path).items()
+        }
+
+    return digests

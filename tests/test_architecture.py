@@ -28,12 +28,14 @@ FLOORS = (
     "evaluation",
     "modules",
     "callbacks",
+    "harness",
     "pipeline",
     "cli",
     "__main__",
 )
 LIGHT = ("errors", "processes", "kernels", "linalg", "layers", "quantizers", "allocation")
 HEAVY = {"lightning", "lightning_utilities", "transformers", "datasets", "torchmetrics", "tensorboard", "matplotlib"}
+LAZY = {"casp_pl/models/processors.py"}  # derives a class from one of transformers; imported where it is needed
 MOST_LINES, MOST_FUNCTION_LINES = 400, 60
 SOURCES = sorted(path for top in ("casp_pl", "scripts", "tests", "benchmarks") for path in (ROOT / top).rglob("*.py"))
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -111,6 +113,7 @@ def test_lower_floors_stay_light(floor):
     heavy = [
         f"{name(path)}:{node.lineno}: {target}"
         for path in files
+        if name(path) not in LAZY
         for node in runs_at_import(ast.parse(path.read_text(encoding="utf-8")).body)
         if isinstance(node, ast.Import | ast.ImportFrom)
         for target in imported(node, path)

@@ -6,32 +6,15 @@ other linear gets the bits of its block (or its own), chosen exactly. The distor
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
 
-from casp_pl.allocation.accounting import BitCosts, ModuleBits, module_bits
+from casp_pl.allocation.accounting import BitCosts, ModuleBits
 from casp_pl.allocation.bits import BitItem, allocate_bits
+from casp_pl.allocation.choices import BitChoices, Granularity, ModuleShape, bit_choices, modules_cost, whole_bits
 from casp_pl.allocation.plan import CompressionPlan, Counts, ModulePlan
 from casp_pl.errors import ConfigError
 
-__all__ = ["Granularity", "ModuleShape", "build_plan"]
-
-Granularity = Literal["block", "linear"]
-
-
-@dataclass(frozen=True)
-class ModuleShape:
-    """A linear before compression: its full name, the number of its block, and (O, I)."""
-
-    name: str
-    block: int
-    shape: tuple[int, int]
-
-    @property
-    def weights(self) -> int:
-        """O I."""
-        return self.shape[0] * self.shape[1]
+__all__ = ["build_plan"]
 
 
 def build_plan(
@@ -67,27 +50,32 @@ def build_plan(
     low_rank = {name: rank for name, rank in ranks.items() if rank is not None}
     _check_arguments(modules, ranks, quantizer, factor_bits if low_rank else None)
     by_linear = _scores_by_linear(modules, scores)
-    factors = [_costs(quantizer, [module], factor_bits, low_rank) for module in modules if module.name in low_rank]
-    groups = _groups([module for module in modules if module.name not in low_rank], granularity)
-    items = [_item(group, by_linear, quantizer, counts) for group in groups]
-    weights = sum(module.weights for module in modules)
-    fixed = sum(cost.counted(counts) for cost in factors)
-    _check_budget(items, fixed, weights, budget, counts, quantizer.levels)
-    chosen = allocate_bits(items, _bits_of(budget, weights) - fixed)
-    decisions = _decisions(groups, items, chosen)
+    choices = bit_choices(
+        modules,
+        low_rank,
+        by_linear,
+        quantizer,
+        factor_bits=factor_bits,
+        counts=counts,
+        granularity=granularity,
+    )
+    _check_budget(choices, budget, counts, quantizer.levels)
+    chosen = allocate_bits(choices.items, choices.budget_bits(budget))
+    decisions = _decisions(choices.groups, choices.items, chosen)
     for module in modules:
         if module.name in low_rank:
             decisions[module.name] = (factor_bits, _low_rank_reason(module, low_rank[module.name], factor_bits))
     cost = sum(
-        (_costs(quantizer, [module], decisions[module.name][0], low_rank) for module in modules), start=ModuleBits(0, 0)
+        (modules_cost(quantizer, [module], decisions[module.name][0], low_rank) for module in modules),
+        start=ModuleBits(0, 0),
     )
     return CompressionPlan(
         model=model,
         modules=tuple(_entry(module, quantizer.name, decisions, low_rank, by_linear) for module in modules),
         budget=budget,
         counts=counts,
-        bits_per_weight_codes=cost.codes / weights,
-        bits_per_weight_total=cost.total / weights,
+        bits_per_weight_codes=cost.codes / choices.weights,
+        bits_per_weight_total=cost.total / choices.weights,
     )
 
 
@@ -120,38 +108,13 @@ def _scores_by_linear(
     return {module.name: by_block[module.block] * module.weights / weights[module.block] for module in modules}
 
 
-def _groups(modules: Sequence[ModuleShape], granularity: Granularity) -> list[list[ModuleShape]]:
-    if granularity == "linear":
-        return [[module] for module in modules]
-    blocks = sorted({module.block for module in modules})
-    return [[module for module in modules if module.block == block] for block in blocks]
-
-
-def _costs(
-    quantizer: BitCosts, modules: Iterable[ModuleShape], bits: int, ranks: Mapping[str, int] | None = None
-) -> ModuleBits:
-    parts = [module_bits(quantizer, module.shape, bits=bits, rank=(ranks or {}).get(module.name)) for module in modules]
-    return sum(parts, start=ModuleBits(0, 0))
-
-
-def _item(group: Sequence[ModuleShape], scores: Mapping[str, float], quantizer: BitCosts, counts: Counts) -> BitItem:
-    choices = {bits: (_costs(quantizer, group, bits).counted(counts), 2.0 ** (-2 * bits)) for bits in quantizer.levels}
-    return BitItem(score=sum(scores[module.name] for module in group), choices=choices)
-
-
-def _bits_of(budget: float, weights: int) -> int:
-    """Whole bits in the budget; the rounding of `budget * weights` does not cost one."""
-    return math.floor(budget * weights + 1e-6)
-
-
-def _check_budget(
-    items: Sequence[BitItem], fixed: int, weights: int, budget: float, counts: Counts, levels: Sequence[int]
-) -> None:
+def _check_budget(choices: BitChoices, budget: float, counts: Counts, levels: Sequence[int]) -> None:
     if not (math.isfinite(budget) and budget > 0):
         raise ConfigError(f"budget: {budget} is not a positive number of bits per weight.")
-    least = fixed + sum(min(cost for cost, _ in item.choices.values()) for item in items)
-    most = fixed + sum(max(cost for cost, _ in item.choices.values()) for item in items)
-    if _bits_of(budget, weights) < least or budget > max(most / weights, *levels):
+    weights, items = choices.weights, choices.items
+    least = choices.fixed + sum(min(cost for cost, _ in item.choices.values()) for item in items)
+    most = choices.fixed + sum(max(cost for cost, _ in item.choices.values()) for item in items)
+    if whole_bits(budget, weights) < least or budget > max(most / weights, *levels):
         low, high = (math.ceil(bits / weights * 1e4) / 1e4 for bits in (least, most))
         raise ConfigError(
             f"budget: {budget} bits per weight ({counts}) cannot be met with levels {_listed(levels)}.\n"

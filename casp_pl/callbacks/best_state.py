@@ -1,16 +1,28 @@
 """Fine-tuning can only help: the state with the lowest held-back loss is what remains."""
 
+import logging
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+
+from casp_pl.errors import NumericsError
+from casp_pl.processes import is_first, mean_of_all
 
 __all__ = ["BestState"]
+
+_LOG = logging.getLogger(__name__)
+_SMALLER_STEP = 0.25
 
 
 class BestState(pl.Callback):
     """Keeps the module's state at the lowest `val_loss` (validation before training included) and restores it.
+
+    A training loss that is NaN or infinite does not reach the optimizer: training goes on from the best state with a
+    quarter of the learning rate and a fresh optimizer. That happens once; the second time is an error. The modules say
+    what is trained and by which key it can be made gentler (`purpose`, `lr_key`).
 
     Args:
         monitor: the logged value, lower is better.
@@ -20,6 +32,9 @@ class BestState(pl.Callback):
         self.monitor = monitor
         self.best = float("inf")
         self.first = float("inf")
+        self.restarts = 0
+        self._validated = False
+        self._loss_is_finite = True
         self._state: dict[str, Tensor] = {}
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -28,14 +43,66 @@ class BestState(pl.Callback):
         if value is None:
             return
         loss = float(value)
-        if self.first == float("inf"):
-            self.first = loss
+        if not self._validated:
+            self.first, self._validated = loss, True
         if loss < self.best:
             self.best = loss
             self._state = {name: tensor.clone() for name, tensor in pl_module.state_dict().items()}
 
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Look at the loss; NaN of one process is NaN in the mean of all, so they decide alike."""
+        self._loss_is_finite = bool(mean_of_all(loss.detach()).isfinite())
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """After a broken loss: the best state, no gradient, a quarter of the learning rate.
+
+        Raises:
+            NumericsError: it happened before, or no state had a finite held-back loss.
+        """
+        if self._loss_is_finite:
+            return
+        if self.restarts or not self._state:
+            again = " again, at a quarter of the learning rate" if self.restarts else ""
+            where = f"{_said_by(pl_module, 'purpose')}, step {trainer.global_step}"
+            raise NumericsError(
+                f"{where}: the loss is NaN or infinite{again}.\n"
+                f"Lower {_said_by(pl_module, 'lr_key')} and give another --run_dir; what is finished here stays."
+            )
+        self.restarts += 1
+        self._restore(pl_module)
+        optimizer.zero_grad()
+        optimizer.state.clear()
+        for group in optimizer.param_groups:
+            group["lr"] *= _SMALLER_STEP
+        for config in trainer.lr_scheduler_configs:
+            config.scheduler.base_lrs = [lr * _SMALLER_STEP for lr in config.scheduler.base_lrs]
+        if is_first():
+            _LOG.warning(
+                "%s: the loss is NaN or infinite at step %d; it goes on from the best state with a quarter of the step",
+                _said_by(pl_module, "purpose"),
+                trainer.global_step,
+            )
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the best state back."""
+        """Put the best state back.
+
+        Raises:
+            NumericsError: no held-back loss was finite.
+        """
         if self._state:
-            with torch.no_grad():
-                pl_module.load_state_dict(self._state)
+            self._restore(pl_module)
+        elif self._validated:
+            raise NumericsError(
+                f"The held-back loss of {_said_by(pl_module, 'purpose')} was never finite: it is {self.first} before "
+                "training.\nLook for NaN in the samples held back, or choose others with data.seed."
+            )
+
+    def _restore(self, pl_module: pl.LightningModule) -> None:
+        with torch.no_grad():
+            pl_module.load_state_dict(self._state)
+
+
+def _said_by(pl_module: pl.LightningModule, attribute: str) -> str:
+    return str(getattr(pl_module, attribute, type(pl_module).__name__))

@@ -63,10 +63,11 @@ class CodebookUpdate(pl.Callback):
         is_last = 0 < trainer.max_steps <= step
         if self.fraction <= 0 or step % self.every or is_last:
             return
-        layers = [layer for layer in _additive_layers(pl_module) if layer.weight_gradient is not None]
+        collected = _additive_layers(pl_module)
+        layers = [layer for layer in collected if _is_finite(layer.weight_gradient)]
         with trainer.precision_plugin.forward_context():
             changed = self._try_update(pl_module, layers, batch)
-        for layer in layers:
+        for layer in collected:
             layer.weight_gradient = None
         self.changed += changed
         total = sum(layer.codes_unpacked().numel() for layer in layers)
@@ -149,6 +150,11 @@ def _nearest_other_distance(codebook: Tensor) -> Tensor:
     distances = torch.cdist(codebook, codebook)
     distances.fill_diagonal_(float("inf"))
     return distances.amin(1)
+
+
+def _is_finite(gradient: Tensor | None) -> bool:
+    """Whether a broken loss has not gone into it."""
+    return gradient is not None and bool(gradient.isfinite().all())
 
 
 def _additive_layers(module: nn.Module) -> list[AdditiveLinear]:

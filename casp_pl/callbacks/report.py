@@ -15,6 +15,7 @@ __all__ = [
     "Example",
     "ModuleFigures",
     "StageRow",
+    "finite",
     "sparsity_by_modality",
 ]
 
@@ -137,6 +138,8 @@ class CompressionReport:
         commit: of the source tree; None outside one.
         versions: of the packages that matter.
         wall_seconds: of the whole run, interrupted parts included.
+        work_seconds: the part of it that calibration, quantization and both trainings took, without evaluations; of a
+            stage that was interrupted, its last part.
         peak_memory_bytes: largest resident size of the process, plus the largest device allocation.
         stages: in the order in which they ran.
         modules: every compressed linear.
@@ -146,7 +149,6 @@ class CompressionReport:
         command: what was typed to make the run.
         machine: what it ran on: system, processor, memory, accelerator.
         planned_stages: names of all stages that the recipe has; those without a row have not been measured yet.
-        calibration_seconds: wall time of the calibration pass, which no stage counts.
     """
 
     name: str
@@ -155,6 +157,7 @@ class CompressionReport:
     commit: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     wall_seconds: float | None = None
+    work_seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
     stages: tuple[StageRow, ...] = ()
     modules: tuple[ModuleFigures, ...] = ()
@@ -164,7 +167,6 @@ class CompressionReport:
     command: str | None = None
     machine: dict[str, str] = field(default_factory=dict)
     planned_stages: tuple[str, ...] = ()
-    calibration_seconds: float | None = None
 
     @property
     def missing_stages(self) -> list[str]:
@@ -177,7 +179,7 @@ class CompressionReport:
 
     def to_json(self) -> dict[str, Any]:
         """A value for report.json: no key is ever left out, and what is not finite becomes null (with a warning)."""
-        return {key: _finite(value, key) for key, value in asdict(self).items()}
+        return {key: finite(value, key) for key, value in asdict(self).items()}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "CompressionReport":
@@ -220,11 +222,12 @@ def _check_keys(kind: type[Any], value: Mapping[str, Any], where: str) -> None:
         raise IntegrityError(f"report.json: {where}: missing or unknown keys: {', '.join(wrong)}")
 
 
-def _finite(value: Any, where: str) -> Any:
+def finite(value: Any, where: str) -> Any:
+    """The value for JSON: tuples become lists, and what is not finite becomes null, with a warning that names it."""
     if isinstance(value, dict):
-        return {key: _finite(item, f"{where}.{key}") for key, item in value.items()}
+        return {key: finite(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item, f"{where}.{number}") for number, item in enumerate(value)]
+        return [finite(item, f"{where}.{number}") for number, item in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
         _log.warning("report: %s is %s and is written as null", where, value)
         return None

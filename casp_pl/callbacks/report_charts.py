@@ -208,10 +208,10 @@ def _loss(name: str, curve: Sequence[tuple[int, float]]) -> Series:
 
 def _timings(report: CompressionReport) -> Bars | None:
     seconds = {stage_title(row.name): row.seconds for row in report.stages if row.seconds is not None}
-    if report.calibration_seconds is not None:
+    if "calibration" in report.work_seconds:  # which no stage counts
         before = [stage_title(name) for name in STAGE_NAMES[:2]]
         first = {name: spent for name, spent in seconds.items() if name in before}
-        seconds = first | {"calibration": report.calibration_seconds} | seconds
+        seconds = first | {"calibration": report.work_seconds["calibration"]} | seconds
     if not seconds:
         return None
     if report.wall_seconds is not None:

@@ -12,6 +12,7 @@ __all__ = [
     "MODULE_HEADER",
     "READING",
     "count_rows",
+    "markdown_table",
     "measured_on",
     "module_cells",
     "report_markdown",
@@ -42,19 +43,22 @@ def report_markdown(report: CompressionReport, pictures: Sequence[str] = ()) -> 
     parts = [
         f"# {report.name}: {report.model} compressed with {report.quantizer}",
         _summary(report),
-        _table(HEADER, (stage_cells(row) for row in report.stages)),
+        markdown_table(HEADER, (stage_cells(row) for row in report.stages)),
         measured_on(report),
         "## How to read it\n\n" + "\n".join(f"- {line}" for line in READING),
         *map(_picture, pictures),
         "## Data that really entered\n\n" + _data(report),
-        "## Every linear\n\n" + _table(MODULE_HEADER, (_code_first(module_cells(module)) for module in report.modules)),
+        "## Every linear\n\n"
+        + markdown_table(MODULE_HEADER, (_code_first(module_cells(module)) for module in report.modules)),
         "## Made with\n\n" + _made_with(report),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _summary(report: CompressionReport) -> str:
-    return f"Wall time {duration(report.wall_seconds)}, peak memory {size(report.peak_memory_bytes)}."
+    whole = f"Wall time {duration(report.wall_seconds)}, peak memory {size(report.peak_memory_bytes)}."
+    parts = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in report.work_seconds.items())
+    return f"{whole} Without evaluations: {parts}." if parts else whole
 
 
 def _picture(name: str) -> str:
@@ -70,7 +74,7 @@ def measured_on(report: CompressionReport) -> str:
 
 
 def _data(report: CompressionReport) -> str:
-    return _table(("what", "count"), count_rows(report.data)) if report.data else "n/a"
+    return markdown_table(("what", "count"), count_rows(report.data)) if report.data else "n/a"
 
 
 def count_rows(data: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -114,7 +118,8 @@ def _made_with(report: CompressionReport) -> str:
     return "\n".join(lines) + (f"\n\n    {report.command}" if report.command else "")
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown; the first column names the rows, the others are right-aligned."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 

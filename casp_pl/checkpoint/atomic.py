@@ -24,6 +24,7 @@ from casp_pl.errors import ResourceError
 __all__ = [
     "METADATA_KEY",
     "atomic_path",
+    "is_disk_full",
     "remove_leftovers",
     "resource_error",
     "sync_directory",
@@ -139,11 +140,18 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def resource_error(error: OSError | SafetensorError, path: Path, expected_bytes: int) -> ResourceError:
+def is_disk_full(error: OSError | SafetensorError) -> bool:
+    """Whether a write failed for want of space (the disk, a quota, or the largest size of a file)."""
+    code = error.errno if isinstance(error, OSError) else None
+    return code in _FULL or any(f"os error {number})" in str(error) for number in _FULL)
+
+
+def resource_error(error: OSError | SafetensorError, path: Path, expected_bytes: int | None = None) -> ResourceError:
     """A failed write in the user's words: what could not be written, how much it was, and the way out."""
     code = error.errno if isinstance(error, OSError) else None
     reason = os.strerror(code) if code is not None else str(error)
-    if code in _FULL or any(f"os error {number})" in reason for number in _FULL):
-        message = f"No space left for {path} ({expected_bytes} bytes)."
+    if is_disk_full(error):
+        size = "" if expected_bytes is None else f" ({expected_bytes} bytes)"
+        message = f"No space left for {path}{size}."
         return ResourceError(f"{message}\nFree some and repeat the command: it goes on from here.")
     return ResourceError(f"Cannot write {path}: {reason}.\nGive a directory that can be written.")

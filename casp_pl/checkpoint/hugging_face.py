@@ -18,7 +18,7 @@ from casp_pl.checkpoint.reading import read_json
 from casp_pl.errors import InputError, IntegrityError
 from casp_pl.models.surgery import layer_specs
 
-__all__ = ["load_compressed", "save_compressed", "save_plain"]
+__all__ = ["load_compressed", "save_compressed", "save_plain", "without_progress_bars"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -84,13 +84,13 @@ def load_compressed(path: Path | str, *, device: str | torch.device = "cpu") -> 
         raise InputError(f"{directory} holds a model, but none that casp_pl compressed.")
     check_layout(directory)
     _check_hashes(directory)
-    with _without_progress_bars():
+    with without_progress_bars():
         model = _load_model(directory)
     return model.to(device).eval(), _load_processor(directory)
 
 
 def _write(model: Any, processor: Any, directory: Path, card: str) -> None:
-    with _announced_as_compressed(model), _without_progress_bars():
+    with _announced_as_compressed(model), without_progress_bars():
         model.save_pretrained(directory)
     _write_beside(processor, directory, card)
 
@@ -102,7 +102,7 @@ def _write_plain(
 
     if (quantizer := vars(model).get("hf_quantizer")) is not None:
         quantizer.remove_quantization_config(model)
-    with _without_progress_bars():
+    with without_progress_bars():
         model.save_pretrained(directory, state_dict=compact_state_dict(model))
     if quantization_config is not None:
         config = read_json(directory / CONFIG_NAME)
@@ -140,7 +140,8 @@ def _announced_as_compressed(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
+    """Inside, transformers shows no bars of its own."""
     from transformers.utils import logging as transformers_logging
 
     shown = transformers_logging.is_progress_bar_enabled()
@@ -189,14 +190,14 @@ def _load_model(directory: Path) -> Any:
 
 
 def _load_processor(directory: Path) -> Any:
-    from transformers import AutoProcessor, AutoTokenizer
+    from casp_pl.models.processors import load_processor
 
     names = {path.name for path in directory.iterdir()}
-    if not names & {"processor_config.json", "preprocessor_config.json", "tokenizer_config.json"}:
-        return None
     whole = names & {"processor_config.json", "preprocessor_config.json"}
-    factory: Any = AutoProcessor if whole else AutoTokenizer
+    if not whole and "tokenizer_config.json" not in names:
+        return None
     try:
-        return factory.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        model_type = read_json(directory / CONFIG_NAME).get("model_type", "")
+        return load_processor(directory, model_type, takes_images=bool(whole))
     except (OSError, ValueError, KeyError) as error:
         raise IntegrityError(f"the processor in {directory} cannot be loaded: {str(error).splitlines()[0]}") from error

@@ -15,6 +15,7 @@ from casp_pl.checkpoint.manifest import MANIFEST_NAME, Manifest
 from casp_pl.checkpoint.reading import read_json
 from casp_pl.errors import CaspError, IntegrityError
 from casp_pl.layers.build import build_layer
+from casp_pl.models.weight_files import checked_weight_map
 
 __all__ = [
     "CONFIG_NAME",
@@ -77,7 +78,7 @@ def check_layout(directory: Path) -> None:
     if "auto_map" in config:
         _LOG.warning("%s asks for code of its own (auto_map): ignored", directory / CONFIG_NAME)
     for index in sorted(directory.glob("*.index.json")):
-        _check_index(index)
+        checked_weight_map(index, read_json(index))
     weights = [path for path in sorted(directory.iterdir()) if path.suffix in (".safetensors", *_PICKLES)]
     check_weight_files(directory, weights)
     if not weights:
@@ -116,18 +117,6 @@ def directory_problems(directory: Path) -> list[str]:
     known = {*manifest.artifacts, MANIFEST_NAME}
     strangers = [path for path in sorted(directory.glob("*.safetensors")) if path.name not in known]
     return problems + [f"{path} is not in {MANIFEST_NAME}." for path in strangers]
-
-
-def _check_index(path: Path) -> None:
-    index = read_json(path)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict):
-        raise IntegrityError(f"{path} has no weight_map.")
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or file != Path(file).name:
-            raise IntegrityError(f"{path}: {name} lies in '{file}', outside the directory: refused.")
-        if not (path.parent / file).is_file():
-            raise IntegrityError(f"{path}: {name} lies in {file}, which is missing.")
 
 
 def _check_header(path: Path) -> None:

@@ -6,6 +6,7 @@ run that was killed anywhere goes on from its last entry.
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -42,6 +43,20 @@ class RunDirectory:
         self._manifest = manifest
         self._writable = writable
         self._together = together
+
+    @staticmethod
+    def check_place(path: Path | str) -> None:
+        """Find out early whether `open` can write there; nothing is created.
+
+        Raises:
+            ResourceError: a file is in the way, or the place cannot be written.
+        """
+        place = Path(path).absolute()
+        existing = next(folder for folder in (place, *place.parents) if folder.exists())
+        if not existing.is_dir():
+            raise ResourceError(f"Cannot create {path}: {existing} is a file.\nGive another --run_dir.")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise ResourceError(f"Cannot write {path}: {existing} is read-only.\nGive another --run_dir.")
 
     @classmethod
     @contextmanager

@@ -3,10 +3,21 @@
 from casp_pl.data.calibration import CalibrationData
 from casp_pl.data.collate import Collator
 from casp_pl.data.evaluation import EvaluationData
-from casp_pl.data.images import ImageRefusedError, load_image
+from casp_pl.data.images import ImageRefusedError, LazyImage, StoredImage, load_image
 from casp_pl.data.loaders import FixedLoader, StatefulLoader
 from casp_pl.data.sample import Sample, Turn
-from casp_pl.data.sources import DataSource, EasyVQA, HuggingFaceText, LlavaJson, PydocProse, TextFiles
+from casp_pl.data.skipped import Skipped
+from casp_pl.data.sources import (
+    DataSource,
+    EasyVQA,
+    HuggingFaceConversations,
+    HuggingFaceText,
+    LlavaJson,
+    Mixture,
+    PydocProse,
+    TextFiles,
+)
+from casp_pl.data.stream import SampleStream
 
 __all__ = [
     "CalibrationData",
@@ -15,12 +26,18 @@ __all__ = [
     "EasyVQA",
     "EvaluationData",
     "FixedLoader",
+    "HuggingFaceConversations",
     "HuggingFaceText",
     "ImageRefusedError",
+    "LazyImage",
     "LlavaJson",
+    "Mixture",
     "PydocProse",
     "Sample",
+    "SampleStream",
+    "Skipped",
     "StatefulLoader",
+    "StoredImage",
     "TextFiles",
     "Turn",
     "load_image",

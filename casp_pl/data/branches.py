@@ -1,4 +1,4 @@
-"""Several conversations about one image as one sample: they share the tokens up to the end of the image.
+"""Several conversations about one image (or the same ones) as one sample: they share the tokens up to its end.
 
 With 64 to 2,880 image tokens and questions of a dozen, this makes most of the tokens text and most of them new.
 """
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 
-from casp_pl.data.tokenize import Encoded
+from casp_pl.data.tokenize import IGNORE, Encoded
 
 __all__ = ["join_branches", "positions"]
 
@@ -48,7 +48,7 @@ def _join(members: Sequence[Encoded], shared: int) -> Encoded:
     ids, labels, branches = first.input_ids[:shared], first.labels[:shared], (0,) * shared
     for number, member in enumerate(members, start=1):
         ids += member.input_ids[shared:]
-        labels += member.labels[shared:]
+        labels += (IGNORE, *member.labels[shared + 1 :])  # in front of it stands another branch, not the image
         branches += (number,) * (len(member) - shared)
     name = f"{first.id}+{len(members) - 1}"
     return replace(first, id=name, input_ids=ids, labels=labels, branches=branches)

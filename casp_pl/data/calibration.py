@@ -9,17 +9,20 @@ import lightning.pytorch as pl
 import torch
 
 from casp_pl.data.collate import Collator
+from casp_pl.data.counts import count_samples
 from casp_pl.data.loaders import FixedLoader, Share, StatefulLoader, deal, dealt_out, divided, in_batches
 from casp_pl.data.selection import (
     choose_windows,
     encode_conversations,
     group_by_image,
     hold_back,
+    join_overlapping,
     spread_over_images,
 )
 from casp_pl.data.skipped import Skipped, refuse_too_many_skipped
 from casp_pl.data.sources import DataSource, EasyVQA, PydocProse
-from casp_pl.data.tokenize import Encoded, Processor
+from casp_pl.data.stream import SampleStream, read_samples
+from casp_pl.data.tokenize import Counted, Encoded, Processor
 from casp_pl.errors import ConfigError, InputError
 from casp_pl.processes import rank_and_count
 
@@ -48,6 +51,9 @@ class CalibrationData(pl.LightningDataModule):
             than these cost only what training on them costs. None for the same ones.
         batch_size: samples per batch, of all processes together: a run's result does not depend on their number.
         max_length: longer conversations are cut to that many tokens.
+        rows: of each source only the first so many rows are read; None reads all, which sources of millions of rows
+            would take long for.
+        counted: whether fine-tuning learns from the answers of conversations only, or from all of their text.
         seed: decides which samples are taken and in which order training sees them.
     """
 
@@ -64,6 +70,8 @@ class CalibrationData(pl.LightningDataModule):
         fine_tuning_samples: int | None = None,
         batch_size: int = 8,
         max_length: int = 2048,
+        rows: int | None = None,
+        counted: Counted = "answers",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -73,6 +81,7 @@ class CalibrationData(pl.LightningDataModule):
             "questions_per_image": (questions_per_image, 1),
             "fine_tuning_samples": (samples if fine_tuning_samples is None else fine_tuning_samples, samples),
             "batch_size": (batch_size, 1),
+            "rows": (1 if rows is None else rows, 1),
         }
         for name, (value, low) in least.items():
             if value < low:
@@ -89,6 +98,8 @@ class CalibrationData(pl.LightningDataModule):
         self.holdout = holdout
         self.batch_size = batch_size
         self.max_length = max_length
+        self.rows = rows
+        self.counted: Counted = counted
         self.seed = seed
         self._processor: Processor = None
         self._kept: list[Encoded] = []
@@ -159,19 +170,32 @@ class CalibrationData(pl.LightningDataModule):
     def counts(self) -> dict[str, Any]:
         """What really enters: samples, image and text tokens; how many are held back; what is skipped, and why."""
         kept = self._set_up()._kept
-        image_samples = sum(sample.image is not None for sample in kept)
-        image_tokens = sum(sample.image_tokens for sample in kept)
         return {
-            "samples": len(kept),
+            **count_samples(kept),
             "fine_tuning_samples": len(kept) + len(self._more),
-            "conversations": sum(max(sample.branches, default=1) for sample in kept if sample.image is not None),
-            "image_samples": image_samples,
-            "text_samples": len(kept) - image_samples,
-            "image_tokens": image_tokens,
-            "text_tokens": sum(map(len, kept)) - image_tokens,
             "held_back_samples": len(self._held_back),
             "skipped": [{"id": skipped.id, "reason": skipped.reason} for skipped in self._skipped],
         }
+
+    def leave_out(self, ids: Sequence[str], reason: str) -> None:
+        """From now on do without these samples; they count as skipped."""
+        out = {*ids}
+        self._set_up()._skipped += [Skipped(name, reason) for name in ids]
+        self._kept, self._held_back, self._more = (
+            [sample for sample in samples if sample.id not in out]
+            for samples in (self._kept, self._held_back, self._more)
+        )
+
+    @property
+    def parts(self) -> dict[str, list[Encoded]]:
+        """All samples: for calibration, held back, and for fine-tuning alone."""
+        kept = self._set_up()._kept
+        return {"calibration": kept, "held back": self._held_back, "fine-tuning alone": self._more}
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """Conversations that did not enter; also after `setup` has refused too many of them."""
+        return self._skipped
 
     @property
     def fingerprint(self) -> str:
@@ -190,16 +214,25 @@ class CalibrationData(pl.LightningDataModule):
         if count == 0:
             return [], [], []
         source = self.source if self.source is not None else EasyVQA()
-        groups = spread_over_images(source.load("train"), count, generator, together=self.questions_per_image)
-        pieces, self._skipped = [], []
+        stream = SampleStream(source, limit=self.rows, check_images=False)
+        try:
+            samples = list(stream)
+        finally:
+            self._skipped = stream.skipped
+        groups = spread_over_images(samples, count, generator, together=self.questions_per_image)
+        pieces: list[list[Encoded]] = []
+        unusable: list[Skipped] = []
         for group in groups:
-            encoded, skipped = encode_conversations(group, self._processor, self.max_length)
+            encoded, skipped = encode_conversations(group, self._processor, self.max_length, self.counted)
             pieces.append(encoded)
-            self._skipped += skipped
-        refuse_too_many_skipped(self._skipped, sum(map(len, groups)))
-        kept, held_back = hold_back(group_by_image(list(chain.from_iterable(pieces[:first]))), self.holdout)
-        taken = {sample.image for sample in held_back}
-        return kept, held_back, [sample for sample in chain.from_iterable(pieces[first:]) if sample.image not in taken]
+            unusable += skipped
+        self._skipped = stream.skipped + unusable
+        refuse_too_many_skipped(unusable, sum(map(len, groups)))
+        by_image = join_overlapping(group_by_image(list(chain.from_iterable(pieces[:first]))))
+        kept, held_back = hold_back(by_image, self.holdout)
+        taken = {image for sample in held_back for image in sample.images}
+        more = [sample for sample in chain.from_iterable(pieces[first:]) if taken.isdisjoint(sample.images)]
+        return kept, held_back, more
 
     def _encode_text(self, generator: torch.Generator) -> _Split:
         first, count = self._texts(self.samples), self._texts(self.fine_tuning_samples)
@@ -207,7 +240,11 @@ class CalibrationData(pl.LightningDataModule):
             return [], [], []
         source = self.text_source if self.text_source is not None else PydocProse()
         windows = choose_windows(
-            source.load("train"), self._processor, length=self.text_length, count=count, generator=generator
+            read_samples(source, "train", self.rows)[0],
+            self._processor,
+            length=self.text_length,
+            count=count,
+            generator=generator,
         )
         return *hold_back([[window] for window in windows[:first]], self.holdout), windows[first:]
 
@@ -222,4 +259,4 @@ class CalibrationData(pl.LightningDataModule):
 
 
 def _has_image(sample: Encoded) -> bool:
-    return sample.image is not None
+    return bool(sample.images)

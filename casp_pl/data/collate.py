@@ -1,6 +1,6 @@
 """Tokenized samples to one batch.
 
-Shapes: B samples, T tokens of the longest, M samples with an image, H and W the height and width that the model sees.
+Shapes: B samples, T tokens of the longest, M images of all samples, H and W the height and width that the model sees.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from torch import Tensor
 from casp_pl.data.branches import positions
 from casp_pl.data.images import load_image
 from casp_pl.data.tokenize import IGNORE, Encoded, Processor, pad_token_id
+from casp_pl.errors import InputError
 
 PADDING = -1  # the branch that nothing else is in
 
@@ -20,6 +21,9 @@ __all__ = ["Collator", "load_pixels", "pad_right"]
 
 class Collator:
     """Makes batches: right-padded input_ids, attention_mask, labels (B, T); float32 pixel_values (M, 3, H, W) if M > 0.
+
+    Where images are cut into tiles, pixel_values are (M, tiles, 3, H, W), and image_sizes (M, 2) tell what of them is
+    padding. Videos are pixel_values_videos (videos, frames, 3, H, W).
 
     Where conversations share an image also `branches`, -1 at padding, and `position_ids` (B, T), see `visible_pairs`.
     `sample_ids` lists the B ids. Other tensors of the image processor, such as image_sizes, are passed on.
@@ -65,9 +69,19 @@ def pad_right(rows: Sequence[Sequence[int]], value: int, *, multiple: int = 1) -
 
 
 def load_pixels(samples: Sequence[Encoded], processor: Processor) -> dict[str, Tensor]:
-    """What the image processor makes of the samples' images, in order; empty when no sample has one."""
-    images = [load_image(sample.image) for sample in samples if sample.image is not None]
-    if not images:
-        return {}
-    output = processor.image_processor(images=images, return_tensors="pt")
+    """What the image and the video processor make of the samples' images, in order; empty when no sample has one.
+
+    Raises:
+        InputError: videos of different numbers of frames, which no batch can hold.
+    """
+    images = [load_image(image) for sample in samples if not sample.video for image in sample.images]
+    videos = [[load_image(image) for image in sample.images] for sample in samples if sample.video]
+    output: dict[str, Any] = {}
+    if images:
+        output |= processor.image_processor(images=images, return_tensors="pt")
+    if videos:
+        counts = sorted(set(map(len, videos)))
+        if len(counts) > 1:
+            raise InputError(f"Videos of {counts[0]} and {counts[-1]} frames in one batch: give all sources one number")
+        output |= processor.video_processor(videos=videos, return_tensors="pt")
     return {name: value for name, value in output.items() if isinstance(value, Tensor)}

@@ -12,6 +12,7 @@ from casp_pl.data.questions import QuestionCollator, QuestionGroup, batch_groups
 from casp_pl.data.sample import Sample
 from casp_pl.data.skipped import Skipped, refuse_too_many_skipped
 from casp_pl.data.sources import DataSource, EasyVQA, PydocProse
+from casp_pl.data.stream import read_samples
 from casp_pl.data.tokenize import Encoded, Processor, encode_windows, takes_images
 from casp_pl.errors import ConfigError, InputError
 from casp_pl.processes import rank_and_count
@@ -32,6 +33,7 @@ class EvaluationData(pl.LightningDataModule):
         window: tokens of a text window.
         images_per_batch: images whose questions are answered together.
         windows_per_batch: text windows per batch.
+        max_new_tokens: longest answer.
         seed: decides which questions are taken.
     """
 
@@ -45,11 +47,14 @@ class EvaluationData(pl.LightningDataModule):
         window: int = 256,
         images_per_batch: int = 8,
         windows_per_batch: int = 8,
+        max_new_tokens: int = 6,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if min(images_per_batch, windows_per_batch) < 1 or window < 2:
-            raise ConfigError("evaluation: images_per_batch and windows_per_batch are at least 1, window at least 2")
+        if min(images_per_batch, windows_per_batch, max_new_tokens) < 1 or window < 2:
+            raise ConfigError(
+                "evaluation: images_per_batch, windows_per_batch and max_new_tokens are at least 1, window at least 2"
+            )
         if (questions is not None and questions < 0) or text_tokens < 0:
             raise ConfigError(f"evaluation: questions ({questions}) and text_tokens ({text_tokens}) cannot be negative")
         if 0 < text_tokens < window:
@@ -61,6 +66,7 @@ class EvaluationData(pl.LightningDataModule):
         self.window = window
         self.images_per_batch = images_per_batch
         self.windows_per_batch = windows_per_batch
+        self.max_new_tokens = max_new_tokens
         self.seed = seed
         self._processor: Processor = None
         self._groups: list[QuestionGroup] | None = None
@@ -117,11 +123,13 @@ class EvaluationData(pl.LightningDataModule):
         if self.questions == 0 or not takes_images(self._processor):
             return []
         source = self.source if self.source is not None else EasyVQA()
-        samples = choose_questions(source.load("test"), self.questions, self.seed)
+        found, unread = read_samples(source, "test")
+        samples = choose_questions(found, self.questions, self.seed)
         if not samples:
             raise InputError("The evaluation source has no questions: give another, or set evaluation.questions to 0")
         groups, self._skipped = encode_questions(samples, self._processor)
         refuse_too_many_skipped(self._skipped, len(samples))
+        self._skipped = unread + self._skipped
         return groups
 
     def _encode_text(self) -> list[Encoded]:
@@ -129,7 +137,9 @@ class EvaluationData(pl.LightningDataModule):
         if wanted == 0:
             return []
         source = self.text_source if self.text_source is not None else PydocProse()
-        windows = list(islice(encode_windows(source.load("test"), self._processor, length=self.window), wanted))
+        windows = list(
+            islice(encode_windows(read_samples(source, "test")[0], self._processor, length=self.window), wanted)
+        )
         if len(windows) < wanted:
             raise InputError(
                 f"evaluation.text_tokens is {self.text_tokens}, but the held-out text has only "

@@ -3,14 +3,27 @@
 import struct
 import warnings
 import zlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from casp_pl.errors import InputError
 
-__all__ = ["MAX_ASPECT", "MAX_PIXELS", "ImageRefusedError", "load_image"]
+__all__ = [
+    "MAX_ASPECT",
+    "MAX_PIXELS",
+    "ImageRefusedError",
+    "ImageSource",
+    "LazyImage",
+    "StoredImage",
+    "load_image",
+    "refuse_too_large",
+]
 
 MAX_PIXELS = 50_000_000
 """Larger images are refused before they are decoded: 50 million pixels take 200 MB in memory."""
@@ -27,17 +40,60 @@ class ImageRefusedError(InputError):
     """An image that is missing, broken, too large or of a kind that we do not decode.
 
     Attributes:
-        path: the file.
+        path: the file, or the name of what is no file of its own.
         reason: why, in a few words.
     """
 
-    def __init__(self, path: Path, reason: str) -> None:
+    def __init__(self, path: "ImageSource", reason: str) -> None:
         super().__init__(f"Image {path}: {reason}")
         self.path = path
         self.reason = reason
 
 
-def load_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+class LazyImage(ABC):
+    """An image that is no file of its own. Hashable; equal to another where both are the same image."""
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """What messages call it."""
+
+    @abstractmethod
+    def open(self) -> Image.Image:
+        """The image, its header read and its pixels perhaps not yet.
+
+        Raises:
+            ImageRefusedError: it cannot be read.
+            OSError, ValueError, ...: what Pillow raises on a broken file.
+        """
+
+
+ImageSource: TypeAlias = Path | LazyImage
+"""What `load_image` opens: a file, or a part of one."""
+
+
+@dataclass(frozen=True)
+class StoredImage(LazyImage):
+    """A file that lies inside of a row of a data set.
+
+    Attributes:
+        name: what it is called; images of one name are one image.
+        data: the bytes of the file.
+    """
+
+    name: str
+    data: bytes = field(repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def open(self) -> Image.Image:
+        """The image out of its bytes, in one of the formats that files may have."""
+        if not self.data:
+            raise ImageRefusedError(self, "empty file")
+        return Image.open(BytesIO(self.data), formats=_FORMATS)
+
+
+def load_image(path: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image as 8-bit RGB, turned upright by its EXIF orientation, transparency laid on white.
 
     CMYK, palette and grey images are converted, 16-bit grey is scaled to 8 bits. Refused: animations, 32-bit grey and
@@ -46,15 +102,11 @@ def load_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         ImageRefusedError: with the path and the reason.
     """
-    if not path.is_file():
-        raise ImageRefusedError(path, "no such file")
-    if path.stat().st_size == 0:
-        raise ImageRefusedError(path, "empty file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata does not matter here
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_FORMATS) as image:
+            with _open_file(path) if isinstance(path, Path) else path.open() as image:
                 _check_header(image, path, max_pixels)
                 image.load()
                 return _to_rgb(ImageOps.exif_transpose(image), path)
@@ -62,18 +114,35 @@ def load_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise ImageRefusedError(path, f"cannot be decoded ({_first_line(error)})") from error
 
 
-def _check_header(image: Image.Image, path: Path, max_pixels: int) -> None:
-    """What the header alone tells: size, shape, number of frames."""
-    width, height = image.size
+def refuse_too_large(path: ImageSource, size: tuple[int, int], max_pixels: int = MAX_PIXELS) -> None:
+    """A width and height that a header claims, judged before anything is decoded.
+
+    Raises:
+        ImageRefusedError: too many pixels, or one side far longer than the other.
+    """
+    width, height = size
     if width * height > max_pixels:
         raise ImageRefusedError(path, f"{width}x{height} pixels, more than the limit of {max_pixels:,}")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ImageRefusedError(path, f"{width}x{height}: one side is more than {MAX_ASPECT} times the other")
+
+
+def _open_file(path: Path) -> Image.Image:
+    if not path.is_file():
+        raise ImageRefusedError(path, "no such file")
+    if path.stat().st_size == 0:
+        raise ImageRefusedError(path, "empty file")
+    return Image.open(path, formats=_FORMATS)
+
+
+def _check_header(image: Image.Image, path: ImageSource, max_pixels: int) -> None:
+    """What the header alone tells: size, shape, number of frames."""
+    refuse_too_large(path, image.size, max_pixels)
     if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a photo with a preview behind it
         raise ImageRefusedError(path, f"an animation of {getattr(image, 'n_frames', 2)} frames")
 
 
-def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
+def _to_rgb(image: Image.Image, path: ImageSource) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ImageRefusedError(path, f"32-bit grey (mode {image.mode}) has no defined range")
     if image.mode.startswith("I;16"):

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from casp_pl.data.collate import load_pixels, pad_right
-from casp_pl.data.images import ImageRefusedError, load_image
+from casp_pl.data.images import ImageRefusedError
 from casp_pl.data.sample import Sample
 from casp_pl.data.selection import group_by_image, shuffled
 from casp_pl.data.skipped import Skipped
-from casp_pl.data.tokenize import Encoded, Processor, count_image_tokens, encode_prompt, pad_token_id
+from casp_pl.data.tokenize import Encoded, Processor, encode_prompt, image_tokens_of, pad_token_id, picture_token_id
 from casp_pl.errors import InputError
 
 __all__ = ["QuestionCollator", "QuestionGroup", "batch_groups", "choose_questions", "encode_questions"]
@@ -60,11 +60,10 @@ def encode_questions(samples: Sequence[Sample], processor: Processor) -> tuple[l
     groups: list[QuestionGroup] = []
     skipped: list[Skipped] = []
     for image_number, group in enumerate(group_by_image(samples)):
-        path = group[0].image
-        if path is None or not group[0].turns:
+        if not group[0].images or not group[0].turns:
             raise InputError(f"Sample {group[0].id}: an evaluation question needs an image, a question and an answer")
         try:
-            image_tokens = count_image_tokens(processor, load_image(path))
+            image_tokens = image_tokens_of(group[0], processor)
         except ImageRefusedError as error:
             skipped += [Skipped(sample.id, str(error)) for sample in group]
             continue
@@ -90,7 +89,8 @@ class QuestionCollator:
 
     prefix_ids (B, P), image_inputs (dict of what the image processor makes, pixel_values (B, 3, H, W) above all),
     suffix_ids and suffix_mask (R, S), right-padded, image_of_row (R,) the row's image within the batch, image_numbers
-    and numbers (R,) image and question within the evaluation; lists of R: sample_ids, answers.
+    and numbers (R,) image and question within the evaluation; lists of R: sample_ids, answers (for each question all
+    that count) and categories.
     """
 
     def __init__(self, processor: Processor) -> None:
@@ -112,12 +112,13 @@ class QuestionCollator:
             "image_numbers": torch.tensor([group.image_number for group in groups]).repeat_interleave(sizes),
             "numbers": torch.tensor(numbers),
             "sample_ids": [sample.id for sample in samples],
-            "answers": [sample.turns[0].answer for sample in samples],
+            "answers": [sample.answers or (sample.turns[0].answer,) for sample in samples],
+            "categories": [sample.category for sample in samples],
         }
 
 
 def _prefix(prompt: Encoded, processor: Processor) -> tuple[int, ...]:
-    end = len(prompt) - prompt.input_ids[::-1].index(processor.image_token_id)
+    end = len(prompt) - prompt.input_ids[::-1].index(picture_token_id(processor, prompt))
     return prompt.input_ids[:end]
 
 

@@ -1,19 +1,36 @@
 """Which samples are taken: spread over the images, seeded, and never one image on both sides of a split."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain, islice, zip_longest
 from typing import TypeVar
 
 import torch
 
 from casp_pl.data.branches import join_branches
-from casp_pl.data.images import ImageRefusedError, load_image
+from casp_pl.data.images import ImageRefusedError, ImageSource
 from casp_pl.data.sample import Sample
 from casp_pl.data.skipped import Skipped
-from casp_pl.data.tokenize import Encoded, Processor, count_image_tokens, encode_sample, encode_windows, truncate
+from casp_pl.data.tokenize import (
+    Counted,
+    Encoded,
+    Processor,
+    encode_sample,
+    encode_windows,
+    image_tokens_of,
+    picture_token_id,
+    truncate,
+)
 from casp_pl.errors import InputError
 
-__all__ = ["choose_windows", "encode_conversations", "group_by_image", "hold_back", "shuffled", "spread_over_images"]
+__all__ = [
+    "choose_windows",
+    "encode_conversations",
+    "group_by_image",
+    "hold_back",
+    "join_overlapping",
+    "shuffled",
+    "spread_over_images",
+]
 
 T = TypeVar("T")
 S = TypeVar("S", Sample, Encoded)
@@ -25,11 +42,29 @@ def shuffled(items: Sequence[T], generator: torch.Generator) -> list[T]:
 
 
 def group_by_image(samples: Sequence[S]) -> list[list[S]]:
-    """Samples of one image together, in the order of their first samples; a sample without image is alone."""
+    """Samples of the same images together, in the order of their first samples; a sample without image is alone."""
     groups: dict[object, list[S]] = {}
     for sample in samples:
-        groups.setdefault(sample.image or sample.id, []).append(sample)
+        groups.setdefault(sample.images or sample.id, []).append(sample)
     return list(groups.values())
+
+
+def join_overlapping(groups: Sequence[Sequence[S]]) -> list[list[S]]:
+    """Groups of `group_by_image` that have an image in common as one, at the place of the first of them."""
+    place_of: dict[ImageSource, int] = {}
+    joined: list[list[S]] = []
+    for group in groups:
+        images = group[0].images
+        places = sorted({place_of[image] for image in images if image in place_of}) or [len(joined)]
+        if places[0] == len(joined):
+            joined.append([])
+        for other in places[1:]:
+            place_of.update({image: places[0] for sample in joined[other] for image in sample.images})
+            joined[places[0]] += joined[other]
+            joined[other] = []
+        place_of.update(dict.fromkeys(images, places[0]))
+        joined[places[0]] += group
+    return [members for members in joined if members]
 
 
 def spread_over_images(
@@ -62,29 +97,32 @@ def hold_back(groups: Sequence[Sequence[T]], share: float) -> tuple[list[T], lis
 
 
 def encode_conversations(
-    group: Sequence[Sample], processor: Processor, max_length: int
+    group: Sequence[Sample], processor: Processor, max_length: int, counted: Counted = "answers"
 ) -> tuple[list[Encoded], list[Skipped]]:
-    """Tokenize the samples of one image; it is decoded once, to see that it can be and how many tokens it takes.
+    """Tokenize the samples of the same image or images.
 
-    Those that can share the image are joined (`join_branches`).
+    Each is decoded once, to see that it can be and how many tokens it takes. Those that can share
+    the image are joined (`join_branches`).
     """
     try:
-        path = group[0].image
-        image_tokens = 0 if path is None else count_image_tokens(processor, load_image(path))
+        image_tokens = image_tokens_of(group[0], processor)
     except ImageRefusedError as error:
         return [], [Skipped(sample.id, str(error)) for sample in group]
     encoded, skipped = [], []
     for sample in group:
-        cut = truncate(encode_sample(sample, processor, image_tokens=image_tokens), max_length)
+        whole = encode_sample(sample, processor, image_tokens=image_tokens, counted=counted)
+        cut = truncate(whole, max_length, picture_token_id(processor, whole))
         if cut is None:
-            skipped.append(Skipped(sample.id, f"no answer within max_length = {max_length} tokens"))
+            images = ", or not all its images" if len(sample.images) > 1 else ""
+            skipped.append(Skipped(sample.id, f"no answer within max_length = {max_length} tokens{images}"))
         else:
             encoded.append(cut)
-    return (join_branches(encoded, processor.image_token_id) if image_tokens else encoded), skipped
+    token = picture_token_id(processor, encoded[0]) if encoded else None
+    return (encoded if token is None or not sum(image_tokens) else join_branches(encoded, token)), skipped
 
 
 def choose_windows(
-    texts: Sequence[Sample], processor: Processor, *, length: int, count: int, generator: torch.Generator
+    texts: Iterable[Sample], processor: Processor, *, length: int, count: int, generator: torch.Generator
 ) -> list[Encoded]:
     """`count` random windows of `length` tokens out of the first 8 x `count` windows of the texts.
 

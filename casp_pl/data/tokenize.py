@@ -6,25 +6,28 @@ Labels follow the convention of transformers: `labels[t]` equals `input_ids[t]` 
 the model shifts them by one itself.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from PIL import Image
 
-from casp_pl.data.sample import Sample
+from casp_pl.data.images import ImageSource, load_image
+from casp_pl.data.sample import IMAGE_MARK, Sample
 from casp_pl.errors import ConfigError, InputError
 
 __all__ = [
     "IGNORE",
+    "Counted",
     "Encoded",
     "Processor",
     "count_image_tokens",
     "encode_prompt",
     "encode_sample",
     "encode_windows",
+    "image_tokens_of",
     "pad_token_id",
+    "picture_token_id",
     "takes_images",
     "tokenizer_of",
     "truncate",
@@ -32,30 +35,35 @@ __all__ = [
 
 IGNORE = -100
 
+Counted: TypeAlias = Literal["answers", "all"]
+"""Which tokens of a conversation get labels: those of the answers, or all but the first and those of images."""
+
 Processor: TypeAlias = Any
 """A LlavaProcessor or a tokenizer; transformers has no common type with the calls made here."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A tokenized sample; its image is decoded only when a batch is made of it.
+    """A tokenized sample; its images are decoded only when a batch is made of it.
 
     Attributes:
         id: id of the sample.
         input_ids: T token ids, image tokens expanded.
         labels: T labels, `IGNORE` where no loss is taken.
-        image: path of the image or None.
-        image_tokens: how many of the T tokens stand for the image.
-        branches: where conversations share an image (`join_branches`), T numbers: 0 in the shared start, then the
+        images: of the sample, in the order of their tokens.
+        image_tokens: how many of the T tokens stand for images.
+        video: whether the images are the frames of one video to the model.
+        branches: where conversations share their images (`join_branches`), T numbers: 0 in the shared start, then the
             number of the conversation; empty for a single one.
     """
 
     id: str
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
-    image: Path | None = None
+    images: tuple[ImageSource, ...] = ()
     image_tokens: int = 0
     branches: tuple[int, ...] = ()
+    video: bool = False
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -80,48 +88,101 @@ def pad_token_id(processor: Processor) -> int:
     return 0
 
 
-def count_image_tokens(processor: Processor, image: Image.Image) -> int:
-    """Number of tokens that the processor puts in the place of `<image>` for this image; 0 for plain tokenizers."""
+def count_image_tokens(processor: Processor, image: Image.Image | list[Image.Image]) -> int:
+    """Number of tokens that the processor puts in the place of the mark; 0 for plain tokenizers.
+
+    LLaVA-NeXT's depends on the image: on the tiles that it is cut into, and on what of them is padding.
+
+    Args:
+        processor: of the model.
+        image: the image, or the frames of a video.
+    """
     if not takes_images(processor):
         return 0
-    tokens = processor(images=[image], text=[processor.image_token], add_special_tokens=False)["input_ids"][0]
-    return sum(int(token) == processor.image_token_id for token in tokens)
+    if isinstance(image, list):
+        mark, token_id, given = processor.video_token, processor.video_token_id, {"videos": [image]}
+    else:
+        mark, token_id, given = processor.image_token, processor.image_token_id, {"images": [image]}
+    tokens = processor(text=[mark], add_special_tokens=False, **given)["input_ids"][0]
+    return sum(int(token) == token_id for token in tokens)
 
 
-def encode_sample(sample: Sample, processor: Processor, *, image_tokens: int = 0) -> Encoded:
+def image_tokens_of(sample: Sample, processor: Processor) -> list[int]:
+    """Number of tokens of each image of the sample, or of its video; they are decoded for it.
+
+    Raises:
+        ImageRefusedError: one of them cannot be used.
+    """
+    sample = _as_the_model_sees_it(sample, processor)
+    images = [load_image(image) for image in sample.images]
+    return [count_image_tokens(processor, image) for image in ([images] if sample.video else images)]
+
+
+def picture_token_id(processor: Processor, sample: "Sample | Encoded") -> int | None:
+    """The token that stands for a part of the sample's images, or of its video."""
+    name = "video_token_id" if sample.video else "image_token_id"
+    token: int | None = getattr(processor, name, None)
+    return token
+
+
+def _as_the_model_sees_it(sample: Sample, processor: Processor) -> Sample:
+    """Frames of a video as images where the model knows no videos, else as one video of one mark, with all its frames.
+
+    A batch needs as many frames of each video, so a short one repeats some.
+    """
+    if not sample.video or getattr(processor, "video_token_id", None) is None:
+        return replace(sample, video=0)
+    count, marks = sample.video, IMAGE_MARK * len(sample.images)
+    frames = tuple(sample.images[number * len(sample.images) // count] for number in range(count))
+    turns = tuple(replace(turn, question=turn.question.replace(marks, IMAGE_MARK)) for turn in sample.turns)
+    return replace(sample, images=frames, turns=turns)
+
+
+def encode_sample(
+    sample: Sample, processor: Processor, *, image_tokens: int | Sequence[int] = 0, counted: Counted = "answers"
+) -> Encoded:
     """The whole sample, untruncated: labels on the answers with their end tokens, or on a plain text but its start.
 
     Args:
         sample: a conversation or plain text.
         processor: processor or tokenizer with a chat template.
-        image_tokens: number of tokens of the sample's image (`count_image_tokens`), 0 without an image.
+        image_tokens: number of tokens of each image (`image_tokens_of`), or one number for all.
+        counted: "all" labels questions, too.
 
     Raises:
-        InputError: the text holds `<image>` marks of its own, or the processor takes no images.
+        InputError: the number of `<image>` marks is not that of the images, or the processor takes no images.
         ConfigError: there is no chat template, or it does not build a conversation turn by turn.
     """
     if sample.text is not None:
-        ids, _ = _tokenize(sample, sample.text, processor, 0)
+        ids, _ = _tokenize(sample, sample.text, processor, ())
         return Encoded(sample.id, tuple(ids), (IGNORE, *ids[1:]))
+    sample = _as_the_model_sees_it(sample, processor)
     messages = _messages(sample, processor)
     text = _render(processor, messages)
-    spans = [_answer_span(text, messages, turn, processor) for turn in range(len(sample.turns))]
-    ids, offsets = _tokenize(sample, text, processor, image_tokens)
-    labels = [
-        token if any(start < span_end and end > span_start for span_start, span_end in spans) else IGNORE
-        for token, (start, end) in zip(ids, offsets, strict=True)
-    ]
-    return Encoded(sample.id, tuple(ids), tuple(labels), sample.image, image_tokens)
+    each = _tokens_of_each(sample, image_tokens)
+    ids, offsets = _tokenize(sample, text, processor, each)
+    if counted == "all":
+        image_token = picture_token_id(processor, sample)
+        labels = [IGNORE, *(IGNORE if token == image_token else token for token in ids[1:])]
+    else:
+        spans = [_answer_span(text, messages, turn, processor) for turn in range(len(sample.turns))]
+        labels = [
+            token if any(start < span_end and end > span_start for span_start, span_end in spans) else IGNORE
+            for token, (start, end) in zip(ids, offsets, strict=True)
+        ]
+    return Encoded(sample.id, tuple(ids), tuple(labels), sample.images, sum(each), video=bool(sample.video))
 
 
-def encode_prompt(sample: Sample, processor: Processor, *, image_tokens: int = 0) -> Encoded:
+def encode_prompt(sample: Sample, processor: Processor, *, image_tokens: int | Sequence[int] = 0) -> Encoded:
     """The first question up to where the assistant's answer starts; no labels. Arguments as `encode_sample`."""
+    sample = _as_the_model_sees_it(sample, processor)
     text = _render(processor, _messages(sample, processor)[:1], add_generation_prompt=True)
-    ids, _ = _tokenize(sample, text, processor, image_tokens)
-    return Encoded(sample.id, tuple(ids), (IGNORE,) * len(ids), sample.image, image_tokens)
+    each = _tokens_of_each(sample, image_tokens)
+    ids, _ = _tokenize(sample, text, processor, each)
+    return Encoded(sample.id, tuple(ids), (IGNORE,) * len(ids), sample.images, sum(each), video=bool(sample.video))
 
 
-def encode_windows(samples: Sequence[Sample], processor: Processor, *, length: int) -> Iterator[Encoded]:
+def encode_windows(samples: Iterable[Sample], processor: Processor, *, length: int) -> Iterator[Encoded]:
     """Plain texts, one after another, cut into windows of exactly `length` tokens; the rest at the end is dropped.
 
     Tokenizers that start every text with a token (LLaMA's `<s>`) get it at the start of each window.
@@ -133,7 +194,9 @@ def encode_windows(samples: Sequence[Sample], processor: Processor, *, length: i
     buffer: list[int] = []
     number = 0
     for sample in samples:
-        ids, _ = _tokenize(sample, f"{sample.text}\n\n", processor, 0)
+        if sample.text is None:
+            raise InputError(f"Sample {sample.id} is a conversation, text windows are made of plain texts alone")
+        ids, _ = _tokenize(sample, f"{sample.text}\n\n", processor, ())
         buffer += ids[len(start) :]
         while len(buffer) >= fresh:
             window = (*start, *buffer[:fresh])
@@ -142,10 +205,12 @@ def encode_windows(samples: Sequence[Sample], processor: Processor, *, length: i
             number += 1
 
 
-def truncate(encoded: Encoded, max_length: int) -> Encoded | None:
-    """The first `max_length` tokens, or None if no label is left among them."""
+def truncate(encoded: Encoded, max_length: int, image_token_id: int | None = None) -> Encoded | None:
+    """The first `max_length` tokens, or None if no label is left among them or an image lies behind them."""
     if len(encoded) <= max_length:
         return encoded
+    if image_token_id in encoded.input_ids[max_length:]:
+        return None
     labels = encoded.labels[:max_length]
     if all(label == IGNORE for label in labels):
         return None
@@ -154,18 +219,41 @@ def truncate(encoded: Encoded, max_length: int) -> Encoded | None:
 
 def _messages(sample: Sample, processor: Processor) -> list[dict[str, Any]]:
     """The conversation as the chat template wants it: parts for processors, strings for plain tokenizers."""
-    if sample.image is not None and not takes_images(processor):
+    if sample.images and not takes_images(processor):
         raise InputError(f"Sample {sample.id} has an image, but the model takes none: set text_ratio to 1")
+    marked = any(IMAGE_MARK in turn.question for turn in sample.turns)
     messages = []
     for number, turn in enumerate(sample.turns):
         for role, text in (("user", turn.question), ("assistant", turn.answer)):
             content: Any = text
             if hasattr(processor, "tokenizer"):
-                content = [{"type": "text", "text": text}]
-                if number == 0 and role == "user" and sample.image is not None:
-                    content.insert(0, {"type": "image"})
+                kind = "video" if sample.video else "image"
+                in_front = 0 if marked or number or role == "assistant" else _pictures(sample)
+                parts = _parts(text, kind) if sample.images and role == "user" else [{"type": "text", "text": text}]
+                content = [{"type": kind} for _ in range(in_front)] + parts
             messages.append({"role": role, "content": content})
     return messages
+
+
+def _pictures(sample: Sample) -> int:
+    """How many marks the sample needs."""
+    return 1 if sample.video else len(sample.images)
+
+
+def _parts(question: str, kind: str) -> list[dict[str, str]]:
+    """Texts and images of a question in their order; templates break the line behind an image themselves."""
+    first, *rest = question.split(IMAGE_MARK)
+    parts = [{"type": "text", "text": first}] if first or not rest else []
+    for text in rest:
+        parts.append({"type": kind})
+        if text.strip():
+            parts.append({"type": "text", "text": text.removeprefix("\n")})
+    return parts
+
+
+def _tokens_of_each(sample: Sample, image_tokens: int | Sequence[int]) -> tuple[int, ...]:
+    """Tokens of every image of the sample."""
+    return (image_tokens,) * _pictures(sample) if isinstance(image_tokens, int) else tuple(image_tokens)
 
 
 def _render(processor: Processor, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
@@ -184,21 +272,21 @@ def _answer_span(text: str, messages: list[dict[str, Any]], turn: int, processor
 
 
 def _tokenize(
-    sample: Sample, text: str, processor: Processor, image_tokens: int
+    sample: Sample, text: str, processor: Processor, image_tokens: Sequence[int]
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids and their character offsets, the image token repeated `image_tokens` times."""
+    """Token ids and their character offsets, each image token repeated as often as its image has tokens."""
     tokenizer = tokenizer_of(processor)
     if not tokenizer.is_fast:
         raise ConfigError(f"{type(tokenizer).__name__} gives no character offsets: use a fast tokenizer")
     templated = bool(sample.turns) and tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     output = tokenizer(text, add_special_tokens=not templated, return_offsets_mapping=True, verbose=False)
     ids, offsets = list(output["input_ids"]), list(output["offset_mapping"])
-    image_token = getattr(processor, "image_token_id", None)
-    marks, images = ids.count(image_token), int(sample.image is not None)
-    if marks != images:
-        raise InputError(f"Sample {sample.id}: {marks} image marks in the text, but {images} images")
-    if marks:
-        at = ids.index(image_token)
-        ids[at : at + 1] = [image_token] * image_tokens
-        offsets[at : at + 1] = [offsets[at]] * image_tokens
+    image_token = picture_token_id(processor, sample)
+    marks = [getattr(processor, name, None) for name in ("image_token_id", "video_token_id")]
+    places = [place for place, token in enumerate(ids) if token is not None and token in marks]
+    if len(places) != _pictures(sample):
+        raise InputError(f"Sample {sample.id}: {len(places)} image marks in the text, but {_pictures(sample)} images")
+    for place, count in reversed(list(zip(places, image_tokens, strict=True))):
+        ids[place : place + 1] = [image_token] * count
+        offsets[place : place + 1] = [offsets[place]] * count
     return ids, offsets

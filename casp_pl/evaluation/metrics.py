@@ -11,64 +11,70 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from casp_pl.evaluation.answers import is_yes_no, normalise_answer
+from casp_pl.evaluation.bootstrap import interval, resampled_means
+from casp_pl.evaluation.scoring import AnswerRule, ExactMatch
 
 __all__ = ["FlipRate", "KLDivergence", "Perplexity", "VQAAccuracy"]
 
 
 class VQAAccuracy(Metric):
-    """Share of answers that are right as normalised text, with a bootstrap interval over images.
+    """Mean score of answers by a rule, with a bootstrap interval over images.
 
     The questions of one image stand or fall together, so images are drawn, not questions.
 
     Args:
+        rule: scores an answer; `ExactMatch` if not given: the share of answers that are right as normalised text.
         resamples: number of bootstrap resamples.
         confidence: what the interval covers.
         seed: seed of the resampling.
     """
 
-    right: list[Tensor]
+    scores: list[Tensor]
     image: list[Tensor]
     open_ended: list[Tensor]
     full_state_update = False
 
-    def __init__(self, *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0, **metric: Any) -> None:
+    def __init__(
+        self,
+        *,
+        rule: AnswerRule | None = None,
+        resamples: int = 2000,
+        confidence: float = 0.95,
+        seed: int = 0,
+        **metric: Any,
+    ) -> None:
         super().__init__(**metric)
+        self.rule = ExactMatch() if rule is None else rule
         self.resamples = resamples
         self.confidence = confidence
         self.seed = seed
-        for name in ("right", "image", "open_ended"):
+        for name in ("scores", "image", "open_ended"):
             self.add_state(name, [], dist_reduce_fx="cat")
+        self.set_dtype(torch.float64)  # of what a process without questions sends to the others
 
-    def update(self, predictions: Sequence[str], answers: Sequence[str], image_numbers: Tensor) -> None:
-        """N predictions, N expected answers, and (N,) the number of each question's image."""
-        pairs = zip(predictions, answers, strict=True)
-        right = [normalise_answer(prediction) == normalise_answer(answer) for prediction, answer in pairs]
-        self.right.append(torch.tensor(right))
-        self.open_ended.append(torch.tensor([not is_yes_no(answer) for answer in answers]))
-        self.image.append(image_numbers.cpu())
+    def update(self, predictions: Sequence[str], answers: Sequence[str | Sequence[str]], image_numbers: Tensor) -> None:
+        """N predictions, N expected answers (or all that count), and (N,) the number of each question's image."""
+        accepted = [(answer,) if isinstance(answer, str) else tuple(answer) for answer in answers]
+        scores = [self.rule.score(*pair) for pair in zip(predictions, accepted, strict=True)]
+        open_ended = [not all(map(is_yes_no, texts)) for texts in accepted]
+        self.scores.append(torch.tensor(scores, dtype=torch.float64, device=self.device))
+        self.open_ended.append(torch.tensor(open_ended, dtype=torch.float64, device=self.device))
+        self.image.append(image_numbers.to(self.device, torch.float64))
 
     def compute(self) -> dict[str, Any]:
         """accuracy, interval (low, high), accuracy_not_yes_no (None without such questions), questions."""
-        right, open_ended, image = (torch.cat(rows) for rows in (self.right, self.open_ended, self.image))
+        scores, open_ended, image = map(dim_zero_cat, (self.scores, self.open_ended, self.image))
+        counted = scores[open_ended == 1]
+        means = resampled_means(scores, image, resamples=self.resamples, seed=self.seed)
         return {
-            "accuracy": right.double().mean().item(),
-            "interval": self._interval(right, image),
-            "accuracy_not_yes_no": right[open_ended].double().mean().item() if open_ended.any() else None,
-            "questions": len(right),
+            "accuracy": scores.mean().item(),
+            "interval": interval(means, self.confidence),
+            "accuracy_not_yes_no": counted.mean().item() if len(counted) else None,
+            "questions": len(scores),
         }
-
-    def _interval(self, right: Tensor, image: Tensor) -> tuple[float, float]:
-        _, cluster = torch.unique(image, return_inverse=True)
-        asked = torch.bincount(cluster).double()
-        hits = torch.bincount(cluster, weights=right.double())
-        generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.randint(len(asked), (self.resamples, len(asked)), generator=generator)
-        accuracies = hits[drawn].sum(1) / asked[drawn].sum(1)
-        tail = (1 - self.confidence) / 2
-        low, high = accuracies.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-        return low, high
 
 
 class FlipRate(Metric):

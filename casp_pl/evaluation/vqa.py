@@ -20,6 +20,8 @@ from casp_pl.data.questions import encode_questions
 from casp_pl.data.sample import Sample
 from casp_pl.data.skipped import refuse_too_many_skipped
 from casp_pl.data.tokenize import Processor, tokenizer_of
+from casp_pl.errors import InputError
+from casp_pl.models.layout import block_windows
 
 __all__ = ["GeneratedAnswers", "VQAOutputs", "answer_questions", "decode_answers", "end_token_ids", "evaluate_vqa"]
 
@@ -88,7 +90,7 @@ def evaluate_vqa(
     return VQAOutputs(
         [sample_id for batch in batches for sample_id in batch["sample_ids"]],
         predictions,
-        [answer for batch in batches for answer in batch["answers"]],
+        [answers[0] for batch in batches for answers in batch["answers"]],
         torch.cat([batch["image_numbers"] for batch in batches]),
         torch.cat(hidden),
     )
@@ -102,6 +104,7 @@ def answer_questions(model: Any, batch: Mapping[str, Any], *, max_new_tokens: in
     mask = batch["suffix_mask"]
     lengths = mask.sum(1)
     prefix_length = batch["prefix_ids"].shape[1]
+    _refuse_short_windows(model, prefix_length + mask.shape[1] + max_new_tokens)
     mask = torch.cat([mask.new_ones(len(mask), prefix_length), mask], dim=1)
     cache = _prefix_cache(backbone, batch)
     output = backbone(
@@ -155,6 +158,20 @@ def _prefix_cache(backbone: Any, batch: Mapping[str, Any]) -> Any:
     cache = output.past_key_values
     cache.batch_select_indices(batch["image_of_row"])
     return cache
+
+
+def _refuse_short_windows(model: Any, tokens: int) -> None:
+    """Padding between a question and its answer would count as tokens that a sliding window holds.
+
+    Raises:
+        InputError: prompt and answer are longer than a window of the model.
+    """
+    windows = [window for window in block_windows(model.config.get_text_config()) if window is not None]
+    if windows and tokens > min(windows):
+        raise InputError(
+            f"Questions and images take up to {tokens} tokens, the model's sliding window holds {min(windows)}.\n"
+            "Such models are evaluated on text alone: set evaluation.questions to 0."
+        )
 
 
 def _to(value: Any, device: torch.device) -> Any:

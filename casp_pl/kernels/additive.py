@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.profiler import record_function
 
 from casp_pl.kernels.compiled import AdditiveLoops, additive_loops
 
@@ -60,7 +61,8 @@ class AdditiveIndex:
             table = codebooks.reshape(self.codebooks * self.entries, -1)
             return F.embedding_bag(self._bags, table, mode="sum").view(self.rows, -1) * scales
         weight = codebooks.new_empty(self.rows, self.groups * codebooks.shape[2])
-        loops.gather(self._codes, codebooks, scales.reshape(-1), weight)
+        with record_function("casp_pl::gather"):
+            loops.gather(self._codes, codebooks, scales.reshape(-1), weight)
         return weight
 
     @torch.no_grad()
@@ -93,7 +95,8 @@ class AdditiveIndex:
         self, loops: AdditiveLoops, weight: Tensor, codebooks: Tensor, scales: Tensor
     ) -> tuple[Tensor, Tensor]:
         sums, dots = torch.empty_like(codebooks), weight.new_empty(self.rows)
-        loops.scatter(self._codes, codebooks, scales.reshape(-1), weight, sums, dots)
+        with record_function("casp_pl::scatter"):
+            loops.scatter(self._codes, codebooks, scales.reshape(-1), weight, sums, dots)
         return sums, dots.unsqueeze(1)
 
     def _loops(self, tensor: Tensor) -> AdditiveLoops | None:

@@ -8,6 +8,7 @@ Letters: O vectors, K codebooks, C entries a codebook, D group length, B beam wi
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from casp_pl.kernels.compiled import compiled_search
 from casp_pl.kernels.nearest import best_of_runs, nearest_entries, nearest_scores
@@ -34,7 +35,8 @@ def beam_search(linear: Tensor, codebooks: Tensor, norms: Tensor, images: Tensor
         return beam_search_reference(linear, codebooks, norms, images, width)
     codes = torch.empty(len(codebooks), linear.shape[1], dtype=torch.int64)
     scores = torch.empty(linear.shape[1], dtype=torch.float32)
-    search(linear, codebooks.transpose(1, 2).contiguous(), norms, images, width, codes, scores)
+    with record_function("casp_pl::beam_search"):
+        search(linear, codebooks.transpose(1, 2).contiguous(), norms, images, width, codes, scores)
     return codes, scores
 
 

@@ -13,6 +13,7 @@ __all__ = [
     "AdditiveLoops",
     "LatticeLoops",
     "LookupLoop",
+    "VectorLoops",
     "additive_loops",
     "compiled_search",
     "lattice_loops",
@@ -23,20 +24,31 @@ __all__ = [
 
 _LOG = logging.getLogger(__name__)
 _VBMI = "avx512vbmi"
+_VECTOR = 8
+
+
+class VectorLoops(NamedTuple):
+    """The loops of `numba_vectors` for codes in the layouts in which they are stored, taking tensors."""
+
+    e8p: Callable[..., None]
+    uniform: Callable[..., None]
+    least_rows: int
 
 
 class LookupLoop(NamedTuple):
-    """Code that multiplies by looking products up, and the layout of codes that it reads.
+    """Code that multiplies with codes, and the layout of codes that it reads.
 
     Attributes:
         run: (x, codebooks, codes, weights, span, sums) as `triton_lookup.lookup` takes them, but codes arranged.
         arrange: codes uint8 (O, M) -> the layout that `run` takes for them.
         tokens: up to how many this is faster than dequantizing a weight and multiplying with it.
+        vectors: what decodes codes of E8P and whole numbers instead, where that is faster than `run`.
     """
 
     run: Callable[..., None]
     arrange: Callable[[Tensor], Tensor]
     tokens: int
+    vectors: VectorLoops | None = None
 
 
 class AdditiveLoops(NamedTuple):
@@ -83,14 +95,33 @@ def lookup_loop(device: torch.device) -> LookupLoop | None:
 
 @cache
 def lookup_loops() -> dict[str, LookupLoop]:
-    """All loops of this machine's CPU by name, `bytes` and `floats`, the fastest first."""
+    """All loops of this machine's CPU by name, `bytes`, `vectors` and `floats`, the fastest first."""
     loops: dict[str, LookupLoop] = {}
     if (run := _load("lookup", "lookup")) is None:
         return loops
     if _has_byte_tables() and (run_bytes := _load("bytes", "lookup_bytes")) is not None:
         loops["bytes"] = LookupLoop(_by_input(run_bytes), _tiles, tokens=16)
+    if (vectors := _vector_loop(run)) is not None:
+        loops["vectors"] = vectors
     loops["floats"] = LookupLoop(_by_input(run), _as_they_are, tokens=2)
     return loops
+
+
+def _vector_loop(floats: Callable[..., None]) -> LookupLoop | None:
+    """`numba_vectors`, and the look-up of single products for the groups that it does not take."""
+    loops = [_load("vectors", f"multiply_{kind}") for kind in ("additive", "e8p", "uniform")]
+    additive, e8p, uniform = loops
+    if additive is None or e8p is None or uniform is None:
+        return None
+    from casp_pl.kernels.numba_vectors import LEAST_ROWS
+
+    others = _by_input(floats)
+
+    def run(x: Tensor, codebooks: Tensor, codes: Tensor, weights: Tensor, span: int, sums: Tensor) -> None:
+        fits = codebooks.shape[2] == _VECTOR and len(codes) >= LEAST_ROWS and span % len(codebooks) == 0
+        (additive if fits else others)(x, codebooks, codes, weights, span, sums)
+
+    return LookupLoop(run, _as_they_are, tokens=16, vectors=VectorLoops(e8p, uniform, LEAST_ROWS))
 
 
 @cache
@@ -163,6 +194,14 @@ def _smallest_arguments(name: str) -> list[Any]:
         if name == "candidates":
             return [torch.ones(8, 1), *patterns, 1, torch.empty(2, 1, dtype=torch.int64)]
         return [torch.ones(8, 1), torch.eye(8), *patterns, 1, torch.empty(1, dtype=torch.int64), torch.empty(8, 1)]
+    if name.startswith("multiply"):
+        x, scales, sums = torch.ones(1, 1, 8), torch.ones(1, 4), torch.empty(1, 4)
+        codes = torch.zeros(4, 1, 2, dtype=torch.uint8)
+        if name == "multiply_additive":
+            return [x, torch.ones(2, 1, 8), codes[:, 0], scales, 2, sums]
+        if name == "multiply_e8p":
+            return [x, torch.zeros(3, 256, 8, dtype=torch.int8), codes, scales, sums]
+        return [x, 2, torch.zeros(12, dtype=torch.uint8), scales, 1, sums]
     codes = torch.zeros(1, 1, dtype=torch.uint8)
     return [torch.ones(1, 1, 1), torch.ones(1, 1, 1), codes if name == "lookup" else _tiles(codes),
             torch.ones(1, 1), 1, torch.empty(1, 1)]  # fmt: skip

@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from casp_pl.kernels.compiled import lattice_loops
 from casp_pl.kernels.lattice import GROUP_LENGTH, QUARTER, decode_points, e8p_even_patterns, e8p_patterns, e8p_points
@@ -50,7 +51,8 @@ def e8p_candidates(x: Tensor, runs: int) -> Tensor:
     """
     if (loops := lattice_loops(x)) is not None:
         codes = torch.empty(2 * runs, x.shape[1], dtype=torch.int64)
-        loops.candidates(x, *_by_run(runs), runs, codes)
+        with record_function("casp_pl::e8p_candidates"):
+            loops.candidates(x, *_by_run(runs), runs, codes)
         return codes
     chunk = _CUDA_CHUNK if x.is_cuda else _CHUNK
     return torch.cat([_candidates(part, runs) for part in torch.split(x, chunk, dim=1)], dim=1)
@@ -70,7 +72,8 @@ def e8p_nearest(x: Tensor, metric: Tensor, runs: int) -> tuple[Tensor, Tensor] |
     if (loops := lattice_loops(x)) is None:
         return None
     codes, rest = torch.empty(x.shape[1], dtype=torch.int64), torch.empty_like(x)
-    loops.nearest(x, metric, *_by_run(runs), runs, codes, rest)
+    with record_function("casp_pl::e8p_nearest"):
+        loops.nearest(x, metric, *_by_run(runs), runs, codes, rest)
     return codes, rest
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from casp_pl.kernels.compiled import compiled_search
 
@@ -41,7 +42,8 @@ def nearest_entries(linear: Tensor, codebook: Tensor, norms: Tensor) -> Tensor:
         return torch.cat([argmin_of_columns(scores) for scores in _scores(linear, codebook, norms)])
     entries = torch.empty(1, linear.shape[1], dtype=torch.int64)
     table, unused = codebook.T.contiguous()[None], linear.new_empty(linear.shape[1])
-    search(linear, table, norms[None], table, 1, entries, unused)
+    with record_function("casp_pl::nearest_entries"):
+        search(linear, table, norms[None], table, 1, entries, unused)
     return entries[0]
 
 

@@ -1,12 +1,18 @@
-"""Lattice codes prepared for look-up: neighbouring coordinates of an E8P point are one of 72 pairs.
+"""Lattice codes prepared for products with a few tokens: as they are, or looked up as pairs.
+
+Neighbouring coordinates of a point of E8P are one of 72 pairs.
 
 Letters: O out, P padded width, N tokens.
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import cast
+
 import torch
 from torch import Tensor
 
-from casp_pl.kernels.compiled import LookupLoop
+from casp_pl.kernels.compiled import LookupLoop, VectorLoops
 from casp_pl.kernels.lattice import (
     LATTICE_STAGES,
     QUARTER,
@@ -17,6 +23,7 @@ from casp_pl.kernels.lattice import (
     unpack_lattice,
 )
 from casp_pl.kernels.lookup import CodeRows
+from casp_pl.kernels.vectors import E8PRows
 
 __all__ = ["LatticeRows"]
 
@@ -31,18 +38,25 @@ class LatticeRows:
     """
 
     def __init__(self, packed: Tensor, bits: int, loop: LookupLoop) -> None:
-        rows = packed.shape[0]
-        self._ones = torch.ones(1, rows, device=packed.device)
-        self._parts: list[tuple[CodeRows, Tensor]] = []
+        rows, first = packed.shape[0], 0
+        ones = torch.ones(1, rows, device=packed.device)
+        decoded = loop.vectors is not None and rows >= loop.vectors.least_rows
+        self._products: list[Callable[[Tensor], Tensor]] = []
         for stage, codes in zip(LATTICE_STAGES[bits], unpack_lattice(packed, bits), strict=True):
+            own, first = packed[..., first : first + stage.num_bytes], first + stage.num_bytes
+            if stage.kind == "e8p" and decoded:
+                points = E8PRows(own, cast(VectorLoops, loop.vectors))
+                self._products.append(partial(points.multiply, scale=1 / stage.scale))
+                continue
             if stage.kind == "e8p":
-                own = pairs_of(decode_points(codes.view(-1), stage.points(packed.device)).view(rows, -1))
-                codebook = e8p_pairs(packed.device)
+                pairs = pairs_of(decode_points(codes.view(-1), stage.points(packed.device)).view(rows, -1))
+                looked_up, codebook = CodeRows(pairs, loop), e8p_pairs(packed.device)
             else:
-                own, codebook = codes.to(torch.uint8), e8_residual(packed.device)
-            self._parts.append((CodeRows(own, loop), codebook.float().unsqueeze(0) * (QUARTER / stage.scale)))
+                looked_up, codebook = CodeRows(own[..., 0], loop), e8_residual(packed.device)
+            entries = codebook.float().unsqueeze(0) * (QUARTER / stage.scale)
+            self._products.append(partial(looked_up.multiply, codebooks=entries, weights=ones))
 
     def multiply(self, x: Tensor) -> Tensor:
         """X Z^T: (N, P) -> (N, O) in float32."""
-        products = [rows.multiply(x, codebook, self._ones) for rows, codebook in self._parts]
+        products = [product(x) for product in self._products]
         return products[0] if len(products) == 1 else torch.stack(products).sum(dim=0)

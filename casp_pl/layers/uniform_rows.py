@@ -1,7 +1,9 @@
-"""Uniform codes prepared for look-up: as many neighbouring codes as fill a byte are looked up at once.
+"""Uniform codes prepared for products with a few tokens: eight decoded at once, or a byte of them looked up.
 
 Letters: O out, I in, G groups a row, D group size, N tokens.
 """
+
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,8 +11,11 @@ from torch import Tensor
 from casp_pl.kernels.compiled import LookupLoop
 from casp_pl.kernels.lookup import CodeRows
 from casp_pl.kernels.uniform import byte_codebook, bytes_of_codes, codes_per_byte
+from casp_pl.kernels.vectors import UniformBytes
 
 __all__ = ["UniformRows"]
+
+_DECODED = (1, 2, 3, 4, 8)  # bits of a code that are unpacked in registers
 
 
 class UniformRows:
@@ -25,10 +30,16 @@ class UniformRows:
     """
 
     def __init__(self, codes: Tensor, bits: int, group_size: int, columns: Tensor | None, loop: LookupLoop) -> None:
-        self._rows = CodeRows(bytes_of_codes(codes, bits, group_size), loop)
-        self._codebook = byte_codebook(bits).to(codes.device)
         self._group_size, self._columns = group_size, columns
-        self._filling = -group_size % codes_per_byte(bits)
+        self._products: Callable[[Tensor, Tensor], Tensor]
+        vectors = loop.vectors
+        if vectors is not None and bits in _DECODED and len(codes) >= vectors.least_rows:
+            self._products, unit = UniformBytes(codes, bits, group_size, vectors).multiply, UniformBytes.unit
+        else:
+            rows = CodeRows(bytes_of_codes(codes, bits, group_size), loop)
+            codebook, unit = byte_codebook(bits).to(codes.device), codes_per_byte(bits)
+            self._products = lambda x, scales: rows.multiply(x, codebook, scales)
+        self._filling = -group_size % unit
 
     def multiply(self, x: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
         """Products in float32.
@@ -44,4 +55,4 @@ class UniformRows:
         x = x.float() if self._columns is None else x.float().index_select(1, self._columns)
         grouped = F.pad(x, (0, -x.shape[1] % self._group_size)).view(len(x), -1, self._group_size)
         inputs = F.pad(grouped, (0, self._filling)).flatten(1)
-        return self._rows.multiply(inputs, self._codebook, scales).addmm_(grouped.sum(dim=2), offsets, alpha=-1)
+        return self._products(inputs, scales).addmm_(grouped.sum(dim=2), offsets, alpha=-1)

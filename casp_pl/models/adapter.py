@@ -1,6 +1,6 @@
 """Where the parts of a model lie: its decoder blocks, their linears in quantization order, and the output head.
 
-Names are Hugging Face module names. One adapter serves every model whose language model is built of LLaMA-type blocks.
+Names are Hugging Face module names. How the parts are found is in `models/layout.py`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -8,14 +8,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from casp_pl.errors import ConfigError
+from casp_pl.models.layout import (
+    LLAMA_GROUPS,
+    block_windows,
+    find_decoder,
+    linear_groups_of,
+    refuse_what_cannot_be_kept,
+)
 
 __all__ = ["ModelAdapter", "adapt"]
-
-_ATTENTION_INPUT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_LINEAR_GROUPS = (_ATTENTION_INPUT, ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
 
 
 @dataclass(frozen=True)
@@ -28,14 +32,15 @@ class ModelAdapter:
         decoder_name: name of `decoder` inside `model`, for example `model.language_model`.
         linear_groups: the linears of a block by name relative to the block; linears of a group read the same input,
             groups stand in the order in which a block computes them.
-        low_rank_names: the linears that become low-rank products (CASP: W_q and W_k).
+        low_rank_names: the linears that become low-rank products (CASP: W_q and W_k). What follows them in the block,
+            their biases, norms of queries and keys and rotary embeddings, works on the product as on the original.
     """
 
     model: Any
     decoder: Any
     decoder_name: str
-    linear_groups: tuple[tuple[str, ...], ...] = _LINEAR_GROUPS
-    low_rank_names: tuple[str, ...] = _ATTENTION_INPUT[:2]
+    linear_groups: tuple[tuple[str, ...], ...] = LLAMA_GROUPS
+    low_rank_names: tuple[str, ...] = LLAMA_GROUPS[0][:2]
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -73,11 +78,20 @@ class ModelAdapter:
         linears: dict[str, Any] = {name: self.blocks[block].get_submodule(name) for name in self.linear_names}
         return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
 
+    def window(self, block: int) -> int | None:
+        """How many tokens a token of this block looks back at, itself among them; None where it sees all before it."""
+        return block_windows(self.decoder.config)[block]
+
+    @property
+    def shortest_window(self) -> int | None:
+        """The least of all blocks' windows; None where every block sees all."""
+        return min((window for window in block_windows(self.decoder.config) if window is not None), default=None)
+
     def image_mask(self, input_ids: Tensor) -> Tensor:
-        """True where a token is an image patch: (B, T) bool."""
-        if self.image_token_id is None:
-            return input_ids != input_ids
-        return input_ids == self.image_token_id
+        """True where a token is a patch of an image or video: (B, T) bool."""
+        tokens = (self.image_token_id, getattr(self.model.config, "video_token_id", None))
+        known = [token for token in tokens if token is not None]
+        return torch.isin(input_ids, torch.tensor(known, dtype=input_ids.dtype, device=input_ids.device))
 
     @contextmanager
     def with_blocks(self, blocks: Sequence[nn.Module]) -> Iterator[nn.Module]:
@@ -94,25 +108,10 @@ def adapt(model: nn.Module) -> ModelAdapter:
     """Find the parts of a model.
 
     Raises:
-        ConfigError: its blocks are not LLaMA-type; the message names the missing linear.
+        ConfigError: its blocks are of a kind that casp_pl does not know, or its parts would have to be guessed.
     """
-    names = ("model.language_model", "language_model", "model")
-    found = dict(model.named_modules())
-    for name in names:
-        decoder = found.get(name)
-        if isinstance(getattr(decoder, "layers", None), nn.ModuleList) and hasattr(decoder, "embed_tokens"):
-            adapter = ModelAdapter(model=model, decoder=decoder, decoder_name=name)
-            _check_linears(adapter)
-            return adapter
-    raise ConfigError(
-        f"{type(model).__name__} has no decoder blocks that casp_pl knows (looked for {', '.join(names)}).\n"
-        "Supported are LLaVA and LLaMA-type models of transformers."
-    )
-
-
-def _check_linears(adapter: ModelAdapter) -> None:
-    for number, block in enumerate(adapter.blocks):
-        present = dict(block.named_modules())
-        missing = [name for name in adapter.linear_names if name not in present]
-        if missing:
-            raise ConfigError(f"Block {number} of {type(adapter.model).__name__} has no linear {', '.join(missing)}.")
+    name, decoder = find_decoder(model)
+    refuse_what_cannot_be_kept(model, decoder)
+    groups = linear_groups_of(model, decoder)
+    low_rank = tuple(linear for linear in groups[0] if linear.endswith(("q_proj", "k_proj")))
+    return ModelAdapter(model, decoder, name, groups, low_rank)

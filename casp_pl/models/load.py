@@ -1,12 +1,16 @@
 """One place that turns a name into a model: the embedded demo, the tiny random model, or a Hugging Face directory."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from casp_pl.errors import InputError
-from casp_pl.models.demo import load_demo
+from casp_pl.models.demo import load_demo, load_processor, load_tokenizer
+from casp_pl.models.hub import hub_directory
+from casp_pl.models.original import check_config, check_original
 from casp_pl.models.tiny import load_tiny
 
 __all__ = ["ModelSource", "load_model"]
@@ -17,7 +21,7 @@ class ModelSource:
 
     Args:
         source: `embedded` (SmolLM2 with a vision tower, comes with the package), `embedded-text` (SmolLM2 alone),
-            `tiny` (random, for tests), or a directory or hub name of a LLaVA or LLaMA-type model.
+            `tiny` (random, for tests), or a directory or hub name of a model of the LLaVA family or LLaMA type.
         dtype: the type that everything is computed in; on a CPU float32 is by far the fastest.
     """
 
@@ -32,7 +36,9 @@ class ModelSource:
 
         Raises:
             InputError: the model cannot be found or read.
+            IntegrityError: its files are broken or unsafe to read.
         """
+        dtype = getattr(torch, self.dtype)
         model: Any
         processor: Any
         if self.source == "tiny":
@@ -40,8 +46,22 @@ class ModelSource:
         elif self.source in ("embedded", "embedded-text"):
             model, processor = load_demo(text_only=self.source == "embedded-text")
         else:
-            model, processor = _load_hugging_face(self.source)
-        return model.to(getattr(torch, self.dtype)).eval().requires_grad_(False), processor
+            model, processor = _load_hugging_face(self.source, dtype)
+        return model.to(dtype).eval().requires_grad_(False), processor
+
+    def load_processor(self) -> Any:
+        """The processor alone (a tokenizer for a text model), without reading the weights.
+
+        Raises:
+            InputError: it cannot be found or read.
+        """
+        if self.source == "tiny":
+            return load_tiny()[1]
+        if self.source in ("embedded", "embedded-text"):
+            return load_processor() if self.source == "embedded" else load_tokenizer()
+        directory = _directory(self.source)
+        check_config(directory)
+        return _factory_and_processor(self.source, directory)[1]
 
 
 def load_model(source: str = "embedded") -> tuple[Any, Any]:
@@ -49,21 +69,57 @@ def load_model(source: str = "embedded") -> tuple[Any, Any]:
     return ModelSource(source=source).load()
 
 
-def _load_hugging_face(source: str) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+def _load_hugging_face(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    directory = _directory(source)
+    check_original(directory)
+    factory, processor = _factory_and_processor(source, directory)
+    settings: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
+    with _explained(source):
+        model, loading = factory.from_pretrained(directory, dtype=dtype, output_loading_info=True, **settings)
+    lost = sorted(str(entry) for what in ("missing_keys", "mismatched_keys") for entry in loading[what])
+    if lost:
+        raise InputError(
+            f"model.source: '{source}' lacks {len(lost)} weights of a {type(model).__name__}, the first is {lost[0]}."
+        )
+    return model, processor
 
-    if not Path(source).exists() and source.count("/") != 1:
+
+def _factory_and_processor(source: str, directory: Path) -> tuple[Any, Any]:
+    """The Auto class of the model, and its processor or tokenizer."""
+    from transformers import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    from casp_pl.models.processors import load_processor as processor_in
+
+    with _explained(source):
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        processor = processor_in(directory, config.model_type, takes_images=multimodal)
+    return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM, processor
+
+
+def _directory(source: str) -> Path:
+    """Where the model's files lie, fetched from the hub if need be."""
+    if Path(source).is_dir():
+        return Path(source)
+    if Path(source).exists() or source.count("/") != 1:
         raise InputError(
             f"model.source: '{source}' is neither embedded, tiny, a directory, nor a hub name like org/name."
         )
+    return hub_directory(source)
+
+
+@contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """Turns what goes wrong in reading a model into one sentence."""
+    from safetensors import SafetensorError
+
     try:
-        config = AutoConfig.from_pretrained(source)
-        if hasattr(config, "vision_config"):
-            processor = AutoProcessor.from_pretrained(source)  # type: ignore[no-untyped-call]
-            return AutoModelForImageTextToText.from_pretrained(source), processor
-        return AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"model.source: cannot load '{source}': {reason}\nGive a local directory if the hub is out of reach."
-        ) from error
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"model.source: cannot load '{source}': {reason}") from error

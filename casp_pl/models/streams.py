@@ -6,13 +6,15 @@ Shapes: B batch, T sequence, I in_features.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from casp_pl.models.adapter import ModelAdapter
-from casp_pl.models.branches import additive_mask, real_tokens
+from casp_pl.models.branches import additive_mask, real_tokens, refuse_short_windows
+from casp_pl.models.micro_batch import in_halves
 
 __all__ = [
     "BlockBatch",
@@ -24,6 +26,10 @@ __all__ = [
     "run_blocks_seeing",
 ]
 
+_MODEL_INPUTS = (
+    "input_ids", "attention_mask", "position_ids", "pixel_values", "image_sizes", "pixel_values_videos",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class BlockBatch:
@@ -33,9 +39,10 @@ class BlockBatch:
         hidden: (B, T, I) block inputs.
         real: (B, T) bool, False at padding; see `real_tokens`.
         image: (B, T) bool, True at image patches.
-        arguments: the block's other keyword arguments (attention mask, rotary embeddings, positions); the same for all
-            blocks.
+        arguments: a block's other keyword arguments (attention mask, rotary embeddings, positions).
         autocast: what blocks multiply matrices in (`torch.autocast`); None for the dtype of their weights.
+        own: where blocks are of several types (some with a sliding window), the arguments of each block that differ
+            from block 0's, by its number; empty where all blocks are given the same.
     """
 
     hidden: Tensor
@@ -43,43 +50,85 @@ class BlockBatch:
     image: Tensor
     arguments: Mapping[str, Any]
     autocast: torch.dtype | None = None
+    own: tuple[Mapping[str, Any], ...] = ()
+
+    def arguments_of(self, block: Any) -> Mapping[str, Any]:
+        """Keyword arguments of a block, which knows its number as transformers' attentions do."""
+        return {**self.arguments, **self.own[block.self_attn.layer_idx]} if self.own else self.arguments
 
     def with_hidden(self, hidden: Tensor) -> "BlockBatch":
         """The same batch further along."""
         return replace(self, hidden=hidden)
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def halves(self) -> tuple["BlockBatch", "BlockBatch"]:
+        """The first half of the samples and the rest."""
+        middle = len(self) // 2
+        return self._rows(slice(middle)), self._rows(slice(middle, None))
+
+    def _rows(self, rows: slice) -> "BlockBatch":
+        arguments, own = (_rows_of(value, rows, len(self)) for value in (self.arguments, self.own))
+        tensors = {"hidden": self.hidden[rows], "real": self.real[rows], "image": self.image[rows]}
+        return replace(self, **tensors, arguments=arguments, own=own)
+
+
+def _rows_of(argument: Any, rows: slice, count: int) -> Any:
+    """The part of blocks' arguments that belongs to these rows; what samples share stays whole."""
+    if isinstance(argument, tuple):
+        return tuple(_rows_of(item, rows, count) for item in argument)
+    if isinstance(argument, Mapping):
+        return {name: _rows_of(item, rows, count) for name, item in argument.items()}
+    has_rows = isinstance(argument, Tensor) and argument.dim() > 1 and len(argument) == count
+    return argument[rows] if has_rows else argument
 
 
 class _StopForwardError(Exception):
     """Ends a forward pass once everything wanted has been seen."""
 
 
+class _Witness(nn.Module):
+    """Stands for a block: notes what it is given and hands its input on; the last one ends the pass."""
+
+    def __init__(self, notes: list[tuple[Tensor, dict[str, Any]]], count: int) -> None:
+        super().__init__()
+        self.notes = notes
+        self.count = count
+
+    def forward(self, *positional: Tensor, **keywords: Any) -> Tensor:
+        hidden: Tensor = positional[0] if positional else keywords.pop("hidden_states")
+        self.notes.append((hidden, keywords | {"past_key_values": None, "use_cache": False}))
+        if len(self.notes) == self.count:
+            raise _StopForwardError
+        return hidden
+
+
 @torch.no_grad()
 def first_block_batches(
     adapter: ModelAdapter, batches: Iterable[Mapping[str, Any]], autocast: torch.dtype | None = None
 ) -> list[BlockBatch]:
-    """Run embeddings, vision tower and projector, and catch what block 0 is given; see `BlockBatch.autocast`."""
-    caught: list[tuple[Tensor, dict[str, Any]]] = []
-
-    def catch(_: nn.Module, positional: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
-        keywords = dict(keywords)
-        hidden = positional[0] if positional else keywords.pop("hidden_states")
-        caught.append((hidden, keywords | {"past_key_values": None, "use_cache": False}))
-        raise _StopForwardError
-
+    """Run embeddings, vision tower and projector, and catch what blocks are given; see `BlockBatch.autocast`."""
     result = []
-    handle = adapter.blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
-    try:
-        for batch in batches:
-            try:
-                adapter.model(**model_inputs(batch, adapter.model.dtype), use_cache=False)
-            except _StopForwardError:
-                hidden, arguments = caught.pop()
-            real = real_tokens(batch)
-            image = adapter.image_mask(batch["input_ids"]) & real
-            result.append(BlockBatch(hidden, real, image, arguments, autocast))
-    finally:
-        handle.remove()
+    count = len(adapter.blocks)
+    for batch in batches:
+        notes: list[tuple[Tensor, dict[str, Any]]] = []
+        with adapter.with_blocks([_Witness(notes, count) for _ in range(count)]), suppress(_StopForwardError):
+            adapter.model(**model_inputs(batch, adapter.model.dtype, adapter.shortest_window), use_cache=False)
+        hidden, arguments = notes[0]
+        own = tuple(
+            {name: value for name, value in given.items() if not _same(value, arguments[name])} for _, given in notes
+        )
+        real = real_tokens(batch)
+        image = adapter.image_mask(batch["input_ids"]) & real
+        result.append(BlockBatch(hidden, real, image, arguments, autocast, own if any(own) else ()))
     return result
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Whether two blocks are given the same; what holds tensors is the same if it is the very same object."""
+    plain = isinstance(value, bool | int | float | str) and type(value) is type(other)
+    return value is other or (plain and value == other)
 
 
 def _autocast_to(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[None]:
@@ -87,10 +136,16 @@ def _autocast_to(dtype: torch.dtype | None, device: torch.device) -> AbstractCon
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
-def model_inputs(batch: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """The part of a collated batch that the forward of a model of this dtype takes."""
-    keys = ("input_ids", "attention_mask", "position_ids", "pixel_values")
-    inputs = {key: batch[key] for key in keys if batch.get(key) is not None}
+def model_inputs(
+    batch: Mapping[str, Any], dtype: torch.dtype = torch.float32, window: int | None = None
+) -> dict[str, Tensor]:
+    """The part of a collated batch that the forward of a model of this dtype takes.
+
+    Raises:
+        ConfigError: its conversations share an image and are longer than `window`, `ModelAdapter.shortest_window`.
+    """
+    refuse_short_windows(batch, window)
+    inputs = {key: batch[key] for key in _MODEL_INPUTS if batch.get(key) is not None}
     if "branches" in batch:
         inputs["attention_mask"] = additive_mask(batch, dtype)
     return inputs
@@ -99,7 +154,7 @@ def model_inputs(batch: Mapping[str, Any], dtype: torch.dtype = torch.float32) -
 def run_block(block: nn.Module, batch: BlockBatch) -> Tensor:
     """The block's output (B, T, I)."""
     with _autocast_to(batch.autocast, batch.hidden.device):
-        output = block(batch.hidden, **batch.arguments)
+        output = block(batch.hidden, **batch.arguments_of(block))
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 
@@ -107,7 +162,7 @@ def run_block(block: nn.Module, batch: BlockBatch) -> Tensor:
 @torch.no_grad()
 def run_blocks(block: nn.Module, batches: Sequence[BlockBatch]) -> list[BlockBatch]:
     """Every batch one block further along."""
-    return [batch.with_hidden(run_block(block, batch)) for batch in batches]
+    return [batch.with_hidden(in_halves(partial(run_block, block), batch, torch.cat)) for batch in batches]
 
 
 @torch.no_grad()
@@ -115,10 +170,18 @@ def run_blocks_seeing(
     block: nn.Module, batches: Sequence[BlockBatch], names: Sequence[str]
 ) -> tuple[list[BlockBatch], list[dict[str, Tensor]]]:
     """`run_blocks`, and on the way per batch what the named linears read at real tokens, each (real tokens, I)."""
+
+    def run(batch: BlockBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        with _watched(block, batch, names) as seen:
+            return run_block(block, batch), seen
+
+    def join(parts: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[Tensor, dict[str, Tensor]]:
+        return torch.cat([hidden for hidden, _ in parts]), _joined([seen for _, seen in parts])
+
     outputs, inputs = [], []
     for batch in batches:
-        with _watched(block, batch, names) as seen:
-            outputs.append(batch.with_hidden(run_block(block, batch)))
+        hidden, seen = in_halves(run, batch, join)
+        outputs.append(batch.with_hidden(hidden))
         inputs.append(seen)
     return outputs, inputs
 
@@ -126,9 +189,18 @@ def run_blocks_seeing(
 @torch.no_grad()
 def linear_inputs(block: nn.Module, batch: BlockBatch, names: Sequence[str]) -> dict[str, Tensor]:
     """Inputs of the named linears at real tokens, each (real tokens, I); the pass ends as soon as all are seen."""
-    with _watched(block, batch, names, stop=True) as seen, suppress(_StopForwardError):
-        run_block(block, batch)
-    return seen
+
+    def run(batch: BlockBatch) -> dict[str, Tensor]:
+        with _watched(block, batch, names, stop=True) as seen, suppress(_StopForwardError):
+            run_block(block, batch)
+        return seen
+
+    return in_halves(run, batch, _joined)
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """What was seen of the halves of a batch, one after the other."""
+    return {name: torch.cat([seen[name] for seen in parts]) for name in parts[0]}
 
 
 @contextmanager

@@ -9,23 +9,23 @@ from casp_pl.models.demo.llava import CHAT_TEMPLATE
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
-__all__ = ["load_tiny"]
+__all__ = ["byte_tokenizer", "load_tiny"]
 
 _IMAGE_SIZE, _PATCH_SIZE = 32, 8
 _SPECIAL = ("<|im_start|>", "<|im_end|>", "<image>")
 
 
-def load_tiny(seed: int = 0) -> tuple["LlavaForConditionalGeneration", "LlavaProcessor"]:
+def load_tiny(seed: int = 0, *, blocks: int = 2) -> tuple["LlavaForConditionalGeneration", "LlavaProcessor"]:
     """Two blocks of hidden size 48, 4 query heads on 2 key heads, 16 image tokens. The same weights at every call."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    tokenizer = _byte_tokenizer()
+    tokenizer = byte_tokenizer(_SPECIAL)
     vocabulary = tokenizer.get_vocab()
     start, end, image = (vocabulary[token] for token in _SPECIAL)
     text = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, bos_token_id=start, eos_token_id=end,
-        pad_token_id=end,
+        vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=blocks,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
+        bos_token_id=start, eos_token_id=end, pad_token_id=end,
     )  # fmt: skip
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=_IMAGE_SIZE,
@@ -47,7 +47,8 @@ def load_tiny(seed: int = 0) -> tuple["LlavaForConditionalGeneration", "LlavaPro
     return model.eval(), _processor(tokenizer)
 
 
-def _byte_tokenizer() -> "PreTrainedTokenizerFast":
+def byte_tokenizer(special: tuple[str, ...], chat_template: str | None = None) -> "PreTrainedTokenizerFast":
+    """One token a byte, and the special ones: the start and the end of a turn, then others."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -55,11 +56,13 @@ def _byte_tokenizer() -> "PreTrainedTokenizerFast":
     tokenizer = Tokenizer(models.BPE(vocab={symbol: number for number, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    start, end, image = _SPECIAL
+    start, end, *others = special
     fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, bos_token=start, eos_token=end, pad_token=end
     )
-    fast.add_special_tokens({"additional_special_tokens": [image]})
+    fast.add_special_tokens({"additional_special_tokens": others})
+    if chat_template is not None:
+        fast.chat_template = chat_template
     return fast
 
 

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from casp_pl.models.streams import BlockBatch, run_block
@@ -48,6 +49,10 @@ class BlockwiseModule(pl.LightningModule):
         image_weight: what an image token counts beside a token of text. The trace of the Fisher information of a
             relative error says less the deeper the block: about 1/8 in blocks 1 to 11 of the embedded model, 1/50 in
             block 20, 1/2000 in block 28.
+
+    Attributes:
+        halvings: 0 for whole batches; n where memory is short: 2^-n of a batch at a time, computed again for its
+            backward pass. The loss stays that of the whole batch.
     """
 
     def __init__(
@@ -73,8 +78,24 @@ class BlockwiseModule(pl.LightningModule):
         self.warmup = warmup
         self.patience = patience
         self.image_weight = image_weight
+        self.halvings = 0
         self._train, self._held_back = train, held_back
         trainable_parameters(self.blocks)
+
+    @property
+    def purpose(self) -> str:
+        """What is trained, for messages."""
+        return f"block tuning (blocks {self.first} to {self.first + len(self.blocks) - 1})"
+
+    @property
+    def lr_key(self) -> str:
+        """The key of the learning rate in a recipe."""
+        return "block_tuning.lr"
+
+    @property
+    def largest_batch(self) -> int:
+        """Samples of the largest batch of training."""
+        return max(len(inputs) for inputs, _ in self._train)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """The cached batches in a new order every epoch."""
@@ -120,9 +141,16 @@ class BlockwiseModule(pl.LightningModule):
     def _outputs(self, inputs: BlockBatch) -> Iterator[Tensor]:
         """Output (B, T, I) of every block in turn."""
         for block in self.blocks:
-            inputs = inputs.with_hidden(run_block(block, inputs))
+            inputs = inputs.with_hidden(_in_parts(block, inputs, self.halvings))
             yield inputs.hidden
 
     def _weight(self, batch: BlockBatch) -> Tensor:
         """(B, T): 1 for text, `image_weight` for image patches, 0 for padding."""
         return batch.real * torch.where(batch.image, self.image_weight, 1.0)
+
+
+def _in_parts(block: nn.Module, batch: BlockBatch, halvings: int) -> Tensor:
+    """`run_block` of a half, a quarter ... of the samples at a time; backward computes each again when it needs it."""
+    if halvings == 0 or len(batch) < 2:
+        return checkpoint(run_block, block, batch, use_reentrant=False) if halvings else run_block(block, batch)
+    return torch.cat([_in_parts(block, half, halvings - 1) for half in batch.halves()])

@@ -62,7 +62,8 @@ class CalibrationModule(pl.LightningModule):
         """One batch of the original model; the hooks do the rest."""
         self._real = real_tokens(batch)
         self._image = self.adapter.image_mask(batch["input_ids"]) & self._real
-        self._visible = visible_pairs(batch)
+        windows = {self.adapter.window(number) for number in range(len(self.adapter.blocks))}
+        self._visible = {window: visible_pairs(batch, window) for window in windows}
         self._tokens += int(self._real.sum())
         self._image_tokens += int(self._image.sum())
         self._watch_attention = batch_idx * process_count() + process_rank() < self.sparsity_batches
@@ -70,22 +71,26 @@ class CalibrationModule(pl.LightningModule):
         self.adapter.decoder.set_attn_implementation("eager" if self._watch_attention else before)
         try:
             # the decoder's output is enough: logits of every token would cost a quarter more
-            getattr(self.model, "model", self.model)(**model_inputs(batch, self.model.dtype), use_cache=False)
+            inputs = model_inputs(batch, self.model.dtype, self.adapter.shortest_window)
+            getattr(self.model, "model", self.model)(**inputs, use_cache=False)
         finally:
             self.adapter.decoder.set_attn_implementation(before)
 
     def on_validation_epoch_end(self) -> None:
-        """Sum over ranks, then spectra and scores."""
+        """Sum over ranks, then spectra and scores.
+
+        Raises:
+            NumericsError: some activation was NaN or infinite; `modules.finite.broken_samples` tells whose.
+        """
         for handle in self._handles:
             handle.remove()
         counts = torch.tensor([self._tokens, self._image_tokens], dtype=torch.float64)
         sums, cosines, sparsity = (sum_of_all(value) for value in (counts, self._cosines, self._sparsity))
         moments = {name: (sum_of_all(value) / sums[0]).float() for name, value in self._moments.items()}
-        bad = [name for name, value in moments.items() if not value.isfinite().all()]
+        bad = [f"inputs of {name}" for name, value in moments.items() if not value.isfinite().all()]
+        bad += [f"output of block {number}" for number in (~cosines.isfinite()).nonzero().flatten().tolist()]
         if bad:
-            raise NumericsError(
-                f"NaN or infinity in the inputs of {bad[0]} during calibration ({len(bad)} inputs in all)."
-            )
+            raise NumericsError(f"NaN or infinity in the {bad[0]} during calibration ({len(bad)} places in all).")
         low_rank = {self.adapter.full_name(b, n) for b in range(len(cosines)) for n in self.adapter.low_rank_names}
         weights = {name: self._weight(name) for name in self._names()}
         self.statistics = CalibrationStatistics(
@@ -111,7 +116,7 @@ class CalibrationModule(pl.LightningModule):
 
         def attention_done(_: nn.Module, inputs: Any, output: Any) -> None:
             if self._watch_attention and output[1] is not None:
-                self._sparsity[number] += self._count_sparse(output[1])
+                self._sparsity[number] += self._count_sparse(output[1], self._visible[self.adapter.window(number)])
 
         def linear_reads(name: str) -> Any:
             def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -133,14 +138,14 @@ class CalibrationModule(pl.LightningModule):
         handles.append(block.self_attn.register_forward_hook(attention_done))
         return handles
 
-    def _count_sparse(self, probabilities: Tensor) -> Tensor:
+    def _count_sparse(self, probabilities: Tensor, visible: Tensor) -> Tensor:
         """(head, query modality, key modality, [below threshold, all]) over real tokens that see each other."""
         small = probabilities < self.sparsity_threshold
         result = torch.zeros(small.shape[1], 2, 2, 2, dtype=torch.float64)
         kinds = (self._real & ~self._image, self._image)
         for q, query in enumerate(kinds):
             for k, key in enumerate(kinds):
-                pairs = query[:, :, None] & key[:, None, :] & self._visible
+                pairs = query[:, :, None] & key[:, None, :] & visible
                 result[:, q, k, 0] = (small & pairs[:, None]).sum((0, 2, 3)).cpu()
                 result[:, q, k, 1] = pairs.sum().cpu()
         return result

@@ -16,11 +16,13 @@ def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
 
     transformers' own switch does nothing in evaluation mode, in which compressed models are trained: no dropout.
     """
-    chosen = list(blocks)
-    for block in chosen:
+    chosen = [(block, vars(block).get("forward")) for block in blocks]
+    for block, _ in chosen:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     try:
         yield
     finally:
-        for block in chosen:
+        for block, before in chosen:
             del block.forward  # what the class defines shows again
+            if before is not None:
+                block.forward = before

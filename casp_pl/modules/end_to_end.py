@@ -1,6 +1,7 @@
 """End-to-end fine-tuning of the whole compressed model against the original's logits (method E)."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,6 +16,7 @@ from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.branches import is_counted
 from casp_pl.models.streams import model_inputs
 from casp_pl.modules.checkpointing import checkpointed
+from casp_pl.modules.compiling import CompiledBlocks
 from casp_pl.modules.parameters import relative_groups, trainable_parameters, warmed_cosine
 from casp_pl.processes import mean_of_all, process_count, sum_of_all
 
@@ -40,7 +42,8 @@ def teacher_states(adapter: ModelAdapter, batches: Iterable[dict[str, Any]]) -> 
 def final_states(adapter: ModelAdapter, batch: Mapping[str, Any]) -> Tensor:
     """Hidden states after the final norm, (B, T, I)."""
     inner = getattr(adapter.model, "model", adapter.model)
-    states: Tensor = inner(**model_inputs(batch, adapter.model.dtype), use_cache=False).last_hidden_state
+    inputs = model_inputs(batch, adapter.model.dtype, adapter.shortest_window)
+    states: Tensor = inner(**inputs, use_cache=False).last_hidden_state
     return states
 
 
@@ -73,6 +76,7 @@ class EndToEndModule(pl.LightningModule):
         answer_weight: what the mean over the answers counts beside the mean over plain texts.
         activation_checkpointing: whether to keep only the inputs of blocks for the backward pass, which computes the
             rest again: far less memory for a third more time.
+        compile_backend: of torch.compile, such as `inductor`, which needs a C++ compiler; null runs blocks as they are.
         update_codes: whether `CodebookUpdate` takes part in this stage as it does in block tuning. It holds two dense
             weights of every layer; on the embedded model not one of its updates lowered the loss here.
     """
@@ -87,6 +91,7 @@ class EndToEndModule(pl.LightningModule):
         warmup: float = 0.3,
         answer_weight: float = 1.0,
         activation_checkpointing: bool = False,
+        compile_backend: str | None = None,
         update_codes: bool = False,
     ) -> None:
         super().__init__()
@@ -98,12 +103,25 @@ class EndToEndModule(pl.LightningModule):
         self.warmup = warmup
         self.answer_weight = answer_weight
         self.activation_checkpointing = activation_checkpointing
+        self.compile_backend = compile_backend
+        self._compiled = None if compile_backend is None else CompiledBlocks(self.blocks, compile_backend)
         self.update_codes = update_codes
         trainable_parameters(self.blocks)
 
+    @property
+    def purpose(self) -> str:
+        """What is trained, for messages."""
+        return "end-to-end fine-tuning"
+
+    @property
+    def lr_key(self) -> str:
+        """The key of the learning rate in a recipe."""
+        return "end_to_end.lr"
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch."""
-        with checkpointed(self.blocks if self.activation_checkpointing else []):
+        compiled = nullcontext() if self._compiled is None else self._compiled.active()
+        with compiled, checkpointed(self.blocks if self.activation_checkpointing else []):
             loss = self.batch_loss(batch)
         self.log("end_to_end/train_kl", loss, batch_size=1, sync_dist=True)
         return loss

@@ -1,6 +1,7 @@
 """One evaluation of a model as a test run of a Trainer: questions about images, then windows of text."""
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -12,7 +13,9 @@ from casp_pl.data.tokenize import Processor
 from casp_pl.errors import InputError
 from casp_pl.evaluation.figures import StageFigures
 from casp_pl.evaluation.metrics import FlipRate, KLDivergence, Perplexity, VQAAccuracy
+from casp_pl.evaluation.paired import PairedAccuracy, PairedFigures
 from casp_pl.evaluation.reference import ReferenceOutputs
+from casp_pl.evaluation.scoring import AnswerRule, ExactMatch, ScoredAnswer
 from casp_pl.evaluation.text import chunked_logits, predicting_hidden
 from casp_pl.evaluation.vqa import answer_questions, decode_answers, end_token_ids
 from casp_pl.layers import materialized
@@ -29,7 +32,8 @@ class _Answer(NamedTuple):
     sample_id: str
     image: int
     given: str
-    expected: str
+    accepted: tuple[str, ...]
+    category: str
     hidden: Tensor
 
 
@@ -43,7 +47,8 @@ class EvaluationModule(pl.LightningModule):
     Args:
         model: a LLaVA-type model, or a text model, which gets the text alone.
         processor: its processor or tokenizer.
-        reference: `outputs` of the original model on the same data; None leaves KL and flips out.
+        rule: scores the answers; `ExactMatch` if not given.
+        reference: `outputs` of the original model on the same data; None leaves KL, flips and `comparison` out.
         max_new_tokens: longest answer.
         chunk: text positions whose logits are computed at once.
     """
@@ -53,6 +58,7 @@ class EvaluationModule(pl.LightningModule):
         model: nn.Module,
         processor: Processor,
         *,
+        rule: AnswerRule | None = None,
         reference: ReferenceOutputs | None = None,
         max_new_tokens: int = 6,
         chunk: int = 512,
@@ -60,11 +66,14 @@ class EvaluationModule(pl.LightningModule):
         super().__init__()
         self.model: Any = model
         self.processor = processor
+        self.rule = ExactMatch() if rule is None else rule
         self.reference = reference
         self.max_new_tokens = max_new_tokens
         self.chunk = chunk
-        self.accuracy = VQAAccuracy(sync_on_compute=False)  # these two see the answers of all processes
+        # these three see the answers of all processes
+        self.accuracy = VQAAccuracy(rule=self.rule, sync_on_compute=False)
         self.flips = FlipRate(sync_on_compute=False)
+        self.paired = PairedAccuracy(sync_on_compute=False)
         self.perplexity = Perplexity()
         self.text_kl = KLDivergence()
         self.answer_kl = KLDivergence()
@@ -80,7 +89,7 @@ class EvaluationModule(pl.LightningModule):
         self._start = time.perf_counter()
         self.figures, self.outputs = None, None
         self._answers, self._windows = {}, {}
-        for metric in (self.accuracy, self.flips, self.perplexity, self.text_kl, self.answer_kl):
+        for metric in (self.accuracy, self.flips, self.paired, self.perplexity, self.text_kl, self.answer_kl):
             metric.reset()
         self._fast.enter_context(materialized(self.model))
         self._fast.enter_context(full_width_products())
@@ -107,12 +116,27 @@ class EvaluationModule(pl.LightningModule):
         logged = {name: value for name, value in self.figures.to_dict().items() if isinstance(value, float)}
         self.log_dict({f"test/{name}": value for name, value in logged.items()})
 
+    def comparison(self) -> PairedFigures | None:
+        """This model and the original question by question; None without a reference or questions."""
+        return self.paired.compute() if self._answers and self.reference is not None else None
+
+    def rule_figures(self) -> dict[str, float]:
+        """What else the rule reports of this model's answers; empty without questions."""
+        answers = [self._answers[number] for number in sorted(self._answers)]
+        scores = self._scores([answer.given for answer in answers], answers)
+        rows = [
+            ScoredAnswer(answer.given, answer.accepted, score, answer.category, answer.image)
+            for answer, score in zip(answers, scores, strict=True)
+        ]
+        return self.rule.figures(rows) if rows else {}
+
     def _answer(self, batch: dict[str, Any]) -> None:
         answered = answer_questions(self.model, batch, max_new_tokens=self.max_new_tokens)
         predictions = decode_answers(answered.tokens, self.processor, end_token_ids(self.model))
         hidden = answered.hidden.float().cpu()
         numbers, images = batch["numbers"].tolist(), batch["image_numbers"].tolist()
-        rows = zip(batch["sample_ids"], images, predictions, batch["answers"], hidden, strict=True)
+        columns = (batch["sample_ids"], images, predictions, map(tuple, batch["answers"]), batch["categories"], hidden)
+        rows = zip(*columns, strict=True)
         self._answers |= {number: _Answer(*row) for number, row in zip(numbers, rows, strict=True)}
         if self.reference is not None:
             self.reference.check_fits(batch["numbers"], batch["sample_ids"])
@@ -126,9 +150,14 @@ class EvaluationModule(pl.LightningModule):
             return
         answers = [self._answers[number] for number in numbers]
         given, images = [answer.given for answer in answers], torch.tensor([answer.image for answer in answers])
-        self.accuracy.update(given, [answer.expected for answer in answers], images)
+        self.accuracy.update(given, [answer.accepted for answer in answers], images)
         if self.reference is not None:
-            self.flips.update(given, [self.reference.answers[number] for number in numbers])
+            theirs = [self.reference.answers[number] for number in numbers]
+            self.flips.update(given, theirs)
+            self.paired.update(self._scores(theirs, answers), self._scores(given, answers), images)
+
+    def _scores(self, given: Sequence[str], questions: Sequence[_Answer]) -> list[float]:
+        return [self.rule.score(text, question.accepted) for text, question in zip(given, questions, strict=True)]
 
     def _read(self, batch: dict[str, Any]) -> None:
         hidden = predicting_hidden(self.model, batch["input_ids"])

@@ -6,8 +6,10 @@ of it are computed again from the files, bit by bit the same.
 
 import copy
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,17 +19,23 @@ from torch import nn
 from casp_pl.allocation import CompressionPlan
 from casp_pl.callbacks import BestState, CodebookUpdate
 from casp_pl.checkpoint import RunDirectory
+from casp_pl.errors import ResourceError
 from casp_pl.layers import materialized
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.compress import BlockQuantization, LinearReport
+from casp_pl.models.micro_batch import is_out_of_memory
+from casp_pl.models.soundness import require_materialized
 from casp_pl.models.streams import BlockBatch, first_block_batches, run_blocks, run_blocks_seeing
 from casp_pl.models.surgery import block_from_tensors, layer_specs, round_to_storage
 from casp_pl.modules import BlockwiseModule
 from casp_pl.pipeline.memory import release_memory
 from casp_pl.pipeline.trainers import TrainerFactory
+from casp_pl.processes import process_count
 from casp_pl.quantizers import Quantizer
 
 __all__ = ["load_block", "load_blocks", "quantize_blocks", "run_through", "save_block", "tune_blocks"]
+
+_LOG = logging.getLogger(__name__)
 
 Batches = Sequence[dict[str, Any]]
 BlockDone = Callable[[int, list[LinearReport]], None]
@@ -131,11 +139,11 @@ def tune_blocks(
             loaded = [load_block(run, name, original) for name, original in zip(names, originals, strict=True)]
             tuned, losses = [block for block, _ in loaded], loaded[-1][1]
         else:
-            tuned = [copy.deepcopy(quantized[number]) for number in numbers]
             pairs = [(batch, target.hidden) for batch, target in zip(student[:count], teacher[:count], strict=True)]
             held = list(zip(student[count:], zip(*held_back_targets, strict=True), strict=True))
-            module = BlockwiseModule(tuned, pairs, held, first=first, seed=seed * 1000 + first, **tuning)
-            losses = _fit_window(module, trainers, update)
+            window_of = partial(BlockwiseModule, train=pairs, held_back=held, first=first, **tuning)
+            before = [quantized[number] for number in numbers]
+            tuned, losses = _tune_window(partial(window_of, seed=seed * 1000 + first), before, trainers, update)
             for name, block in zip(names, tuned, strict=True):
                 round_to_storage(block)
                 block.eval().requires_grad_(False)
@@ -148,7 +156,36 @@ def tune_blocks(
     return blocks
 
 
+def _tune_window(
+    make: Callable[[list[nn.Module]], BlockwiseModule],
+    quantized: Sequence[nn.Module],
+    trainers: TrainerFactory,
+    update: dict[str, Any],
+) -> tuple[list[nn.Module], dict[str, float]]:
+    """Tuned copies of the blocks of one window, with a half, a quarter ... of a batch at a time if memory is short."""
+    halvings = 0
+    while True:
+        tuned = [copy.deepcopy(block) for block in quantized]
+        module = make(tuned)
+        module.halvings = halvings
+        try:
+            return tuned, _fit_window(module, trainers, update)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            halvings += 1
+            # the other processes would wait for this one's gradients
+            if process_count() > 1 or 2**halvings > module.largest_batch:
+                raise ResourceError(
+                    f"Out of memory in {module.purpose}, {max(1, module.largest_batch >> (halvings - 1))} samples at a"
+                    " time.\nLower data.batch_size or data.max_length, or set block_tuning.window to 1."
+                ) from error
+        release_memory()
+        _LOG.warning("%s: out of memory; once more with 1/%d of a batch at a time", module.purpose, 2**halvings)
+
+
 def _fit_window(module: BlockwiseModule, trainers: TrainerFactory, update: dict[str, Any]) -> dict[str, float]:
+    require_materialized(module)
     best = BestState()
     callbacks = [best, CodebookUpdate(**update), EarlyStopping("val_loss", patience=module.patience, min_delta=0.0)]
     trainer = trainers.make(

@@ -1,44 +1,46 @@
 """What each subcommand does with a parsed recipe. Every function returns the exit code."""
 
-import json
+import sys
 from collections.abc import Mapping
+from json import dumps
 from pathlib import Path
-from typing import Any
 
 import psutil
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 
-from casp_pl.callbacks import Advance
-from casp_pl.callbacks.report import CompressionReport, StageRow
+from casp_pl.callbacks.report import CompressionReport
 from casp_pl.callbacks.report_files import write_report
 from casp_pl.callbacks.run_details import read_details
 from casp_pl.callbacks.stage_table import print_stages, size
 from casp_pl.callbacks.tensorboard import log_report
-from casp_pl.checkpoint import RunDirectory, load_compressed, save_compressed, write_text
+from casp_pl.checkpoint import RunDirectory, save_compressed, write_text
 from casp_pl.checkpoint import verify as find_problems
-from casp_pl.console import RunProgress, make_console, print_table
-from casp_pl.errors import InputError, ResourceError
-from casp_pl.evaluation import StageFigures
+from casp_pl.console import RunProgress, make_console
+from casp_pl.errors import ConfigError, ResourceError
 from casp_pl.export import export_model
-from casp_pl.models.adapter import adapt
-from casp_pl.modules.evaluation import EvaluationModule
-from casp_pl.pipeline.estimate import planned_estimate, stage_weights
+from casp_pl.pipeline.chat import Models, open_conversations, read_questions
+from casp_pl.pipeline.estimate import planned_estimate
+from casp_pl.pipeline.explain import ExplainSettings, explanation
+from casp_pl.pipeline.forecast import forecast_run
 from casp_pl.pipeline.launch import launch
-from casp_pl.pipeline.measure import Measurement, bits_per_weight
-from casp_pl.pipeline.predict import answer
+from casp_pl.pipeline.measure import Measurement
+from casp_pl.pipeline.model_card import model_card
+from casp_pl.pipeline.plan_text import print_forecast
 from casp_pl.pipeline.prepare import Prepared, fingerprint, load_batches, prepare
-from casp_pl.pipeline.reporting import build_report, model_card, render_again
+from casp_pl.pipeline.reporting import build_report, render_again
 from casp_pl.pipeline.run import CompressionRun
 from casp_pl.pipeline.settings import RunSettings
+from casp_pl.pipeline.side_by_side import side_by_side
 from casp_pl.pipeline.trainers import TrainerFactory
 from casp_pl.processes import is_first, process_count, said_by_first
 
-__all__ = ["export", "fit", "plan", "predict", "report", "test", "validate", "verify"]
+__all__ = ["explain", "export", "fit", "plan", "predict", "report", "test", "validate", "verify"]
 
 
 def fit(settings: RunSettings, *, override_memory: bool = False) -> int:
     """Compress, fine-tune, evaluate and save; goes on where an earlier run of the same recipe stopped."""
+    RunDirectory.check_place(settings.run_dir)
     launch(settings.trainer)
     prepared = prepare(settings)
     estimate = planned_estimate(settings, prepared)
@@ -46,8 +48,7 @@ def fit(settings: RunSettings, *, override_memory: bool = False) -> int:
     with RunDirectory.open(settings.run_dir, fingerprint(settings, prepared)) as run:
         if is_first():
             write_text(run.path("config.yaml"), settings.recipe)
-        weights = stage_weights(settings, estimate)
-        with RunProgress(weights, enabled=is_first(), verbose=settings.verbose) as progress:
+        with RunProgress(estimate.seconds, enabled=is_first(), verbose=settings.verbose) as progress:
             report = _fit(settings, prepared, run, progress)
     if is_first():
         console = make_console()
@@ -59,10 +60,11 @@ def fit(settings: RunSettings, *, override_memory: bool = False) -> int:
 def _fit(settings: RunSettings, prepared: Prepared, run: RunDirectory, progress: RunProgress) -> CompressionReport:
     logger = TensorBoardLogger(str(settings.run_dir), name="tensorboard", version="")
     trainers = TrainerFactory(settings.trainer, logger)
-    measurement = Measurement(run, settings.evaluation, prepared.processor, trainers)
+    measurement = Measurement(run, settings.evaluation, prepared.processor, settings.scoring, trainers)
 
     def report_now(done: CompressionRun) -> CompressionReport:
-        return build_report(settings, run, done.rows(), done.linears, measurement, done.seconds)
+        times = done.seconds, done.work_seconds()
+        return build_report(settings, run, done.rows(), done.linears, measurement, *times)
 
     def show(done: CompressionRun) -> None:
         _write_report(report_now(done), run, draw=False)
@@ -73,7 +75,7 @@ def _fit(settings: RunSettings, prepared: Prepared, run: RunDirectory, progress:
     with progress.stage("save", 1), prepared.adapter.with_blocks(blocks) as model:
         if not run.has("model"):
             if is_first():
-                save_compressed(model, prepared.processor, run.path("model"), card=model_card(report))
+                save_compressed(model, prepared.processor, run.path("model"), card=model_card(report, settings))
             run.record("model")
         pictures = _write_report(report, run)
         if is_first():
@@ -91,54 +93,50 @@ def _write_report(report: CompressionReport, run: RunDirectory, *, draw: bool = 
     return pictures
 
 
-def plan(settings: RunSettings) -> int:
-    """Print bits, sizes, memory and time of a fit; writes nothing."""
-    prepared = prepare(settings)
-    chosen = settings.bits.make_plan(prepared.adapter, settings.low_rank.choose(prepared.adapter, None), None)
-    estimate = planned_estimate(settings, prepared)
-    console = make_console()
-    counts: dict[tuple[str, str, str], int] = {}
-    for module in chosen.modules:
-        rank = "-" if module.rank is None else str(module.rank)
-        key = (module.name.rsplit(".", 1)[-1], f"{module.bits}", rank)
-        counts[key] = counts.get(key, 0) + 1
-    rows = [[linear, bits, rank, str(count)] for (linear, bits, rank), count in counts.items()]
-    print_table(["linear", "bits", "rank", "blocks"], rows, console)
-    model = prepared.adapter.model
-    dense = 2 * sum(parameter.numel() for parameter in model.parameters())
-    after = dense - 2 * chosen.weights + chosen.bits_per_weight_total * chosen.weights / 8
-    codes, total = chosen.bits_per_weight_codes, chosen.bits_per_weight_total
-    lines = [
-        f"bits per weight: {codes:.3f} codes, {total:.3f} everything counted",
-        f"size: about {size(int(after))} (16-bit original {size(dense)})",
-        f"memory: about {size(estimate.memory_bytes)}, {size(psutil.virtual_memory().available)} are free",
-        f"time: about {estimate.total_seconds / 60:.0f} minutes: "
-        + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in estimate.seconds.items()),
-        "Which blocks get more bits is decided after calibration; here the first and last stand in.",
-    ]
-    for line in lines:
-        console.print(line, soft_wrap=True)
+def plan(settings: RunSettings, *, json: bool = False, quick: bool = False) -> int:
+    """Print what a fit will take and give, as tables or as JSON; writes nothing."""
+    forecast = forecast_run(settings, quick=quick)
+    if json:
+        print(dumps(forecast.to_json(), indent=1))
+    else:
+        print_forecast(forecast, make_console())
+    return 0
+
+
+def explain(recipe: ExplainSettings, module: str) -> int:
+    """Print why a linear of a run got its rank and bits."""
+    for line in explanation(recipe, module):
+        print(line)
     return 0
 
 
 def validate(settings: RunSettings) -> int:
-    """Original and compressed side by side on the recipe's test questions."""
-    return _side_by_side(settings, "validate.json")
+    """Original and compressed side by side on the recipe's test questions; figures in validate.json and validate.md."""
+    return side_by_side(settings, "validate")
 
 
 def test(settings: RunSettings) -> int:
-    """Original and compressed side by side on the whole test set; figures in test.json."""
+    """Original and compressed side by side on the whole test set; figures in test.json and test.md."""
     settings.evaluation.questions = None
-    return _side_by_side(settings, "test.json")
+    return side_by_side(settings, "test")
 
 
-def predict(settings: RunSettings, *, image: Path, question: str) -> int:
-    """Print the answers of both models to one question."""
-    directory = _model_directory(settings)
-    prepared = prepare(settings)
-    compressed, processor = load_compressed(directory, device=prepared.device)
-    for name, model in (("original", prepared.adapter.model), ("compressed", compressed)):
-        print(f"{name}: {answer(model, processor, image, question)}")
+def predict(
+    settings: RunSettings,
+    *,
+    image: Path | None,
+    question: str | None,
+    chat: bool,
+    models: Models,
+    max_new_tokens: int,
+) -> int:
+    """Answer one question about an image, or every line of standard input in one conversation."""
+    if chat == (question is not None):
+        raise ConfigError("predict needs either --question or --chat, which reads one question a line.")
+    talks = open_conversations(settings, image, models=models, max_new_tokens=max_new_tokens)
+    for asked in read_questions(sys.stdin, sys.stdout) if question is None else [question]:
+        for talk in talks:
+            talk.ask(asked, sys.stdout)
     return 0
 
 
@@ -163,48 +161,6 @@ def export(directory: Path, out: Path, format: str, *, dtype: str | None = None)
     export_model(inner if inner.is_dir() else directory, out, format, dtype=dtype)
     print(f"{out}: {format}, {size(sum(path.stat().st_size for path in out.glob('*.safetensors')))} of weights")
     return 0
-
-
-def _side_by_side(settings: RunSettings, file: str) -> int:
-    directory = _model_directory(settings)
-    launch(settings.trainer)
-    prepared = prepare(settings)
-    stages = {"evaluate original": 1.0, "evaluate compressed": 1.0}
-    with RunProgress(stages, enabled=is_first(), verbose=settings.verbose) as progress:
-        model, processor = prepared.adapter.model, prepared.processor
-        original, outputs = _evaluate("original", model, processor, settings, None, progress)
-        compressed, processor = load_compressed(directory, device=prepared.device)
-        settings.evaluation.attach(processor)
-        tuned, _ = _evaluate("compressed", compressed, processor, settings, outputs, progress)
-    adapter = adapt(compressed)
-    codes, total = bits_per_weight(adapter, list(adapter.blocks))
-    rows = [
-        StageRow(name="original", bits_per_weight_codes=16.0, bits_per_weight_total=16.0, **original.to_dict()),
-        StageRow(name="end_to_end", bits_per_weight_codes=codes, bits_per_weight_total=total, **tuned.to_dict()),
-    ]
-    if is_first():
-        print_stages(rows, make_console())
-        write_text(settings.run_dir / file, json.dumps([vars(row) for row in rows], indent=2) + "\n")
-    return 0
-
-
-def _evaluate(
-    name: str, model: Any, processor: Any, settings: RunSettings, reference: Any, progress: RunProgress
-) -> tuple[StageFigures, Any]:
-    module = EvaluationModule(model, processor, reference=reference)
-    trainer = TrainerFactory(settings.trainer, None).make(callbacks=[Advance(progress.advance, loop="test")])
-    with progress.stage(f"evaluate {name}", sum(map(len, settings.evaluation.test_dataloader()))):
-        trainer.test(module, datamodule=settings.evaluation, verbose=False)
-    if module.figures is None:
-        raise InputError("evaluation: there is nothing to evaluate; set evaluation.questions or text_tokens.")
-    return module.figures, module.outputs
-
-
-def _model_directory(settings: RunSettings) -> Path:
-    directory = settings.run_dir / "model"
-    if not directory.is_dir():
-        raise InputError(f"{directory} does not exist: run `fit` with this recipe first, or give --run_dir.")
-    return directory
 
 
 def _check_memory(needed_each: int, settings: RunSettings, override: bool) -> None:

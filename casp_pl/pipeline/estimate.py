@@ -1,64 +1,85 @@
 """The estimate of a recipe's run, and the weights of its progress bar."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 
-from casp_pl.callbacks.report import STAGE_NAMES
-from casp_pl.pipeline.planning import RunEstimate, Workload, effective_rate, estimate_run
+from casp_pl.models.adapter import ModelAdapter
+from casp_pl.pipeline.footprint import BlockShape, peak_memory
+from casp_pl.pipeline.planning import BlockCosts, Workload, block_costs_from_rates, effective_rate, stage_seconds
 from casp_pl.pipeline.prepare import Prepared
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import TrainerFactory
 
-__all__ = ["measured_stages", "planned_estimate", "stage_weights"]
+__all__ = ["RunEstimate", "planned_estimate", "quick_block_costs", "stage_weights", "working_dtype", "workload"]
 
 _QUESTION_TOKENS = 24  # a question's own tokens; the image prefix is shared
+_SAVE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class RunEstimate:
+    """Rough, from shapes: peak memory in bytes and seconds by stage."""
+
+    memory_bytes: int
+    seconds: dict[str, float]
+
+    @property
+    def total_seconds(self) -> float:
+        """All stages together."""
+        return sum(self.seconds.values())
 
 
 def planned_estimate(settings: RunSettings, prepared: Prepared) -> RunEstimate:
     """Memory and time of this recipe on this machine."""
-    dtype = TrainerFactory(settings.trainer, None).autocast or torch.float32
+    work = workload(settings, prepared.adapter)
+    block = quick_block_costs(settings, prepared, work)
+    memory = peak_memory(BlockShape.of(prepared.adapter), work, working_dtype(settings), block.kept_bytes)
+    return RunEstimate(memory, stage_weights(settings, block, work))
+
+
+def working_dtype(settings: RunSettings) -> torch.dtype:
+    """What this recipe multiplies matrices in on this machine."""
+    return TrainerFactory(settings.trainer, None).autocast or torch.float32
+
+
+def quick_block_costs(settings: RunSettings, prepared: Prepared, work: Workload) -> BlockCosts:
+    """What a block takes, from rates that are measured in half a second."""
+    dtype = working_dtype(settings)
     rates = {kind: effective_rate(kind, prepared.device) for kind in {dtype, torch.float32}}
-    return estimate_run(prepared.adapter, _workload(settings), dtype=dtype, rates=rates)
+    return block_costs_from_rates(prepared.adapter, work, dtype=dtype, rates=rates)
 
 
-def _workload(settings: RunSettings) -> Workload:
+def workload(settings: RunSettings, adapter: ModelAdapter) -> Workload:
+    """How much this recipe computes with this model."""
     counts, wanted = settings.data.counts, settings.evaluation.counts
     tokens = counts["image_tokens"] + counts["text_tokens"]
     a_sample = tokens / max(1, counts["samples"])
     per_image = counts["image_tokens"] // max(1, counts["image_samples"])
     asked = wanted["questions"] * _QUESTION_TOKENS + wanted["images"] * per_image
     return Workload(
+        blocks=len(adapter.blocks),
         tokens=tokens,
         held_back_tokens=round(a_sample * counts["held_back_samples"]),
         batch_tokens=round(a_sample * settings.data.batch_size),
         evaluation_tokens=asked + wanted["text_tokens"],
-        evaluations=len(measured_stages(settings)),
         tuning_epochs=settings.block_tuning.get("epochs", 0),
         tuning_window=settings.block_tuning.get("window", 1),
         steps=settings.end_to_end.get("steps", 0),
     )
 
 
-def stage_weights(settings: RunSettings, estimate: RunEstimate) -> dict[str, float]:
+def stage_weights(settings: RunSettings, block: BlockCosts, work: Workload) -> dict[str, float]:
     """Stage -> expected seconds, in the order in which they run."""
-    evaluated = measured_stages(settings)
-    share = estimate.seconds["evaluation"] / len(evaluated)
-    weights = {f"evaluate {name}": share for name in ("original", "rtn") if name in evaluated}
-    weights |= {"calibration": estimate.seconds["calibration"], "quantize": estimate.seconds["quantization"]}
-    weights["evaluate quantized"] = share
-    if "block_tuned" in evaluated:
-        weights |= {"block tuning": estimate.seconds["block tuning"], "evaluate block_tuned": share}
-    if "end_to_end" in evaluated:
-        weights |= {"end to end": estimate.seconds["end to end"], "evaluate end_to_end": share}
-    return weights | {"save": 5.0}
-
-
-def measured_stages(settings: RunSettings) -> list[str]:
-    """Names of the stages of this recipe that are evaluated, in order."""
-    left_out = set()
-    if settings.baseline is None:
-        left_out.add("rtn")
-    if settings.block_tuning.get("epochs", 0) <= 0:
-        left_out.add("block_tuned")
-    if settings.end_to_end.get("steps", 0) <= 0:
-        left_out.add("end_to_end")
-    return [name for name in STAGE_NAMES if name not in left_out]
+    seconds: Mapping[str, float] = stage_seconds(work, block)
+    share = seconds["evaluation"]
+    stages = {"evaluate original": share}
+    if settings.baseline is not None:
+        stages["evaluate rtn"] = share
+    stages |= {"calibration": seconds["calibration"], "quantize": seconds["quantization"], "evaluate quantized": share}
+    if work.tuning_epochs > 0:
+        stages |= {"block tuning": seconds["block tuning"], "evaluate block_tuned": share}
+    if work.steps > 0:
+        stages |= {"end to end": seconds["end to end"], "evaluate end_to_end": share}
+    return stages | {"save": _SAVE_SECONDS}

@@ -11,12 +11,13 @@ from casp_pl.checkpoint.registration import compact_state_dict
 from casp_pl.data.evaluation import EvaluationData
 from casp_pl.data.tokenize import Processor
 from casp_pl.evaluation import ReferenceOutputs
+from casp_pl.evaluation.scoring import AnswerRule
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.surgery import compressed_layers
 from casp_pl.modules.evaluation import EvaluationModule
 from casp_pl.pipeline.trainers import TrainerFactory
 
-__all__ = ["Measurement", "bits_per_weight"]
+__all__ = ["Measurement", "bits_per_weight", "evaluation_module", "stage_costs"]
 
 
 class Measurement:
@@ -26,12 +27,21 @@ class Measurement:
         run: the outputs are kept there as outputs/STAGE.safetensors.
         data: questions and text.
         processor: the model's processor.
+        rule: scores the answers.
         trainers: makes the Trainer of each test run.
     """
 
-    def __init__(self, run: RunDirectory, data: EvaluationData, processor: Processor, trainers: TrainerFactory) -> None:
+    def __init__(
+        self,
+        run: RunDirectory,
+        data: EvaluationData,
+        processor: Processor,
+        rule: AnswerRule,
+        trainers: TrainerFactory,
+    ) -> None:
         self.run = run
         self.data = data
+        self.rule = rule
         self.processor = processor
         self.trainers = trainers
 
@@ -68,8 +78,8 @@ class Measurement:
         """
         reference = None if stage == "original" else self.outputs("original")
         with adapter.with_blocks(blocks) as model:
-            module = EvaluationModule(model, self.processor, reference=reference)
-            report = StageReport(_costs(stage, adapter, blocks), started=started, logger=self.trainers.logger)
+            module = evaluation_module(model, self.processor, self.data, self.rule, reference)
+            report = StageReport(stage_costs(stage, adapter, blocks), started=started, logger=self.trainers.logger)
             trainer = self.trainers.make(callbacks=[Advance(advance, loop="test"), report], logger=False)
             trainer.test(module, datamodule=self.data, verbose=False)
         if module.outputs is None:
@@ -78,7 +88,14 @@ class Measurement:
         return report.row
 
 
-def _costs(stage: str, adapter: ModelAdapter, blocks: Sequence[nn.Module]) -> StageRow:
+def evaluation_module(
+    model: nn.Module, processor: Processor, data: EvaluationData, rule: AnswerRule, reference: ReferenceOutputs | None
+) -> EvaluationModule:
+    """Measures `model` on `data` as the recipe says."""
+    return EvaluationModule(model, processor, rule=rule, reference=reference, max_new_tokens=data.max_new_tokens)
+
+
+def stage_costs(stage: str, adapter: ModelAdapter, blocks: Sequence[nn.Module]) -> StageRow:
     """The row of a stage whose blocks are in place: what it costs."""
     codes, total = bits_per_weight(adapter, blocks)
     # by identity, so that a tied tensor counts once

@@ -1,39 +1,24 @@
-"""What a run will cost, told before it starts: memory and time from shapes, counts and measured GEMM rates.
+"""What a run will take: seconds by stage, from what one block takes and how often a recipe runs it.
 
-The constants were fitted to whole runs on the embedded model (2 cores, AQLM): stages and peak memory are met within a
-fifth.
+Letters: a block's forward pass costs 2 operations a weight and token, backward twice as many.
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from casp_pl.models.adapter import ModelAdapter
 
-__all__ = ["RunEstimate", "Workload", "effective_rate", "estimate_run"]
+__all__ = ["BlockCosts", "Workload", "block_costs_from_rates", "effective_rate", "stage_seconds"]
 
-_BYTES = 4
-_PROCESS_BYTES = 900 << 20  # Python with torch, lightning and transformers, before any weight
-_HEAP_SLACK = 1.5  # what the heap takes for what is in it
 # what a model gets of the rate of one large product; norms, attention and softmax gain nothing from half precision
 _SHARE = {torch.float32: 0.75, torch.bfloat16: 0.5, torch.float16: 0.5}
-_SEARCH_OPERATIONS = 185_000.0  # a weight, for the search of its codes
-_DEQUANTIZING_OPERATIONS = 1_300.0  # a weight and training step, forward and backward
-_LOGITS_AT_ONCE = 128  # tokens, see `head_divergence`
-
-
-@dataclass(frozen=True)
-class RunEstimate:
-    """Rough, from shapes: peak memory in bytes and seconds by stage."""
-
-    memory_bytes: int
-    seconds: dict[str, float]
-
-    @property
-    def total_seconds(self) -> float:
-        """All stages together."""
-        return sum(self.seconds.values())
+_SEARCH_OPERATIONS = 185_000.0  # a weight, for the search of its codes by AQLM; fitted to whole runs on two cores
+_DEQUANTIZING_OPERATIONS = 1_300.0  # a weight and training step, forward and backward; fitted likewise
+_SPREAD_OF_RATES = 0.4  # whole runs with AQLM were met within a fifth; other quantizers search in other ways
+_PARTIAL_PASSES = 1.6  # what collecting the moments of four groups runs of a block, in forward passes
 
 
 @dataclass(frozen=True)
@@ -41,24 +26,53 @@ class Workload:
     """How much a recipe computes.
 
     Attributes:
+        blocks: decoder blocks of the model.
         tokens: calibration tokens.
         held_back_tokens: tokens that fine-tuning is stopped by.
         batch_tokens: tokens of one batch of training.
         evaluation_tokens: tokens of one evaluation.
-        evaluations: how many times the model is evaluated.
-        tuning_epochs: passes of the block tuning.
+        tuning_epochs: passes of the block tuning; 0 leaves it out.
         tuning_window: blocks that are tuned together.
-        steps: optimizer steps of the end-to-end stage.
+        steps: optimizer steps of the end-to-end stage; 0 leaves it out.
     """
 
+    blocks: int
     tokens: int
     held_back_tokens: int
     batch_tokens: int
     evaluation_tokens: int
-    evaluations: int
     tuning_epochs: int
     tuning_window: int
     steps: int
+
+
+@dataclass(frozen=True)
+class BlockCosts:
+    """What one block of the model takes on this machine, in seconds where nothing else is said.
+
+    Attributes:
+        exact: forward pass in float32, a token.
+        forward: forward pass in the working precision, a token.
+        moments: second and cross moments of all groups, partial forward passes included, a token.
+        quantize: search of the codes of all linears.
+        train: forward and backward pass with compressed weights, and Adam, a batch of training.
+        head: logits, their divergence and its gradient, a batch of training; of the whole model, not of a block.
+        prefix: embeddings, vision tower and projector, a token; of the whole model, not of a block.
+        kept_bytes: that autograd keeps for the backward pass, a token of a batch; bytes, not seconds.
+        source: where the figures come from, for the reader.
+        spread: by which share of itself a stage may take more or less.
+    """
+
+    exact: float
+    forward: float
+    moments: float
+    quantize: float
+    train: float
+    head: float
+    prefix: float
+    kept_bytes: float
+    source: str
+    spread: float
 
 
 def effective_rate(dtype: torch.dtype, device: torch.device, *, seconds: float = 0.2) -> float:
@@ -72,58 +86,62 @@ def effective_rate(dtype: torch.dtype, device: torch.device, *, seconds: float =
     return _SHARE[dtype] * count * 2 * a.numel() * b.shape[1] / (time.perf_counter() - start)
 
 
-def estimate_run(
-    adapter: ModelAdapter, work: Workload, *, dtype: torch.dtype, rates: dict[torch.dtype, float]
-) -> RunEstimate:
-    """Memory and time of a fit.
+def block_costs_from_rates(
+    adapter: ModelAdapter, work: Workload, *, dtype: torch.dtype, rates: Mapping[torch.dtype, float]
+) -> BlockCosts:
+    """What a block takes, from shapes and rates; the search of codes as AQLM's.
 
     Args:
-        adapter: the original model.
+        adapter: the original model; its weights are not read.
         work: what the recipe asks for.
         dtype: what all but evaluation, moments and the search of the codes is computed in.
         rates: operations a second, see `effective_rate`, of that dtype and of float32.
     """
-    return RunEstimate(
-        _peak_memory(adapter, work, dtype), _stage_seconds(adapter, work, rates[dtype], rates[torch.float32])
+    widths = adapter.shapes(0)
+    weights = sum(o * i for o, i in widths.values())
+    squares = sum(widths[group[0]][1] ** 2 for group in adapter.linear_groups)
+    rate, exact_rate = rates[dtype], rates[torch.float32]
+    forward = 2.0 * weights / rate
+    return BlockCosts(
+        exact=2.0 * weights / exact_rate,
+        forward=forward,
+        moments=_PARTIAL_PASSES * forward + 4.0 * squares / exact_rate,
+        quantize=_SEARCH_OPERATIONS * weights / exact_rate,
+        train=work.batch_tokens * 3 * forward + _DEQUANTIZING_OPERATIONS * weights / exact_rate,
+        head=work.batch_tokens * 6.0 * adapter.head.weight.numel() / rate,
+        prefix=0.0,
+        kept_bytes=_kept_bytes(adapter, work, dtype),
+        source="rates of a matrix product, timed here",
+        spread=_SPREAD_OF_RATES,
     )
 
 
-def _stage_seconds(adapter: ModelAdapter, work: Workload, rate: float, exact_rate: float) -> dict[str, float]:
-    """Seconds by stage at `rate` operations a second, at `exact_rate` where float32 is kept."""
-    widths, blocks = adapter.shapes(0), len(adapter.blocks)
-    weights = blocks * sum(o * i for o, i in widths.values())
-    forward = 2.0 * weights  # operations a token; a training step makes three times as many
-    head = 2.0 * adapter.head.weight.numel()
-    squares = blocks * sum(widths[group[0]][1] ** 2 for group in adapter.linear_groups)
-    all_tokens = work.tokens + work.held_back_tokens
-    dequantizing = _DEQUANTIZING_OPERATIONS * weights / exact_rate
-    tuning = 2 * all_tokens + work.tuning_epochs * (3 * work.tokens + work.held_back_tokens)
-    passes = work.tuning_epochs * -(-work.tokens // work.batch_tokens)
-    moments = 4.0 * squares * work.tokens  # second and cross
+def _kept_bytes(adapter: ModelAdapter, work: Workload, dtype: torch.dtype) -> float:
+    """A token's activations, and its share of a dense weight, in float32 and in `dtype`; fitted to AQLM."""
+    widths = adapter.shapes(0)
+    hidden, widest = widths[adapter.linear_names[0]][1], max(i for _, i in widths.values())
+    dense = sum(o * i for o, i in widths.values()) * (4 + (dtype.itemsize if dtype != torch.float32 else 0))
+    return (16 * hidden + 4 * widest) * dtype.itemsize + dense / work.batch_tokens
+
+
+def stage_seconds(work: Workload, block: BlockCosts) -> dict[str, float]:
+    """Seconds by stage: one evaluation, calibration, quantization, block tuning, end to end."""
+    count, all_tokens = work.blocks, work.tokens + work.held_back_tokens
+    batches = -(-work.tokens // work.batch_tokens)
+    tuning = end_to_end = 0.0
+    if work.tuning_epochs:
+        # the original and the compressed block make the inputs of the next; then epochs, each with a validation
+        epoch = batches * block.train + work.held_back_tokens * block.forward
+        tuning = all_tokens * block.prefix + count * (2 * all_tokens * block.forward + work.tuning_epochs * epoch)
+    if work.steps:
+        one_pass = count * block.forward + block.prefix
+        step = count * block.train + work.batch_tokens * (one_pass + block.prefix) + block.head  # with the teacher's
+        end_to_end = work.steps * step + 6 * work.held_back_tokens * one_pass
     return {
-        "evaluation": work.evaluations * work.evaluation_tokens * forward / exact_rate,
-        "calibration": 1.5 * work.tokens * forward / rate,
-        "quantization": 3.6 * work.tokens * forward / rate + (moments + _SEARCH_OPERATIONS * weights) / exact_rate,
-        "block tuning": tuning * forward / rate + passes * dequantizing,
-        "end to end": work.steps * (work.batch_tokens * (4 * forward + 3 * head) / rate + dequantizing)
-        + 6 * work.held_back_tokens * forward / rate,
+        "evaluation": work.evaluation_tokens * (count * block.exact + block.prefix),
+        "calibration": work.tokens * (1.5 * count * block.forward + block.prefix),
+        "quantization": work.tokens * (count * (2 * block.forward + block.moments) + block.prefix)
+        + count * block.quantize,
+        "block tuning": tuning,
+        "end to end": end_to_end,
     }
-
-
-def _peak_memory(adapter: ModelAdapter, work: Workload, dtype: torch.dtype) -> int:
-    """Bytes of the process at the largest of quantization, block tuning and end-to-end fine-tuning."""
-    widths, blocks = adapter.shapes(0), len(adapter.blocks)
-    weights = sum(o * i for o, i in widths.values())
-    hidden = widths[adapter.linear_names[0]][1]
-    widest = max(i for _, i in widths.values())
-    inputs = sum(widths[group[0]][1] for group in adapter.linear_groups)
-    all_tokens = work.tokens + work.held_back_tokens
-    model = sum(parameter.numel() for parameter in adapter.model.parameters()) * _BYTES + 2 * weights * blocks
-    streams = all_tokens * (3 * hidden * _BYTES + inputs * dtype.itemsize)
-    kept = work.batch_tokens * (16 * hidden + 4 * widest) * dtype.itemsize  # for the backward pass of one block
-    dense = weights * (_BYTES + (dtype.itemsize if dtype != torch.float32 else 0))
-    logits = 4 * min(work.batch_tokens, _LOGITS_AT_ONCE) * adapter.head.weight.shape[0] * _BYTES
-    window = streams + work.tuning_window * (kept + dense) if work.tuning_epochs else 0
-    end_to_end = blocks * (kept + dense) + logits if work.steps else 0
-    baseline = weights * blocks * _BYTES
-    return _PROCESS_BYTES + int(_HEAP_SLACK * (model + max(streams, baseline + logits, window, end_to_end)))

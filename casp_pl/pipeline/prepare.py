@@ -1,6 +1,6 @@
 """What every command needs before it can start: model, processor, data on the right device."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,23 @@ from torch import Tensor
 from casp_pl.checkpoint.registration import compact_state_dict
 from casp_pl.errors import ConfigError, InputError
 from casp_pl.models.adapter import ModelAdapter, adapt
+from casp_pl.models.skeleton import load_skeleton
+from casp_pl.models.soundness import require_finite_weights
 from casp_pl.pipeline.blocks import Batches
 from casp_pl.pipeline.launch import accelerator_type
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.processes import process_count
 
-__all__ = ["Prepared", "RunBatches", "fingerprint", "load_batches", "on_device", "prepare"]
+__all__ = [
+    "Prepared",
+    "RunBatches",
+    "fingerprint",
+    "load_batches",
+    "model_device",
+    "on_device",
+    "prepare",
+    "prepare_outline",
+]
 
 
 @dataclass(frozen=True)
@@ -34,22 +45,47 @@ def prepare(settings: RunSettings) -> Prepared:
     Raises:
         ConfigError: no such device, or a budget that cannot be met.
         InputError: the model or the data cannot be read.
+        NumericsError: a weight is NaN or infinite.
     """
     pl.seed_everything(settings.seed, verbose=False)
-    settings.bits.attach(settings.quantizer, settings.low_rank)
     model, processor = settings.model.load()
+    require_finite_weights(model)
+    prepared = _prepared(settings, model, processor)
+    model.to(prepared.device)
+    return prepared
+
+
+def prepare_outline(settings: RunSettings) -> tuple[Prepared, Mapping[str, torch.dtype] | None]:
+    """As `prepare`, but no weight is read: the model is on the meta device, whatever `device` says.
+
+    Returns:
+        What `prepare` returns, and `Skeleton.headers`.
+
+    Raises:
+        ConfigError: no such device, or a budget that cannot be met.
+        InputError: the model or the data cannot be read.
+    """
+    skeleton = load_skeleton(settings.model)
+    return _prepared(settings, skeleton.model, skeleton.processor), skeleton.headers
+
+
+def _prepared(settings: RunSettings, model: Any, processor: Any) -> Prepared:
+    settings.bits.attach(settings.quantizer, settings.low_rank)
     adapter = adapt(model)
     settings.data.attach(processor)
     settings.evaluation.attach(processor)
     # an impossible budget or rank is found now, not after an hour
     settings.bits.make_plan(adapter, settings.low_rank.choose(adapter, None), None)
-    device = _device(accelerator_type(settings.trainer))
-    model.to(device)
-    return Prepared(adapter, processor, device)
+    return Prepared(adapter, processor, model_device(settings))
 
 
-def _device(accelerator: str) -> torch.device:
-    if accelerator == "cpu":
+def model_device(settings: RunSettings) -> torch.device:
+    """Where the recipe's trainer wants the model.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if accelerator_type(settings.trainer) == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("trainer.accelerator: there is no GPU here; set it to cpu.")

@@ -1,4 +1,4 @@
-"""The report of a run, put together from its artifacts; the model card; the examples."""
+"""The report of a run, put together from its artifacts, and its examples."""
 
 from pathlib import Path
 
@@ -13,19 +13,17 @@ from casp_pl.callbacks.report import (
     sparsity_by_modality,
 )
 from casp_pl.callbacks.report_files import read_report, write_report
-from casp_pl.callbacks.report_markdown import report_markdown
 from casp_pl.callbacks.run_details import read_details
 from casp_pl.checkpoint import RunDirectory
 from casp_pl.data.evaluation import EvaluationData
 from casp_pl.errors import InputError
 from casp_pl.models.compress import LinearReport
 from casp_pl.modules import CalibrationStatistics
-from casp_pl.pipeline.estimate import measured_stages
 from casp_pl.pipeline.examples import choose_examples
 from casp_pl.pipeline.measure import Measurement
 from casp_pl.pipeline.settings import RunSettings
 
-__all__ = ["build_report", "calibration_seconds", "model_card", "render_again"]
+__all__ = ["build_report", "render_again"]
 
 
 def build_report(
@@ -35,6 +33,7 @@ def build_report(
     linears: list[LinearReport],
     measurement: Measurement,
     seconds: float,
+    work_seconds: dict[str, float],
 ) -> CompressionReport:
     """Everything a run has to say by now; what has not been measured yet is left empty.
 
@@ -45,6 +44,7 @@ def build_report(
         linears: one report for each linear that is done.
         measurement: knows the answers of each stage.
         seconds: wall time of the run so far, interrupted parts included.
+        work_seconds: see `CompressionRun.work_seconds`.
     """
     plan = CompressionPlan.from_json(run.read_json("plan.json")) if run.has("plan.json") else None
     return CompressionReport(
@@ -54,6 +54,7 @@ def build_report(
         commit=source_commit(),
         versions=package_versions(),
         wall_seconds=seconds,
+        work_seconds=work_seconds,
         peak_memory_bytes=peak_memory_bytes(),
         stages=tuple(rows),
         modules=() if plan is None else _modules(plan, linears),
@@ -62,17 +63,8 @@ def build_report(
         examples=_examples(settings.evaluation, measurement, rows[-1].name),
         command=settings.command or None,
         machine=machine_parts(),
-        planned_stages=tuple(measured_stages(settings)),
-        calibration_seconds=calibration_seconds(run),
+        planned_stages=settings.planned_stages,
     )
-
-
-def calibration_seconds(run: RunDirectory) -> float | None:
-    """Wall time of the calibration pass; None before it has ended, and in runs of earlier versions."""
-    if not run.has("calibration.safetensors"):
-        return None
-    seconds: float | None = run.read_tensors("calibration.safetensors")[1].get("seconds")
-    return seconds
 
 
 def render_again(directory: Path) -> Path:
@@ -119,16 +111,6 @@ def _blocks(plan: CompressionPlan, run: RunDirectory) -> tuple[BlockFigures, ...
         BlockFigures(block=block, score=score, attention_sparsity=sparsity_by_modality(shares))
         for (block, score), shares in zip(scores.items(), statistics.attention_sparsity.tolist(), strict=True)
     )
-
-
-def model_card(report: CompressionReport) -> str:
-    """README.md of the model directory: how to load it, and the report's figures."""
-    loading = (
-        "    import casp_pl\n"
-        "    model, processor = casp_pl.load_compressed(DIR)\n\n"
-        "or, after `import casp_pl`, with transformers' `AutoModelForImageTextToText.from_pretrained(DIR)`."
-    )
-    return f"Load it with\n\n{loading}\n\n{report_markdown(report)}"
 
 
 def _examples(data: EvaluationData, measurement: Measurement, stage: str) -> tuple[Example, ...]:

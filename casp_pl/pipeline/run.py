@@ -7,12 +7,13 @@ Every stage leaves its figures in stages/NAME.json and its tensors beside; that 
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain, islice
 from typing import Any
 
 import lightning.pytorch as pl
-from torch import nn
+from torch import Tensor, nn
 
 from casp_pl.allocation import CompressionPlan
 from casp_pl.callbacks import Advance, BestState, CodebookUpdate
@@ -20,7 +21,7 @@ from casp_pl.callbacks.report import StageRow
 from casp_pl.callbacks.stage_table import duration
 from casp_pl.checkpoint import RunDirectory
 from casp_pl.console import RunProgress
-from casp_pl.errors import InputError
+from casp_pl.errors import InputError, NumericsError
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.compress import LinearReport, round_to_nearest
 from casp_pl.models.surgery import round_to_storage
@@ -28,16 +29,17 @@ from casp_pl.modules import CalibrationModule, EndToEndModule
 from casp_pl.modules.end_to_end import teacher_states
 from casp_pl.modules.sensitivity import linear_sensitivities
 from casp_pl.pipeline.blocks import Batches, load_blocks, quantize_blocks, save_block, tune_blocks
+from casp_pl.pipeline.broken_samples import BrokenSamples
 from casp_pl.pipeline.measure import Measurement
 from casp_pl.pipeline.memory import release_memory
-from casp_pl.pipeline.prepare import RunBatches, on_device
-from casp_pl.pipeline.reporting import calibration_seconds
+from casp_pl.pipeline.prepare import RunBatches, load_batches, on_device
 from casp_pl.pipeline.rows import show_block, show_stage, show_window
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import TrainerFactory, as_loader
 
 __all__ = ["CompressionRun"]
 
+_WORK = "stages/work_seconds.json"
 _SENSITIVITY_BATCHES = 4  # of the calibration: squares of gradients need fewer tokens than second moments
 
 
@@ -71,9 +73,10 @@ class CompressionRun:
         self.trainers = trainers
         self.progress = progress
         self.measured = measured
+        self.broken = BrokenSamples(run, adapter, settings.data, trainers.autocast)
         self.linears: list[LinearReport] = []
         self._started = time.monotonic()
-        self._earlier = sum(row.seconds or 0.0 for row in self.rows()) + (calibration_seconds(run) or 0.0)
+        self._earlier = sum(row.seconds or 0.0 for row in self.rows()) + self.work_seconds().get("calibration", 0.0)
 
     def stages(self, batches: RunBatches) -> list[nn.Module]:
         """Run (or read) all stages; returns the final blocks."""
@@ -82,7 +85,7 @@ class CompressionRun:
             self._baseline(self.settings.baseline)
         if self.trainers.working_precision is not None:
             self.progress.say(f"everything but evaluation computes in {self.trainers.working_precision}")
-        plan = self.plan(batches.calibration)
+        plan, batches = self._plan_on_sound_samples(batches)
         blocks = self._quantize(plan, batches.calibration)
         if self.settings.block_tuning.get("epochs", 0) > 0:
             blocks = self._tune(blocks, batches.tuning, batches.held_back)
@@ -90,13 +93,28 @@ class CompressionRun:
             blocks = self._end_to_end(blocks, batches.held_back)
         return blocks
 
+    def _plan_on_sound_samples(self, batches: RunBatches) -> tuple[CompressionPlan, RunBatches]:
+        """The plan, and the batches without the samples on which the original itself gives NaN or infinity."""
+        device = self.adapter.model.device
+        found = self.broken.recall()
+        if not self.run.has("plan.json"):
+            found = self.broken.search(batches.held_back) or found
+        if found:
+            batches = load_batches(self.settings, device)
+        try:
+            return self.plan(batches.calibration), batches
+        except NumericsError:
+            if not self.broken.search(batches.calibration):
+                raise
+            batches = load_batches(self.settings, device)
+        return self.plan(batches.calibration), batches
+
     def plan(self, calibration: Batches) -> CompressionPlan:
         """The calibration pass of the original model, then ranks and bits; plan.json and calibration.safetensors."""
         settings = self.settings
         if self.run.has("plan.json") and self.run.has("calibration.safetensors"):
             return CompressionPlan.from_json(self.run.read_json("plan.json"))
-        start = time.monotonic()
-        with self.progress.stage("calibration", len(calibration)):
+        with self._working("calibration", len(calibration)):
             module = CalibrationModule(
                 self.adapter,
                 measure_rounding=settings.bits.score == "proxy_loss",
@@ -108,10 +126,10 @@ class CompressionRun:
             trainer.validate(module, dataloaders=as_loader(calibration), verbose=False)
         if module.statistics is None or settings.bits.plan is None:
             raise InputError("The calibration pass saw no sample: give data.samples a larger number.")
-        notes = {"seconds": time.monotonic() - start}
-        self.progress.row("calibration", f"{module.statistics.tokens:,} tokens", time=duration(notes["seconds"]))
-        self.run.write_tensors("calibration.safetensors", module.statistics.tensors(), notes)
+        self.run.write_tensors("calibration.safetensors", module.statistics.tensors(), {})
         self.run.write_json("plan.json", settings.bits.plan.to_json())
+        spent = duration(self.work_seconds()["calibration"])
+        self.progress.row("calibration", f"{module.statistics.tokens:,} tokens", time=spent)
         return settings.bits.plan
 
     def _sensitivity(self) -> dict[str, float]:
@@ -122,6 +140,17 @@ class CompressionRun:
     def seconds(self) -> float:
         """Wall time so far: this process and the stages that earlier ones finished."""
         return self._earlier + time.monotonic() - self._started
+
+    def work_seconds(self) -> dict[str, float]:
+        """Wall time of the finished stages without their evaluation; of one that was interrupted, its last part."""
+        return self.run.read_json(_WORK) if self.run.has(_WORK) else {}
+
+    @contextmanager
+    def _working(self, stage: str, steps: float) -> Iterator[None]:
+        start = time.monotonic()
+        with self.progress.stage(stage, steps):
+            yield
+        self.run.write_json(_WORK, self.work_seconds() | {stage: time.monotonic() - start})
 
     def rows(self) -> list[StageRow]:
         """Figures of the finished stages, in order."""
@@ -146,7 +175,7 @@ class CompressionRun:
             show_block(self.progress, number, reports, plan)
             self.progress.advance()
 
-        with self.progress.stage("quantize", len(self.adapter.blocks)):
+        with self._working("quantize", len(self.adapter.blocks)):
             blocks = quantize_blocks(
                 self.run,
                 self.adapter,
@@ -173,7 +202,7 @@ class CompressionRun:
             for _ in numbers:
                 self.progress.advance()
 
-        with self.progress.stage("block tuning", len(blocks)):
+        with self._working("block tuning", len(blocks)):
             tuned = load_blocks(self.run, "tuned", self.adapter) or tune_blocks(
                 self.run,
                 self.adapter,
@@ -195,7 +224,7 @@ class CompressionRun:
         finished = load_blocks(self.run, "end_to_end", self.adapter)
         if finished is None:
             steps = self.settings.end_to_end["steps"]
-            with self.progress.stage("end to end", steps):
+            with self._working("end to end", steps):
                 self._fit_end_to_end(blocks, held_back, steps)
             finished = blocks
             for number, block in enumerate(finished):
@@ -220,7 +249,7 @@ class CompressionRun:
             precision=self.trainers.working_precision,
         )
         with trainer.precision_plugin.forward_context():
-            teacher = teacher_states(self.adapter, chain(_first(data.train_dataloader(), steps), held_back))
+            teacher = self._teacher(held_back, steps)
         pl.seed_everything(self.settings.seed, verbose=False)
         with self.adapter.with_blocks(blocks):
             module = EndToEndModule(self.adapter, teacher, **settings)
@@ -229,6 +258,14 @@ class CompressionRun:
         for block in blocks:
             round_to_storage(block)
             block.eval().requires_grad_(False)
+
+    def _teacher(self, held_back: Batches, steps: int) -> dict[str, Tensor]:
+        """What the original gives for the batches of training, without samples on which it breaks down."""
+        while True:
+            batches = _first(self.settings.data.train_dataloader(), steps)
+            teacher = teacher_states(self.adapter, chain(batches, held_back))
+            if not self.broken.leave_out([name for name, states in teacher.items() if not states.isfinite().all()]):
+                return teacher
 
     def _measure(self, name: str, blocks: Sequence[nn.Module], start: float | None = None) -> None:
         if self.run.has(f"stages/{name}.json") and self.measurement.knows(name):

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from casp_pl.callbacks import BitAllocation, LowRankAllocation
+from casp_pl.callbacks.report import STAGE_NAMES
 from casp_pl.data import CalibrationData
 from casp_pl.data.evaluation import EvaluationData
+from casp_pl.evaluation.scoring import AnswerRule
 from casp_pl.models.compress import BlockQuantization
 from casp_pl.models.load import ModelSource
 from casp_pl.quantizers import Quantizer
@@ -25,6 +27,7 @@ class RunSettings:
         model: what is compressed.
         data: calibration samples.
         evaluation: test questions and held-out text.
+        scoring: scores the answers.
         quantizer: what compresses.
         baseline: what it is compared with, without calibration; None for no baseline.
         baseline_bits: bits of the baseline.
@@ -49,6 +52,7 @@ class RunSettings:
     model: ModelSource
     data: CalibrationData
     evaluation: EvaluationData
+    scoring: AnswerRule
     quantizer: Quantizer
     baseline: Quantizer | None
     baseline_bits: int
@@ -64,3 +68,13 @@ class RunSettings:
     recipe: str = ""
     command: str = ""
     verbose: bool = False
+
+    @property
+    def planned_stages(self) -> tuple[str, ...]:
+        """Names of the stages that are evaluated, in order."""
+        left_out = {
+            "rtn": self.baseline is None,
+            "block_tuned": self.block_tuning.get("epochs", 0) <= 0,
+            "end_to_end": self.end_to_end.get("steps", 0) <= 0,
+        }
+        return tuple(name for name in STAGE_NAMES if not left_out.get(name, False))

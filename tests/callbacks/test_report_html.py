@@ -84,7 +84,7 @@ def report(images):
         command="python -m casp_pl fit --name " + EVIL,
         machine={"processor": EVIL},
         planned_stages=STAGE_NAMES,
-        calibration_seconds=30.0,
+        work_seconds={"calibration": 30.0},
     )  # fmt: skip
 
 

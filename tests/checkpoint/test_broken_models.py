@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from casp_pl.checkpoint import load_compressed, verify
 from casp_pl.errors import InputError, IntegrityError
@@ -72,8 +73,43 @@ def change_config(change):
     return damage
 
 
+def change_tensors(change):
+    def damage(directory):
+        path = directory / "model.safetensors"
+        save_file(change(load_file(path)), path, metadata={"format": "pt"})
+        (directory / "manifest.json").unlink()
+
+    return damage
+
+
+def header_of(size):
+    def damage(directory):
+        (directory / "model.safetensors").write_bytes(size.to_bytes(8, "little") + b"{}")
+        (directory / "manifest.json").unlink()
+
+    return damage
+
+
+def lying_shape(directory):
+    """The header gives a tensor more rows than there are bytes."""
+    path = directory / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header[CODES]["shape"] = [10 * header[CODES]["shape"][0]]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    (directory / "manifest.json").unlink()
+
+
 UP = "model.language_model.layers.0.mlp.up_proj"
+CODES = "language_model.model.layers.0.mlp.up_proj.codes"
 DAMAGES = {
+    "header of a terabyte": header_of(1 << 40),
+    "header beyond the file": header_of(1 << 20),
+    "lying shape": lying_shape,
+    "too few codes": change_tensors(lambda tensors: tensors | {CODES: tensors[CODES][:-1].clone()}),
+    "no codes": change_tensors(lambda tensors: {name: value for name, value in tensors.items() if name != CODES}),
     "bit": flip_a_bit,
     "cut": cut,
     "pickle": pickle_beside,

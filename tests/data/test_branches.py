@@ -20,7 +20,7 @@ def conversations(tiny, llava_folder):
     image = llava_folder[0] / "7.png"
     turns = [Turn("why?", "so"), Turn("is it a long question, then?", "it is"), Turn("no?", "yes, it is no")]
     return [
-        encode_sample(Sample(id=f"q{number}", turns=(turn,), image=image), tiny[1], image_tokens=16)
+        encode_sample(Sample(id=f"q{number}", turns=(turn,), images=(image,)), tiny[1], image_tokens=16)
         for number, turn in enumerate(turns)
     ]
 
@@ -86,7 +86,7 @@ def test_labels_and_tokens_of_every_member_are_there(tiny, conversations):
 def test_other_starts_are_not_joined(tiny, conversations):
     token = tiny[1].image_token_id
     other = encode_sample(
-        Sample(id="z", turns=(Turn("why?", "so"), Turn("and?", "so")), image=conversations[0].image),
+        Sample(id="z", turns=(Turn("why?", "so"), Turn("and?", "so")), images=conversations[0].images),
         tiny[1],
         image_tokens=12,
     )

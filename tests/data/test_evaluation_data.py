@@ -39,7 +39,7 @@ def test_prefix_and_suffix_are_the_prompt(tiny):
             sample = next(sample for sample in samples if sample.id == name)
             prompt = encode_prompt(sample, processor, image_tokens=16)
             assert torch.cat([prefix, suffix]).tolist() == list(prompt.input_ids)
-            assert batch["answers"][row] == sample.turns[0].answer
+            assert batch["answers"][row] == (sample.turns[0].answer,)
         numbers += batch["numbers"].tolist()
     assert numbers == list(range(25))
 

@@ -52,8 +52,11 @@ def test_llava_json_reads_turns_and_strips_the_mark(llava_folder):
         (talk("What?", "A bus.", image="0.png", name="x7"), "x7: 0 <image> marks in the text, but 1 images"),
         (talk("<image> What?", "A bus.", name="x7"), "x7: 1 <image> marks in the text, but 0 images"),
         (talk("<image><image> What?", "A bus.", image="0.png", name="x7"), "x7: 2 <image> marks"),
-        (talk("<image><image>", "A bus.", image=["0.png", "1.png"], name="x7"), "x7: only one image"),
-        (talk("Hi", "<image>", image="0.png", name="x7"), "x7: only one image, marked in the first question"),
+        (
+            talk("<image>", "A bus.", image=["0.png", "1.png"], name="x7"),
+            "x7: 1 <image> marks in the text, but 2 images",
+        ),
+        (talk("Hi", "<image>", image="0.png", name="x7"), "x7: an <image> mark belongs in a question"),
         (talk("<image>", "A bus.", image="../0.png", name="x7"), "x7: the image ../0.png lies outside"),
         (talk("<image>", "A bus.", image="/0.png", name="x7"), "x7: the image /0.png lies outside"),
         (talk("Hi", "Hello", "Bye", name="x7"), "x7: the turns are"),

@@ -24,7 +24,7 @@ LLAVA_TEMPLATE = (  # the form of LLaVA-1.5: no end token, a space behind every 
 
 
 def image_sample(folder, turns=TURNS):
-    return Sample(id="s", turns=turns, image=Path(folder) / "3.png")
+    return Sample(id="s", turns=turns, images=(Path(folder) / "3.png",))
 
 
 def labelled_text(encoded, tokenizer):
@@ -87,7 +87,8 @@ def test_the_prompt_is_the_beginning_of_the_sample(tiny, llava_folder):
     [
         Sample(id="s9", text="a text with an <image> mark"),
         Sample(id="s9", turns=(Turn("what is <image>?", "no"),)),
-        Sample(id="s9", turns=(Turn("what is <image>?", "no"),), image=Path("3.png")),
+        Sample(id="s9", turns=(Turn("what is <image>?", "no"),), images=(Path("3.png"), Path("4.png"))),
+        Sample(id="s9", turns=(Turn("what is it?", "an <image>"),), images=(Path("3.png"),)),
     ],
 )
 def test_image_marks_must_match_the_images(tiny, sample):

@@ -21,5 +21,5 @@ def questions(tmp_path):
         for number in range(1 + image % 4):
             question = f"is it {'very ' * ((3 * image + 5 * number) % 7)}number {number}?"
             answer = ("yes", "no", "red", "a circle")[(image + number) % 4]
-            samples.append(Sample(id=f"{image}/{number}", turns=(Turn(question, answer),), image=path))
+            samples.append(Sample(id=f"{image}/{number}", turns=(Turn(question, answer),), images=(path,)))
     return samples

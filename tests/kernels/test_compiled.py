@@ -10,6 +10,7 @@ def test_every_loop_loads() -> None:
         "additive": additive_loops(torch.empty(0)) is not None,
         "lattice": lattice_loops(torch.empty(0)) is not None,
         "lookup": "floats" in lookup_loops(),
+        "vectors": "vectors" in lookup_loops(),
         "search": search_path() == "numba",
     }
     assert all(ours.values()), f"numba belongs to the extra of the tests, but it does not run all of {ours}"

@@ -8,6 +8,7 @@ from casp_pl.kernels.compiled import lookup_loop, lookup_loops
 from casp_pl.kernels.lattice import e8p_pairs, e8p_points, pairs_of
 from casp_pl.kernels.lookup import CodeRows, lookup_reference
 from casp_pl.kernels.uniform import byte_codebook, bytes_of_codes, codes_per_byte
+from casp_pl.kernels.vectors import e8p_byte_tables
 
 # rows, groups, codebooks, entries, group length, spans
 SHAPES = [
@@ -19,6 +20,9 @@ SHAPES = [
     (300, 33, 1, 128, 3, 2),
     (129, 300, 1, 200, 8, 1),
     (200, 70, 1, 72, 2, 1),
+    (4, 5, 2, 256, 8, 1),
+    (67, 24, 3, 256, 8, 4),
+    (134, 17, 4, 16, 8, 2),
 ]
 LOOPS = list(lookup_loops())
 
@@ -40,7 +44,7 @@ def test_numba_runs_here() -> None:
     from llvmlite import binding
 
     vbmi = binding.get_host_cpu_features().get("avx512vbmi", False)
-    assert (["bytes", "floats"] if vbmi else ["floats"]) == LOOPS, "numba belongs to the extra of the tests"
+    assert [*(["bytes"] if vbmi else []), "vectors", "floats"] == LOOPS, "numba belongs to the extra of the tests"
     assert lookup_loop(torch.device("cpu")) is lookup_loops()[LOOPS[0]]
 
 
@@ -92,7 +96,7 @@ def test_inputs_that_are_not_finite_show_in_their_token_only(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LOOPS)
-@pytest.mark.parametrize("shape", [(300, 40, 2, 256, 8, 1), (1000, 90, 1, 72, 2, 1), (700, 64, 1, 256, 4, 8)])
+@pytest.mark.parametrize("shape", [(301, 40, 2, 256, 8, 1), (1000, 90, 1, 72, 2, 1), (700, 64, 1, 256, 4, 8)])
 def test_products_are_the_same_at_any_number_of_threads(name: str, shape: tuple[int, ...]) -> None:
     codes, x, codebooks, weights = _random(shape)
     rows = CodeRows(codes, lookup_loops()[name])
@@ -109,6 +113,13 @@ def test_every_point_of_e8p_is_four_pairs() -> None:
     pairs = pairs_of(points)
     assert pairs.shape == (65536, 4)
     assert torch.equal(e8p_pairs(torch.device("cpu"))[pairs.long()].flatten(1), points)
+
+
+def test_bytes_of_every_code_of_e8p_make_its_point() -> None:
+    codes = torch.arange(65536)
+    patterns, flips, shifts = e8p_byte_tables()
+    points = (patterns[codes & 255] ^ flips[codes >> 8]) + shifts[codes >> 8]
+    assert torch.equal(points, e8p_points(torch.device("cpu")))
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -10,7 +10,9 @@ WORDINGS = ("what shape?", "which color?", "is it red?")
 
 def make(count: int) -> list[Sample]:
     """Three questions on each image, in three wordings."""
-    return [Sample(id=str(n), turns=(Turn(WORDINGS[n % 3], "yes"),), image=Path(f"{n // 3}.png")) for n in range(count)]
+    return [
+        Sample(id=str(n), turns=(Turn(WORDINGS[n % 3], "yes"),), images=(Path(f"{n // 3}.png"),)) for n in range(count)
+    ]
 
 
 def test_images_differ_and_wordings_vary() -> None:

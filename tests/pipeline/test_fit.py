@@ -1,12 +1,13 @@
 """The whole job on the tiny model: artifacts, the plan kept, a reload in a fresh process, resume after a kill."""
 
-import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -134,27 +135,46 @@ def test_other_recipe_in_the_same_directory_is_refused(
     assert len(message.splitlines()) <= 3
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every tensor; the notes beside the tensors hold wall times, which differ."""
-    files = sorted((folder / "model").glob("*.safetensors")) + sorted(folder.glob("*/[0-9]*.safetensors"))
-    return {
-        f"{path.relative_to(folder)}:{name}": hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
-        for path in files
-        for name, tensor in load_file(path).items()
-    }
+def test_damaged_blocks_are_made_again(
+    finished_run: Path, recipe: list[str], tensor_digests: Callable[[Path], dict[str, str]], tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    flipped = bytearray((run / "blocks/000.safetensors").read_bytes())
+    flipped[-1] ^= 1
+    (run / "blocks/000.safetensors").write_bytes(flipped)
+    os.truncate(run / "tuned/001.safetensors", 100)
+    assert main(["verify", str(run)]) == 6
+    assert main(["fit", *recipe, "--run_dir", str(run)]) == 0
+    assert main(["verify", str(run)]) == 0
+    assert tensor_digests(run) == tensor_digests(finished_run)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wait_for", ["blocks/000.safetensors", "tuned/000.safetensors", "end_to_end/000.safetensors"])
-def test_killed_run_ends_bit_identical(wait_for: str, recipe: list[str], finished_run: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "casp_pl", "fit", *recipe, "--run_dir", str(tmp_path / "run")]
+def test_a_run_that_is_stopped_again_and_again_ends_bit_identical(
+    recipe: list[str], finished_run: Path, tensor_digests: Callable[[Path], dict[str, str]], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "casp_pl", "fit", *recipe, "--run_dir", str(run)]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
-    while not (tmp_path / "run" / wait_for).exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait(60)
-    assert not (tmp_path / "run" / "model").exists(), "the kill came too late to prove anything"
-    subprocess.run(command, env=environment, check=True, timeout=300, stdout=subprocess.DEVNULL)
-    assert _hashes(tmp_path / "run") == _hashes(finished_run)
+    for wait_for, number, code in (
+        ("blocks/000.safetensors", signal.SIGKILL, -signal.SIGKILL),
+        ("tuned/000.safetensors", signal.SIGTERM, 143),
+        ("end_to_end/000.safetensors", signal.SIGINT, 130),
+    ):
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        deadline = time.monotonic() + 240
+        while not (run / wait_for).exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(number)
+        _, message = process.communicate(timeout=60)
+        assert process.returncode == code, message
+        assert ("the same command goes on from here" in message) == (number != signal.SIGKILL)
+        assert not (run / "model").exists(), "the signal came too late to prove anything"
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "COLUMNS": "40", "TERM": "dumb"}
+    last = subprocess.run(command, env=environment | plain, check=True, timeout=300, capture_output=True)
+    assert last.stdout.isascii()
+    assert b"\x1b" not in last.stdout + last.stderr
+    assert not list(run.rglob(".tmp*"))
+    assert tensor_digests(run) == tensor_digests(finished_run)

@@ -9,14 +9,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from casp_pl.models.adapter import ModelAdapter, adapt
 from casp_pl.models.load import load_model
-from casp_pl.pipeline.planning import Workload, effective_rate, estimate_run
+from casp_pl.pipeline.footprint import BlockShape, peak_memory, stage_memory
+from casp_pl.pipeline.planning import BlockCosts, Workload, block_costs_from_rates, effective_rate, stage_seconds
+from casp_pl.pipeline.streamed_footprint import streamed_footprint
 
 WORK = Workload(
+    blocks=2,
     tokens=1000,
     held_back_tokens=100,
     batch_tokens=250,
     evaluation_tokens=500,
-    evaluations=3,
     tuning_epochs=2,
     tuning_window=2,
     steps=10,
@@ -29,6 +31,10 @@ def adapter() -> ModelAdapter:
     return adapt(load_model("tiny")[0])
 
 
+def seconds(adapter: ModelAdapter, work: Workload = WORK, dtype: torch.dtype = torch.float32) -> dict[str, float]:
+    return stage_seconds(work, block_costs_from_rates(adapter, work, dtype=dtype, rates=RATES))
+
+
 def test_a_forward_pass_is_counted_as_torch_counts_its_linears(adapter: ModelAdapter) -> None:
     tokens = 7
     with FlopCounterMode(display=False) as counter:
@@ -38,33 +44,78 @@ def test_a_forward_pass_is_counted_as_torch_counts_its_linears(adapter: ModelAda
                 assert isinstance(linear, nn.Linear)
                 linear(torch.zeros(tokens, linear.in_features))
     per_token = counter.get_total_flops() / tokens
-    seconds = estimate_run(adapter, WORK, dtype=torch.float32, rates=RATES).seconds
-    assert seconds["evaluation"] == pytest.approx(3 * 500 * per_token / 1e9)
-    assert seconds["calibration"] == pytest.approx(1.5 * 1000 * per_token / 1e9)
+    assert seconds(adapter)["evaluation"] == pytest.approx(500 * per_token / 1e9)
+    assert seconds(adapter)["calibration"] == pytest.approx(1.5 * 1000 * per_token / 1e9)
+
+
+def test_stages_are_sums_of_what_is_measured() -> None:
+    """One part at a time: how often does a stage run it?"""
+    nothing = dict.fromkeys(("exact", "forward", "moments", "quantize", "train", "head", "prefix", "kept_bytes"), 0.0)
+    tuning_passes = 2 * 1100 + 2 * 100  # teacher and student, then a validation an epoch
+    step_passes = 10 * 250 + 6 * 100
+    expected: dict[str, dict[str, float]] = {
+        "exact": {"evaluation": 2 * 500},
+        "quantize": {"quantization": 2},
+        "moments": {"quantization": 2 * 1000},
+        "train": {"block tuning": 2 * 2 * 4, "end to end": 2 * 10},
+        "head": {"end to end": 10},
+        "forward": {"calibration": 3 * 1000, "quantization": 2 * 2 * 1000, "block tuning": 2 * tuning_passes,
+                    "end to end": 2 * step_passes},
+    }  # fmt: skip
+    for part, stages in expected.items():
+        block = BlockCosts(**{**nothing, part: 1.0}, source="a test", spread=0.1)
+        found = {stage: time for stage, time in stage_seconds(WORK, block).items() if time}
+        assert found == pytest.approx(stages), part
 
 
 def test_half_precision_shortens_all_but_evaluation(adapter: ModelAdapter) -> None:
-    exact = estimate_run(adapter, WORK, dtype=torch.float32, rates=RATES)
-    half = estimate_run(adapter, WORK, dtype=torch.bfloat16, rates=RATES)
-    assert half.seconds["evaluation"] == exact.seconds["evaluation"]
-    assert all(half.seconds[stage] < exact.seconds[stage] for stage in exact.seconds if stage != "evaluation")
-    assert half.total_seconds == pytest.approx(sum(half.seconds.values()))
+    exact, half = seconds(adapter), seconds(adapter, dtype=torch.bfloat16)
+    assert half["evaluation"] == exact["evaluation"]
+    assert all(half[stage] < exact[stage] for stage in exact if stage != "evaluation")
 
 
-def test_stages_that_are_left_out_cost_nothing_to_speak_of(adapter: ModelAdapter) -> None:
-    full = estimate_run(adapter, WORK, dtype=torch.float32, rates=RATES)
-    bare = estimate_run(adapter, replace(WORK, steps=0, tuning_epochs=0), dtype=torch.float32, rates=RATES)
-    assert bare.seconds["end to end"] < 0.2 * full.seconds["end to end"]
-    assert bare.memory_bytes <= full.memory_bytes
+def test_stages_that_are_left_out_cost_nothing(adapter: ModelAdapter) -> None:
+    bare = replace(WORK, steps=0, tuning_epochs=0)
+    assert seconds(adapter, bare)["end to end"] == seconds(adapter, bare)["block tuning"] == 0
+    shape = BlockShape.of(adapter)
+    assert peak_memory(shape, bare, torch.float32, 1e4) <= peak_memory(shape, WORK, torch.float32, 1e4)
 
 
 def test_memory_holds_the_model_and_grows_with_batch_and_data(adapter: ModelAdapter) -> None:
-    def memory(work: Workload) -> int:
-        return estimate_run(adapter, work, dtype=torch.float32, rates=RATES).memory_bytes
+    shape = BlockShape.of(adapter)
+    assert shape.model_bytes == sum(p.numel() * p.element_size() for p in adapter.model.parameters())
 
-    assert memory(WORK) > sum(p.numel() * p.element_size() for p in adapter.model.parameters())
-    assert memory(replace(WORK, batch_tokens=25_000)) > memory(WORK)
-    assert memory(replace(WORK, tokens=10_000_000)) > memory(WORK)
+    def memory(work: Workload) -> dict[str, int]:
+        return stage_memory(shape, work, torch.float32, 1e4)
+
+    assert min(memory(WORK).values()) > shape.model_bytes
+    wide, long = replace(WORK, batch_tokens=25_000), replace(WORK, tokens=10_000_000)
+    assert memory(wide)["end to end"] - memory(WORK)["end to end"] > 2 * (25_000 - 250) * 1e4, "of two blocks"
+    assert memory(long)["quantize"] - memory(WORK)["quantize"] > 9_990_000 * 3 * 48 * 4
+    assert memory(long)["end to end"] == memory(WORK)["end to end"]
+
+
+def test_streaming_holds_one_block_and_puts_activations_where_they_are_wanted(adapter: ModelAdapter) -> None:
+    shape = replace(BlockShape.of(adapter), blocks=80)
+
+    def footprint(blocks: int, on_disk: bool) -> tuple[int, int]:
+        found = streamed_footprint(
+            replace(shape, blocks=blocks),
+            replace(WORK, tokens=100_000),
+            stored=torch.float16,
+            working=torch.bfloat16,
+            activations_on_disk=on_disk,
+            widest_linear=(96, 48),
+            kept_bytes=1e3,
+        )
+        return found.memory, found.disk
+
+    assert footprint(80, False)[0] == footprint(8, False)[0], "memory does not depend on the depth"
+    in_memory, on_disk = footprint(80, False), footprint(80, True)
+    a_token = 2 * 48 * 4 + (48 + 64 + 48 + 96) * 2
+    moved = 100_100 * a_token
+    assert on_disk[1] - in_memory[1] == moved
+    assert in_memory[0] - on_disk[0] == pytest.approx(1.2 * (moved - 2 * 250 * a_token), rel=1e-6)
 
 
 def test_rates_are_measured() -> None:

@@ -37,7 +37,7 @@ def test_a_finished_run_shows_everything(finished_run: Path) -> None:
     assert report["planned_stages"] == [stage["name"] for stage in report["stages"]]
     assert report["command"].startswith("python -m casp_pl fit --config")
     assert report["command"] in _said(sections["made"])
-    measured = sum(stage["seconds"] for stage in report["stages"]) + report["calibration_seconds"]
+    measured = sum(stage["seconds"] for stage in report["stages"]) + report["work_seconds"]["calibration"]
     assert 0 < measured <= report["wall_seconds"]
 
 

@@ -2,11 +2,12 @@
 
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 from casp_pl.data.sample import Sample, Turn
-from casp_pl.data.sources.base import DataSource, Split
+from casp_pl.data.sources.base import DataSource, Row, Split
 from casp_pl.errors import InputError
 
 __all__ = ["EasyVQA", "load_easy_vqa"]
@@ -15,9 +16,9 @@ __all__ = ["EasyVQA", "load_easy_vqa"]
 class EasyVQA(DataSource):
     """easy-VQA (package easy-vqa): 64x64 images, short questions, 13 different answers; one sample per question."""
 
-    def load(self, split: Split) -> list[Sample]:
+    def rows(self, split: Split, start: int = 0) -> Iterator[Row]:
         """38,575 training or 9,673 test questions, those of one image next to each other."""
-        return load_easy_vqa(split)
+        return iter(load_easy_vqa(split)[start:])
 
 
 def load_easy_vqa(split: Split) -> list[Sample]:
@@ -37,5 +38,5 @@ def load_easy_vqa(split: Split) -> list[Sample]:
     samples = []
     for image in sorted(by_image):
         path = folder / "images" / f"{image}.png"
-        samples += [Sample(id=name, turns=(turn,), image=path) for name, turn in by_image[image]]
+        samples += [Sample(id=name, turns=(turn,), images=(path,)) for name, turn in by_image[image]]
     return samples

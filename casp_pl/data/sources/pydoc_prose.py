@@ -7,10 +7,10 @@ calibration part or to the held-out part, and no paragraph is taken twice.
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from casp_pl.data.sample import Sample
-from casp_pl.data.sources.base import DataSource, Split
+from casp_pl.data.sources.base import DataSource, Row, Split
 
 __all__ = ["PydocProse", "prose_paragraphs"]
 
@@ -36,7 +36,7 @@ class PydocProse(DataSource):
     def __init__(self, *, held_out: float = 0.25) -> None:
         self.held_out = held_out
 
-    def load(self, split: Split) -> list[Sample]:
+    def rows(self, split: Split, start: int = 0) -> Iterator[Row]:
         """The topics of the split by name; the split depends on the Python version, and on nothing else."""
         from pydoc_data.topics import topics
 
@@ -52,7 +52,7 @@ class PydocProse(DataSource):
                 seen.update(fresh)
                 if fresh:
                     samples.append(Sample(id=f"pydoc/{name}", text="\n\n".join(fresh)))
-        return sorted(samples, key=lambda sample: sample.id)
+        return iter(sorted(samples, key=lambda sample: sample.id)[start:])
 
 
 def prose_paragraphs(text: str) -> list[str]:

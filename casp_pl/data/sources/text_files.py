@@ -1,42 +1,63 @@
-"""Plain text files."""
+"""Plain text files and JSON lines of texts."""
 
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from casp_pl.data.sample import Sample
-from casp_pl.data.sources.base import DataSource, Split
+from casp_pl.data.sources.base import DataSource, Row, Split
+from casp_pl.data.sources.json_rows import json_rows
 from casp_pl.errors import ConfigError, InputError
 
 __all__ = ["TextFiles"]
 
+_ENDINGS = (".txt", ".jsonl")
+
 
 class TextFiles(DataSource):
-    """UTF-8 .txt files, one sample per file.
+    """UTF-8 .txt files, one sample per file, and .jsonl files, one sample per line.
 
     Args:
-        path: a .txt file, or a folder whose .txt files (at any depth) are taken, for calibration.
+        path: a file, or a folder whose .txt and .jsonl files (at any depth) are taken, for calibration.
         test_path: the same for evaluation; without it there is no test split.
+        column: the key of the text in the lines of .jsonl files.
     """
 
-    def __init__(self, *, path: Path, test_path: Path | None = None) -> None:
+    def __init__(self, *, path: Path, test_path: Path | None = None, column: str = "text") -> None:
         self.path = Path(path)
         self.test_path = None if test_path is None else Path(test_path)
+        self.column = column
 
-    def load(self, split: Split) -> list[Sample]:
-        """One sample per file that is not blank, by name.
+    def rows(self, split: Split, start: int = 0) -> Iterator[Row]:
+        """One sample per file or line that is not blank, files by name.
 
         Raises:
-            InputError: no such file, no .txt file in the folder, or a file that is not UTF-8.
+            InputError: no such file, no text in the folder, a file that is not UTF-8, or a line without the column.
             ConfigError: the test split is wanted and `test_path` is not set.
         """
         path = self.path if split == "train" else self.test_path
         if path is None:
             raise ConfigError("TextFiles has no test split: set test_path to held-out text")
-        files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-        texts = {file: _read(file) for file in files}
-        samples = [Sample(id=str(file), text=text) for file, text in texts.items() if text.strip()]
-        if not samples:
-            raise InputError(f"TextFiles: no text in {path}: give a .txt file or a folder that holds some")
-        return samples
+        return islice(self._texts(path), start, None)
+
+    def _texts(self, path: Path) -> Iterator[Row]:
+        files = sorted(file for file in path.rglob("*") if file.suffix in _ENDINGS) if path.is_dir() else [path]
+        empty = True
+        for file in files:
+            for name, text in self._lines(file) if file.suffix == ".jsonl" else [(str(file), _read(file))]:
+                if text.strip():
+                    empty = False
+                    yield Sample(id=name, text=text)
+        if empty:
+            raise InputError(f"TextFiles: no text in {path}: give a .txt or .jsonl file or a folder that holds some")
+
+    def _lines(self, file: Path) -> Iterator[tuple[str, str]]:
+        for number, row in enumerate(json_rows(file)):
+            text = row.get(self.column) if isinstance(row, dict) else None
+            if not isinstance(text, str):
+                keys = list(row) if isinstance(row, dict) else type(row).__name__
+                raise InputError(f"Sample {file}#{number}: no text in the column {self.column!r}, there is {keys}")
+            yield f"{file}#{number}", text
 
 
 def _read(file: Path) -> str:

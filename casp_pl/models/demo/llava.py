@@ -16,6 +16,7 @@ from casp_pl.models.demo.language import IMAGE_TOKEN, load_language_model, load_
 if TYPE_CHECKING:
     from transformers import (
         LlamaForCausalLM,
+        LlavaConfig,
         LlavaForConditionalGeneration,
         LlavaProcessor,
         PreTrainedModel,
@@ -29,8 +30,10 @@ __all__ = [
     "PATCH_SIZE",
     "VISION_FILE",
     "build_llava",
+    "demo_config",
     "load_demo",
     "load_processor",
+    "set_end_tokens",
     "vision_settings",
 ]
 
@@ -78,13 +81,12 @@ def load_processor() -> "LlavaProcessor":
     )
 
 
-def build_llava(language: "LlamaForCausalLM", image_token_id: int) -> "LlavaForConditionalGeneration":
-    """An untrained tower and projector around `language`, whose weights it takes over."""
-    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+def demo_config(text_config: Any, image_token_id: int) -> "LlavaConfig":
+    """The config of the embedded LLaVA around that of its language model, whose vocabulary gets the image token."""
+    from transformers import CLIPVisionConfig, LlavaConfig
 
-    text_config = language.config
     text_config.vocab_size = image_token_id + 1
-    config = LlavaConfig(
+    return LlavaConfig(
         vision_config=CLIPVisionConfig(**vision_settings()),
         text_config=text_config,
         image_token_index=image_token_id,
@@ -94,6 +96,14 @@ def build_llava(language: "LlamaForCausalLM", image_token_id: int) -> "LlavaForC
         tie_word_embeddings=True,
         dtype="float32",
     )
+
+
+def build_llava(language: "LlamaForCausalLM", image_token_id: int) -> "LlavaForConditionalGeneration":
+    """An untrained tower and projector around `language`, whose weights it takes over."""
+    from transformers import LlavaForConditionalGeneration
+
+    text_config = language.config
+    config = demo_config(text_config, image_token_id)
     model: Any = LlavaForConditionalGeneration(config)
     state = {"model.language_model." + name: value for name, value in language.model.state_dict().items()}
     embeddings = state["model.language_model.embed_tokens.weight"]
@@ -103,9 +113,15 @@ def build_llava(language: "LlamaForCausalLM", image_token_id: int) -> "LlavaForC
     if missing or rest.unexpected_keys:
         raise ValueError(f"language model does not fit: missing {missing}, unexpected {rest.unexpected_keys}")
     model.tie_weights()
+    set_end_tokens(model)
+    return cast("LlavaForConditionalGeneration", model.eval())
+
+
+def set_end_tokens(model: Any) -> None:
+    """Generation ends, and pads, with the tokens of the language model."""
+    text_config = model.config.get_text_config()
     model.generation_config.eos_token_id = text_config.eos_token_id
     model.generation_config.pad_token_id = text_config.pad_token_id
-    return cast("LlavaForConditionalGeneration", model.eval())
 
 
 def load_demo(*, text_only: bool = False) -> "tuple[PreTrainedModel, ProcessorMixin | PreTrainedTokenizerBase]":

@@ -1,0 +1,154 @@
+"""How large files will be, to the byte, before the numbers in them exist.
+
+A safetensors file is 8 bytes of length, a JSON header that is padded to a multiple of 8, and the tensors without gaps.
+Source: the format's description at github.com/huggingface/safetensors.
+"""
+
+import copy
+import json
+import math
+import tempfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from casp_pl.checkpoint.atomic import METADATA_KEY
+from casp_pl.checkpoint.hugging_face import without_progress_bars
+from casp_pl.checkpoint.registration import CaspConfig
+from casp_pl.layers import QuantizedLinear
+from casp_pl.models.surgery import compressed_layers, layer_specs
+
+__all__ = ["ModelSize", "StoredTensor", "model_size", "run_file_bytes", "safetensors_bytes"]
+
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What a file holds of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its numbers."""
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Bytes of a compressed model's directory, but README.md and manifest.json, which tell what was measured.
+
+    Attributes:
+        weights: model.safetensors, headers included.
+        tensors: of these, the numbers: what reports call the size of a model.
+        beside: config, processor and tokenizer.
+        undecided: how much smaller `weights` is if all float32 tensors whose values nobody has seen fit into float16;
+            0 where the size is exact.
+    """
+
+    weights: int
+    tensors: int
+    beside: int
+    undecided: int
+
+
+def safetensors_bytes(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> int:
+    """Size of a safetensors file with these tensors."""
+    # the order decides how many digits the offsets have: widest dtypes first, then by name
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for name, tensor in ordered:
+        end = at + tensor.nbytes
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+        at = end
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-length // 8) * 8 + at
+
+
+def run_file_bytes(tensors: Mapping[str, Tensor], metadata: Any) -> int:
+    """Size of the file that `write_safetensors` makes of these tensors, which may lie on the meta device."""
+    stored = {name: StoredTensor(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return safetensors_bytes(stored, {METADATA_KEY: json.dumps(metadata, sort_keys=True, allow_nan=False)})
+
+
+def model_size(
+    model: Any, processor: Any, headers: Mapping[str, torch.dtype] | None, *, trained: Collection[str] = ()
+) -> ModelSize:
+    """Size of the directory that `save_compressed` will write, exact up to the 50 GB at which weights are split.
+
+    Args:
+        model: the compressed model on the meta device; it stays as it is.
+        processor: saved beside it; None for none.
+        headers: dtypes of the original's tensors by their names in its files; None where every value fits into float16.
+        trained: names of the parameters that fine-tuning changes. Tables are rounded to float16 then, but norms and
+            biases keep float32.
+    """
+    model = copy.deepcopy(model)  # of structure alone
+    specs = layer_specs(model)
+    for layer in compressed_layers(model).values():
+        _store_tables_in_half(layer)
+    state = _without_aliases(model)
+    changed = {id(tensor) for name, tensor in state.items() if name in trained}
+    stored, unseen = {}, 0
+    for name, tensor in _renamed(model, state).items():
+        dtype = tensor.dtype
+        if dtype is torch.float32 and id(tensor) not in changed:
+            fits = headers is None or _dtype_there(name, headers) is torch.float16
+            dtype = torch.float16 if fits else dtype
+            unseen += 0 if fits else tensor.nbytes
+        stored[name] = StoredTensor(dtype, tuple(tensor.shape))
+    return ModelSize(
+        weights=safetensors_bytes(stored, {"format": "pt"}),
+        tensors=sum(tensor.nbytes for tensor in stored.values()),
+        beside=_beside(model, processor, specs),
+        undecided=unseen // 2,
+    )
+
+
+def _store_tables_in_half(layer: nn.Module) -> None:
+    for part in layer.modules():
+        if isinstance(part, QuantizedLinear):
+            for table in part.tables().values():
+                table.data = table.data.to(torch.float16)
+        elif isinstance(part, nn.Linear):
+            part.weight.data = part.weight.data.to(torch.float16)
+
+
+def _without_aliases(model: Any) -> dict[str, Tensor]:
+    """The state dict, of tied tensors only the one that `save_pretrained` writes."""
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    state: dict[str, Tensor] = remove_tied_weights_from_state_dict(model.state_dict(), model)
+    return state
+
+
+def _renamed(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under the names that they have in a file."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return dict(revert_weight_conversion(model, state))
+
+
+def _dtype_there(name: str, headers: Mapping[str, torch.dtype]) -> torch.dtype | None:
+    return headers.get(name.replace(".output_factor.", "."))  # the bias of a low-rank product
+
+
+def _beside(model: Any, processor: Any, specs: Mapping[str, Mapping[str, Any]]) -> int:
+    """Bytes of config.json, generation_config.json and the processor's files: they are written, and thrown away."""
+    model.config.quantization_config = CaspConfig(modules=specs)
+    with tempfile.TemporaryDirectory() as folder, without_progress_bars():
+        model.save_pretrained(folder, state_dict={})
+        if processor is not None:
+            processor.save_pretrained(folder)
+        files = [path for path in Path(folder).rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+        return sum(path.stat().st_size for path in files)

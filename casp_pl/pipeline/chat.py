@@ -1,0 +1,122 @@
+"""`predict`: one question or a conversation, answers shown while they are made; in a terminal and piped."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, TextIO, TypeAlias
+
+import torch
+from PIL import Image
+from transformers import TextStreamer
+
+from casp_pl.checkpoint import load_compressed
+from casp_pl.data.chat import chat_inputs, message
+from casp_pl.data.images import ImageRefusedError, load_image
+from casp_pl.data.tokenize import Processor, tokenizer_of
+from casp_pl.errors import InputError
+from casp_pl.pipeline.prepare import model_device, prepare
+from casp_pl.pipeline.settings import RunSettings
+from casp_pl.pipeline.side_by_side import model_directory
+
+__all__ = ["Conversation", "Models", "open_conversations", "read_questions"]
+
+Models: TypeAlias = Literal["both", "original", "compressed"]
+
+
+class Conversation:
+    """A model that remembers what it was asked and what it answered.
+
+    Args:
+        name: stands in front of every answer; empty for nothing.
+        model: decodes greedily, its layers as they are stored.
+        processor: its processor or tokenizer.
+        image: what the conversation is about; None for text alone.
+        max_new_tokens: longest answer.
+    """
+
+    def __init__(
+        self, name: str, model: Any, processor: Processor, image: Image.Image | None, *, max_new_tokens: int
+    ) -> None:
+        self.name = name
+        self.model = model
+        self.processor = processor
+        self.images = [] if image is None else [image]
+        self.max_new_tokens = max_new_tokens
+        self.messages: list[dict[str, Any]] = []
+
+    @torch.no_grad()
+    def ask(self, question: str, out: TextIO) -> str:
+        """The answer, written to `out` word by word.
+
+        Raises:
+            InputError: there is an image and the model takes none.
+        """
+        images = 0 if self.messages else len(self.images)
+        self.messages.append(message(self.processor, "user", question, images=images))
+        inputs = chat_inputs(self.processor, self.messages, self.images).to(next(self.model.parameters()).device)
+        if self.name:
+            print(f"{self.name}: ", end="", file=out, flush=True)
+        streamer = _Words(tokenizer_of(self.processor), out)
+        tokens = self.model.generate(
+            **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, streamer=streamer, pad_token_id=0
+        )
+        fresh = tokens[0, inputs["input_ids"].shape[1] :]
+        answer = str(tokenizer_of(self.processor).decode(fresh, skip_special_tokens=True)).strip()
+        self.messages.append(message(self.processor, "assistant", answer))
+        return answer
+
+
+class _Words(TextStreamer):
+    """Writes whole words as soon as they are there."""
+
+    def __init__(self, tokenizer: Any, out: TextIO) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.out = out
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Transformers calls it with every piece of text."""
+        print(text, end="\n" if stream_end else "", file=self.out, flush=True)
+
+
+def open_conversations(
+    settings: RunSettings, image: Path | None, *, models: Models, max_new_tokens: int
+) -> list[Conversation]:
+    """One conversation a model; what is not asked for is not loaded.
+
+    Raises:
+        InputError: the image or a model is missing or cannot be read.
+    """
+    picture = None if image is None else _read_image(image)
+    directory = None if models == "original" else model_directory(settings)
+    talks = []
+    if models != "compressed":
+        prepared = prepare(settings)
+        model, processor = prepared.adapter.model, prepared.processor
+        talks.append(Conversation("original", model, processor, picture, max_new_tokens=max_new_tokens))
+    if directory is not None:
+        model, processor = load_compressed(directory, device=model_device(settings))
+        talks.append(Conversation("compressed", model, processor, picture, max_new_tokens=max_new_tokens))
+    return talks
+
+
+def read_questions(source: TextIO, out: TextIO) -> Iterator[str]:
+    """The lines of `source` that are not blank; from a terminal, with a prompt, until a blank one or Ctrl-D."""
+    terminal = source.isatty()
+    if terminal:
+        print("Ask; an empty line ends the conversation.", file=out)
+    while True:
+        if terminal:
+            print("> ", end="", file=out, flush=True)
+        line = source.readline()
+        if not line or (terminal and not line.strip()):
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _read_image(path: Path) -> Image.Image:
+    if not path.is_file():
+        raise InputError(f"--image {path}: no such file.")
+    try:
+        return load_image(path)
+    except ImageRefusedError as error:
+        raise InputError(f"--image {path}: {error}") from error

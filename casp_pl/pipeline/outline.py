@@ -1,0 +1,52 @@
+"""The model that a plan will make, without a single number in it: on the meta device, with empty compressed layers."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from casp_pl.allocation import CompressionPlan
+from casp_pl.models.adapter import ModelAdapter
+from casp_pl.models.surgery import install_layers
+from casp_pl.modules.parameters import trainable_parameters
+from casp_pl.quantizers import Quantizer
+from casp_pl.quantizers.low_rank import low_rank_spec
+
+__all__ = ["CompressedOutline", "compressed_outline", "plan_specs"]
+
+
+@dataclass(frozen=True)
+class CompressedOutline:
+    """A model on the meta device with its compressed layers in place.
+
+    Attributes:
+        model: the whole model.
+        blocks: its decoder blocks.
+        trained: names of the parameters that fine-tuning changes.
+    """
+
+    model: Any
+    blocks: Any
+    trained: frozenset[str]
+
+
+def compressed_outline(adapter: ModelAdapter, plan: CompressionPlan, quantizer: Quantizer) -> CompressedOutline:
+    """What a fit with this plan makes of `adapter.model`, which lies on the meta device and stays as it is."""
+    model = copy.deepcopy(adapter.model)
+    install_layers(model, plan_specs(plan, adapter, quantizer))
+    blocks: Any = model.get_submodule(f"{adapter.decoder_name}.layers")
+    trainable_parameters(blocks)
+    trained = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return CompressedOutline(model.requires_grad_(False), blocks, trained)
+
+
+def plan_specs(plan: CompressionPlan, adapter: ModelAdapter, quantizer: Quantizer) -> dict[str, dict[str, Any]]:
+    """Full module name to the spec of the layer that a fit with this plan puts there."""
+    specs = {}
+    for module in plan.modules:
+        settings: dict[str, Any] = {"bits": module.bits}
+        settings["bias"] = adapter.model.get_submodule(module.name).bias is not None
+        if module.rank is None:
+            specs[module.name] = quantizer.layer_spec(*module.shape, **settings)
+        else:
+            specs[module.name] = low_rank_spec(*module.shape, module.rank, quantizer, **settings)
+    return specs

@@ -1,0 +1,105 @@
+"""A forecast for people: what `plan` prints."""
+
+from collections import Counter
+
+from rich.console import Console
+
+from casp_pl.callbacks.stage_table import duration, size
+from casp_pl.console import print_table
+from casp_pl.pipeline.bit_forecast import GroupForecast
+from casp_pl.pipeline.forecast import RunForecast
+
+__all__ = ["print_forecast"]
+
+_MOST_ROWS = 40  # more groups than that are linears one by one: only the dearest are shown
+
+
+def print_forecast(forecast: RunForecast, console: Console) -> None:
+    """Tables of stages, bits and sizes, and what to change where something does not fit."""
+    _print_linears(forecast, console)
+    _print_stages(forecast, console)
+    _print_bits(forecast, console)
+    _print_curve(forecast, console)
+
+
+def _print_linears(forecast: RunForecast, console: Console) -> None:
+    plan, stored = forecast.plan, forecast.size
+    counts = Counter(
+        (module.name.rsplit(".", 1)[-1], str(module.bits), "-" if module.rank is None else str(module.rank))
+        for module in plan.modules
+    )
+    rows = [[linear, bits, rank, str(count)] for (linear, bits, rank), count in counts.items()]
+    print_table(["linear", "bits", "rank", "blocks"], rows, console)
+    exact = "exact" if forecast.size_is_exact else f"not exact: {forecast.size_note}"
+    codes, total = plan.bits_per_weight_codes, plan.bits_per_weight_total
+    for line in (
+        f"bits per weight: {codes:.3f} codes, {total:.3f} everything counted; from {forecast.plan_from}",
+        f"size: model.safetensors {stored.weights:,} bytes ({size(stored.weights)}), {exact}",
+        f"      beside it {stored.beside:,} bytes of config and processor (without model card and manifest);"
+        f" 16-bit original {size(forecast.original_bytes)}",
+    ):
+        console.print(line, soft_wrap=True)
+
+
+def _print_stages(forecast: RunForecast, console: Console) -> None:
+    rows = [
+        [
+            stage.name,
+            duration(stage.seconds),
+            f"{duration(stage.seconds_low)} - {duration(stage.seconds_high)}",
+            size(stage.memory_bytes),
+            size(stage.disk_bytes),
+            "yes" if stage.fits else "NO",
+        ]
+        for stage in forecast.stages
+    ]
+    console.print()
+    print_table(["stage", "time", "interval", "memory", "disk", "fits"], rows, console)
+    console.print(
+        f"time: about {duration(forecast.seconds)}, from {forecast.seconds_from}; loading is not counted",
+        soft_wrap=True,
+    )
+    memory, disk = size(forecast.memory_bytes), size(forecast.disk_bytes)
+    free = f"{size(forecast.memory_free)} and {size(forecast.disk_free)} are free"
+    console.print(f"memory: about {memory}, disk: about {disk}; {free}", soft_wrap=True)
+    for stage in forecast.stages:
+        if not stage.fits:
+            console.print(f"{stage.name} does not fit. {stage.way_out}", soft_wrap=True)
+
+
+def _print_bits(forecast: RunForecast, console: Console) -> None:
+    groups = sorted(forecast.groups, key=lambda group: -group.error_share)[:_MOST_ROWS]
+    shown = [group for group in forecast.groups if group in groups]
+    rows = [
+        [group.name, str(group.bits), _ranks(group), f"{group.score:.3g}", f"{100 * group.error_share:.1f} %"]
+        + [_change(group.one_bit_less), _change(group.one_bit_more)]
+        for group in shown
+    ]
+    console.print()
+    header = ["bits of", "bits", "ranks", "score", "of the error", "one level less", "one level more"]
+    print_table(header, rows, console)
+    if forecast.plan_from == "prediction":
+        console.print(
+            "Which blocks get more bits is decided after calibration; here the first and last stand in.",
+            soft_wrap=True,
+        )
+
+
+def _print_curve(forecast: RunForecast, console: Console) -> None:
+    rows = [
+        [size(point.weights_bytes), f"{point.bits_per_weight_total:.3f}", f"{100 * point.error:.1f} %"]
+        for point in forecast.curve
+    ]
+    console.print()
+    print_table(["model.safetensors", "bits per weight", "predicted error, this plan 100 %"], rows, console)
+
+
+def _ranks(group: GroupForecast) -> str:
+    return "/".join(str(rank) for rank in group.ranks.values()) or "-"
+
+
+def _change(price: dict[str, float] | None) -> str:
+    if price is None:
+        return "-"
+    sign = "-" if price["bytes"] < 0 else "+"
+    return f"{sign}{size(abs(round(price['bytes'])))}, error {100 * price['error']:+.1f} %"

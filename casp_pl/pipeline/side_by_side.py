@@ -1,0 +1,111 @@
+"""`test` and `validate`: original and compressed on the same samples, compared question by question."""
+
+import gc
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from casp_pl.callbacks import Advance
+from casp_pl.callbacks.comparison import ModelComparison, comparison_markdown, print_comparison
+from casp_pl.callbacks.report import StageRow
+from casp_pl.checkpoint import load_compressed, write_text
+from casp_pl.console import RunProgress, make_console
+from casp_pl.errors import InputError
+from casp_pl.evaluation import DecodeCost, ReferenceOutputs, measure_decoding
+from casp_pl.models.adapter import ModelAdapter, adapt
+from casp_pl.modules.evaluation import EvaluationModule
+from casp_pl.pipeline.launch import launch
+from casp_pl.pipeline.measure import evaluation_module, stage_costs
+from casp_pl.pipeline.prepare import prepare
+from casp_pl.pipeline.settings import RunSettings
+from casp_pl.pipeline.trainers import TrainerFactory
+from casp_pl.processes import is_first
+
+__all__ = ["model_directory", "side_by_side"]
+
+
+class _Measured(NamedTuple):
+    row: StageRow
+    module: EvaluationModule
+    decoding: DecodeCost
+
+
+def side_by_side(settings: RunSettings, command: str) -> int:
+    """Evaluate both models, print the comparison and write it; with a benchmark its name is part of the file's.
+
+    Args:
+        settings: the recipe.
+        command: `test` or `validate`, the name of the files.
+
+    Raises:
+        InputError: there is no compressed model, or nothing to evaluate.
+    """
+    directory = model_directory(settings)
+    launch(settings.trainer)
+    prepared = prepare(settings)
+    device = prepared.device
+    stages = {"evaluate original": 1.0, "evaluate compressed": 1.0}
+    with RunProgress(stages, enabled=is_first(), verbose=settings.verbose) as progress:
+        original = _measure("original", prepared.adapter, prepared.processor, settings, None, progress)
+        # two 7B models need not fit in memory together
+        original.module.model = None
+        del prepared
+        gc.collect()
+        model, processor = load_compressed(directory, device=device)
+        settings.evaluation.attach(processor)
+        compressed = _measure("compressed", adapt(model), processor, settings, original.module.outputs, progress)
+    source = settings.evaluation.source
+    comparison = ModelComparison(
+        data="easy-VQA" if source is None else type(source).__name__,
+        rule=type(settings.scoring).__name__,
+        original=original.row,
+        compressed=compressed.row,
+        paired=compressed.module.comparison(),
+        rule_original=original.module.rule_figures(),
+        rule_compressed=compressed.module.rule_figures(),
+        decode_original=original.decoding,
+        decode_compressed=compressed.decoding,
+    )
+    if is_first():
+        _publish(comparison, settings.run_dir, command if source is None else f"{command}_{comparison.data}")
+    return 0
+
+
+def model_directory(settings: RunSettings) -> Path:
+    """Where `fit` has put the compressed model.
+
+    Raises:
+        InputError: it has not.
+    """
+    directory = settings.run_dir / "model"
+    if not directory.is_dir():
+        raise InputError(f"{directory} does not exist: run `fit` with this recipe first, or give --run_dir.")
+    return directory
+
+
+def _measure(
+    name: str,
+    adapter: ModelAdapter,
+    processor: Any,
+    settings: RunSettings,
+    reference: ReferenceOutputs | None,
+    progress: RunProgress,
+) -> _Measured:
+    module = evaluation_module(adapter.model, processor, settings.evaluation, settings.scoring, reference)
+    trainer = TrainerFactory(settings.trainer, None).make(callbacks=[Advance(progress.advance, loop="test")])
+    with progress.stage(f"evaluate {name}", sum(map(len, settings.evaluation.test_dataloader()))):
+        trainer.test(module, datamodule=settings.evaluation, verbose=False)
+        if module.figures is None:
+            raise InputError("evaluation: there is nothing to evaluate; set evaluation.questions or text_tokens.")
+        decoding = measure_decoding(adapter.model)
+    costs = stage_costs("original" if reference is None else "end_to_end", adapter, list(adapter.blocks))
+    return _Measured(replace(costs, **module.figures.to_dict()), module, decoding)
+
+
+def _publish(comparison: ModelComparison, folder: Path, stem: str) -> None:
+    console = make_console()
+    print_comparison(comparison, console)
+    write_text(folder / f"{stem}.json", json.dumps(comparison.to_json(), indent=2, allow_nan=False) + "\n")
+    write_text(folder / f"{stem}.md", comparison_markdown(comparison))
+    console.print(f"figures: {folder / f'{stem}.json'}   {folder / f'{stem}.md'}", soft_wrap=True)

@@ -1,0 +1,83 @@
+"""`predict`: streamed answers are those of `generate` on the whole conversation; piped input; what is refused."""
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from casp_pl.cli import main
+from casp_pl.errors import InputError
+from casp_pl.models.tiny import load_tiny
+from casp_pl.pipeline.chat import Conversation, read_questions
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
+    return tmp_path / "red.png"
+
+
+def test_a_conversation_is_the_rendered_history() -> None:
+    model, processor = load_tiny()
+    image = Image.new("RGB", (32, 32), "blue")
+    talk = Conversation("tiny", model, processor, image, max_new_tokens=7)
+    out = io.StringIO()
+    history = ""
+    for question in ("what is it?", "sure?", "and now?"):
+        answer = talk.ask(question, out)
+        shown = "<image>\n" if not history else ""
+        history += f"<|im_start|>user\n{shown}{question}<|im_end|>\n<|im_start|>assistant\n"
+        inputs = processor(images=[image], text=[history], return_tensors="pt", add_special_tokens=False)
+        with torch.no_grad():
+            tokens = model.generate(**inputs, do_sample=False, max_new_tokens=7)[0, inputs["input_ids"].shape[1] :]
+        expected = processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        assert answer == expected
+        history += f"{expected}<|im_end|>\n"
+    assert out.getvalue().startswith("tiny: ")
+    assert answer in out.getvalue()
+
+
+def test_a_tokenizer_alone_talks_without_images() -> None:
+    model, processor = load_tiny()
+    processor.tokenizer.chat_template = processor.chat_template
+    talk = Conversation("", model, processor.tokenizer, None, max_new_tokens=4)
+    out = io.StringIO()
+    assert talk.ask("hello", out) == out.getvalue().strip()
+    with pytest.raises(InputError, match="text alone"):
+        Conversation("", model, processor.tokenizer, Image.new("RGB", (8, 8)), max_new_tokens=4).ask("hello", out)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_questions_end_with_the_input_or_in_a_terminal_with_a_blank_line() -> None:
+    out = io.StringIO()
+    assert list(read_questions(io.StringIO("one\n\n two \nthree"), out)) == ["one", "two", "three"]
+    assert out.getvalue() == ""
+    assert list(read_questions(Terminal("one\n\ntwo\n"), out)) == ["one"]
+    assert out.getvalue().count("> ") == 2
+
+
+def test_piped_questions_are_answered_in_turn(
+    recipe: list[str],
+    finished_run: Path,
+    picture: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = ["predict", *recipe, "--run_dir", str(finished_run), "--image", str(picture), "--max_new_tokens", "5"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("what colour?\nsure?\n"))
+    assert main([*arguments, "--chat"]) == 0
+    printed = capsys.readouterr().out
+    assert (printed.count("original: "), printed.count("compressed: ")) == (2, 2)
+    assert main([*arguments, "--models", "compressed", "--question", "what colour?"]) == 0
+    alone = capsys.readouterr().out
+    assert alone.startswith("compressed: ")
+    assert alone in printed
+    assert main(arguments) == 2
+    assert "--question or --chat" in capsys.readouterr().err
+    assert main([*arguments, "--chat", "--question", "x"]) == 2

@@ -4,6 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.complete
 TRITON := .venv/.triton
+DOCS := .venv/.docs
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 PEERS := gptqmodel==7.7.0 optimum device-smi pypcre tokenicer logbar torchao defuser threadpoolctl ninja protobuf \
 	auto-round py-cpuinfo
@@ -55,6 +56,9 @@ format: .venv  ## rewrite the files in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(DOCS)  ## build the documentation into build/site, every link checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 hooks: .venv  ## run lint and types before every commit
 	$(BIN)/pre-commit install
 
@@ -78,4 +82,8 @@ $(STAMP): pyproject.toml constraints.txt
 # The kernels for GPUs are tested without one. torch for CUDA brings Triton along; torch for CPUs does not.
 $(TRITON): $(STAMP)
 	@$(INSTALL) --no-deps triton || echo "Triton could not be installed: the tests of its kernels will be skipped"
+	@touch $@
+
+$(DOCS): $(STAMP)
+	@$(INSTALL) --no-build-isolation --editable '.[docs]'
 	@touch $@

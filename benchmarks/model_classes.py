@@ -134,7 +134,7 @@ def compare(adapter: ModelAdapter, batch: dict[str, Tensor], run: Path, *, image
     blocks = []
     for number, original in enumerate(adapter.blocks):
         tensors, metadata = read_safetensors(run / "end_to_end" / f"{number:03d}.safetensors")
-        blocks.append(block_from_tensors(original, json.loads(metadata["layers"]), tensors))
+        blocks.append(block_from_tensors(original, json.loads(metadata["layers"]), tensors, torch.device("cpu")))
     with adapter.with_blocks(blocks) as model:
         ours = model(**batch).logits
     with tempfile.TemporaryDirectory() as folder:

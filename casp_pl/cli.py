@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import yaml
@@ -137,9 +137,18 @@ def _recipe_parser(name: str, text: str) -> LightningArgumentParser:
     parser.set_defaults({"baseline": {"class_path": "casp_pl.quantizers.RTNQuantizer"}})
     parser.add_argument("--baseline_bits", type=int, default=2, help="bits of the baseline")
     parser.add_class_arguments(BlockQuantization, "quantization", skip={"seed"})
+    parser.add_argument(
+        "--activations",
+        type=Literal["auto", "memory", "disk"],
+        default="auto",
+        help="where inputs of blocks are kept: files in the run directory, or memory; auto: memory while there is room",
+    )
     kwargs_only: dict[str, Any] = {"instantiate": False}
     parser.add_class_arguments(
-        CalibrationModule, "calibration", skip={"adapter", "measure_rounding", "sensitivity"}, **kwargs_only
+        CalibrationModule,
+        "calibration",
+        skip={"adapter", "batches", "keep", "measure_rounding", "sensitivity"},
+        **kwargs_only,
     )
     parser.add_class_arguments(
         BlockwiseModule, "block_tuning", skip={"blocks", "train", "held_back", "first", "seed"}, **kwargs_only
@@ -181,7 +190,7 @@ def settings_from(parser: LightningArgumentParser, chosen: Namespace) -> RunSett
     recipe = parser.dump(chosen)
     built = parser.instantiate(chosen)
     fields = {key: built[key] for key in ("name", "data", "evaluation", "quantizer", "baseline", "baseline_bits")}
-    fields |= {key: built[key] for key in ("scoring", "model", "low_rank", "bits", "quantization")}
+    fields |= {key: built[key] for key in ("scoring", "activations", "model", "low_rank", "bits", "quantization")}
     kwargs_only = ("calibration", "block_tuning", "end_to_end", "codebook_update", "trainer")
     fields |= {key: built[key].as_dict() for key in kwargs_only}
     built["quantization"].seed = built["seed_everything"]
@@ -195,7 +204,8 @@ def settings_from(parser: LightningArgumentParser, chosen: Namespace) -> RunSett
 
 
 _NOT_IN_FINGERPRINT = frozenset(
-    {"config", "run_dir", "verbose", "name"}
+    {"activations", "model.streaming"}  # where numbers lie does not change them
+    | {"config", "run_dir", "verbose", "name"}
     | {argument for arguments in _OWN_ARGUMENTS.values() for argument in arguments}
     | {"trainer.devices", "trainer.num_nodes", "trainer.strategy"}  # a run may go on with more or fewer processes
 )

@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from casp_pl.cli import main
+from casp_pl.models.tiny import load_tiny
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ["--config", str(ROOT / "configs/llava_aqlm.yaml"), "--config", str(ROOT / "configs/models/tiny.yaml")]
@@ -17,6 +18,16 @@ RECIPE = ["--config", str(ROOT / "configs/llava_aqlm.yaml"), "--config", str(ROO
 def recipe() -> list[str]:
     """Arguments of the recipe on the tiny model."""
     return RECIPE
+
+
+@pytest.fixture(scope="session")
+def stored_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as a Hugging Face directory of many small files."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    model, processor = load_tiny()
+    model.save_pretrained(folder, max_shard_size="60KB")
+    processor.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from casp_pl.checkpoint.atomic import write_bytes, write_json, write_safetensors
 from casp_pl.checkpoint.hugging_face import load_compressed, save_compressed, save_plain
 from casp_pl.checkpoint.reading import read_json, read_safetensors, sha256_of
 from casp_pl.checkpoint.run_directory import RunDirectory
+from casp_pl.checkpoint.streamed import save_streamed
 from casp_pl.checkpoint.verify import verify
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "read_safetensors",
     "save_compressed",
     "save_plain",
+    "save_streamed",
     "sha256_of",
     "verify",
     "write_bytes",

@@ -18,7 +18,7 @@ from casp_pl.checkpoint.reading import read_json
 from casp_pl.errors import InputError, IntegrityError
 from casp_pl.models.surgery import layer_specs
 
-__all__ = ["load_compressed", "save_compressed", "save_plain", "without_progress_bars"]
+__all__ = ["load_compressed", "save_compressed", "save_plain", "without_progress_bars", "write_beside"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def load_compressed(path: Path | str, *, device: str | torch.device = "cpu") -> 
 def _write(model: Any, processor: Any, directory: Path, card: str) -> None:
     with _announced_as_compressed(model), without_progress_bars():
         model.save_pretrained(directory)
-    _write_beside(processor, directory, card)
+    write_beside(processor, directory, card)
 
 
 def _write_plain(
@@ -107,10 +107,11 @@ def _write_plain(
     if quantization_config is not None:
         config = read_json(directory / CONFIG_NAME)
         write_json(directory / CONFIG_NAME, config | {"quantization_config": quantization_config})
-    _write_beside(processor, directory, card)
+    write_beside(processor, directory, card)
 
 
-def _write_beside(processor: Any, directory: Path, card: str) -> None:
+def write_beside(processor: Any, directory: Path, card: str) -> None:
+    """The processor and the model card."""
     if processor is not None:
         processor.save_pretrained(directory)
     write_text(directory / "README.md", card)

@@ -7,6 +7,7 @@ run that was killed anywhere goes on from its last entry.
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -140,6 +141,18 @@ class RunDirectory:
         for entry in self._entries(name):
             del self._manifest.artifacts[entry]
         self._manifest.save(self.root)
+
+    def discard(self, name: str) -> None:
+        """Delete an artifact that nobody needs any more; one that is not there is no error."""
+        self._write(lambda: self._discard(name))
+
+    def _discard(self, name: str) -> None:
+        self._forget(name)
+        full = self.root / PurePosixPath(name)
+        if full.is_dir():
+            shutil.rmtree(full)
+        else:
+            full.unlink(missing_ok=True)
 
     def record(self, name: str) -> None:
         """Enter a file, or every file of a directory, that is complete now.

@@ -99,6 +99,7 @@ def count_image_tokens(processor: Processor, image: Image.Image | list[Image.Ima
     """
     if not takes_images(processor):
         return 0
+    given: dict[str, Any]
     if isinstance(image, list):
         mark, token_id, given = processor.video_token, processor.video_token_id, {"videos": [image]}
     else:

@@ -3,13 +3,14 @@
 from casp_pl.linalg.cholesky import safe_cholesky
 from casp_pl.linalg.finite import require_finite
 from casp_pl.linalg.losses import proxy_loss, relative_proxy_loss
-from casp_pl.linalg.products import full_width_products
+from casp_pl.linalg.products import add_products, full_width_products
 from casp_pl.linalg.propagation import PropagationTarget
 from casp_pl.linalg.whitening import WhitenedSVD, low_rank_factors, whitened_svd
 
 __all__ = [
     "PropagationTarget",
     "WhitenedSVD",
+    "add_products",
     "full_width_products",
     "low_rank_factors",
     "proxy_loss",

@@ -34,12 +34,13 @@ def safe_cholesky(matrix: Tensor, damping: float = 0.0) -> tuple[Tensor, float]:
         NumericsError: NaN or infinity in the matrix, or no jitter helps.
     """
     require_finite(matrix, "second moment")
-    wide = matrix.detach().to(torch.float64)
-    unit = float(wide.diagonal().abs().mean()) or 1.0
-    identity = torch.eye(wide.shape[0], dtype=torch.float64, device=wide.device)
+    wide = matrix.detach().to(torch.float64, copy=True)  # made damped in place: 1 GB at I = 11008
+    diagonal = wide.diagonal().clone()
+    unit = float(diagonal.abs().mean()) or 1.0
     relative = damping
     while relative <= max(_LAST_JITTER, damping):
-        factor, failed = torch.linalg.cholesky_ex(wide + (relative * unit) * identity)
+        wide.diagonal().copy_(diagonal + relative * unit)
+        factor, failed = torch.linalg.cholesky_ex(wide)
         if not failed.item():
             if relative > damping:
                 shape = tuple(matrix.shape)

@@ -12,6 +12,8 @@ from casp_pl.linalg.finite import require_finite
 
 __all__ = ["PropagationTarget"]
 
+_ROWS = 2048  # of a weight at a time: four float64 copies of a large one would be a gigabyte and more
+
 
 class PropagationTarget:
     """W' = W + alpha (W C H^-1 - W), for all weights that read one input. With equal moments, or alpha 0, it is W.
@@ -29,12 +31,15 @@ class PropagationTarget:
     def __init__(self, cross_moment: Tensor, second_moment: Tensor, alpha: float, damping: float = 1e-2) -> None:
         require_finite(cross_moment, "cross moment")
         self.alpha = alpha
+        self._factor, self._jitter = safe_cholesky(second_moment, damping)  # first: it needs the most memory
         self._cross = cross_moment.to(torch.float64)
-        self._factor, self._jitter = safe_cholesky(second_moment, damping)
 
     def of(self, weight: Tensor) -> Tensor:
         """W' (O, I) of a weight W (O, I), in its dtype."""
-        wide = weight.detach().to(torch.float64)
+        return torch.cat([self._of_rows(rows) for rows in torch.split(weight.detach(), _ROWS)])
+
+    def _of_rows(self, weight: Tensor) -> Tensor:
+        wide = weight.to(torch.float64)
         # W C + jitter W = W (C + jitter I), so equal moments give W back exactly whatever the jitter.
         damped = wide @ self._cross + self._jitter * wide
         corrected = torch.cholesky_solve(damped.T, self._factor).T

@@ -1,9 +1,12 @@
 """Where the parts of a model lie: its decoder blocks, their linears in quantization order, and the output head.
 
+The original's blocks are reached through `originals`, one after the other, whether they are in memory or on disk.
+
 Names are Hugging Face module names. How the parts are found is in `models/layout.py`.
 """
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +21,8 @@ from casp_pl.models.layout import (
     linear_groups_of,
     refuse_what_cannot_be_kept,
 )
+from casp_pl.models.stored_blocks import StoredBlocks, unlent
+from casp_pl.models.surgery import skeleton_of
 
 __all__ = ["ModelAdapter", "adapt"]
 
@@ -34,6 +39,7 @@ class ModelAdapter:
             groups stand in the order in which a block computes them.
         low_rank_names: the linears that become low-rank products (CASP: W_q and W_k). What follows them in the block,
             their biases, norms of queries and keys and rotary embeddings, works on the product as on the original.
+        stored: the original's blocks where they stay on disk; None where they are in memory.
     """
 
     model: Any
@@ -41,12 +47,38 @@ class ModelAdapter:
     decoder_name: str
     linear_groups: tuple[tuple[str, ...], ...] = LLAMA_GROUPS
     low_rank_names: tuple[str, ...] = LLAMA_GROUPS[0][:2]
+    stored: StoredBlocks | None = None
 
     @property
     def blocks(self) -> nn.ModuleList:
         """The decoder blocks as they stand in the model now."""
         blocks: nn.ModuleList = self.decoder.layers
         return blocks
+
+    def originals(self, numbers: Iterable[int] | None = None) -> Iterator[nn.Module]:
+        """The original's blocks in order, or those of `numbers`; one that is stored is in memory while it is in use."""
+        for number in range(len(self.blocks)) if numbers is None else numbers:
+            yield self.blocks[number] if self.stored is None else self.stored.read(number)
+
+    def own(self, original: nn.Module) -> nn.Module:
+        """A block that may be changed: a copy, or the block itself where `originals` read it for its caller alone."""
+        return copy.deepcopy(original) if self.stored is None else original
+
+    def skeleton(self, number: int) -> nn.Module:
+        """The original's block on the meta device, a copy that may be changed."""
+        return skeleton_of(self.blocks[number]) if self.stored is None else self.stored.skeleton(number)
+
+    def outside_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of everything but the decoder blocks."""
+        with self.with_blocks([]) as model:
+            parameters = list(model.parameters())
+        yield from parameters
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        device: torch.device = self.decoder.embed_tokens.weight.device
+        return device
 
     @property
     def head(self) -> nn.Linear:
@@ -75,7 +107,7 @@ class ModelAdapter:
 
     def shapes(self, block: int) -> dict[str, tuple[int, int]]:
         """(O, I) of every linear of a block by relative name, compressed or not."""
-        linears: dict[str, Any] = {name: self.blocks[block].get_submodule(name) for name in self.linear_names}
+        linears: dict[str, Any] = {name: unlent(self.blocks[block]).get_submodule(name) for name in self.linear_names}
         return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
 
     def window(self, block: int) -> int | None:

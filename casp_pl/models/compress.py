@@ -1,30 +1,38 @@
 """Compress one decoder block: low-rank W_q and W_k, every linear quantized, aimed at the original's output (method D).
 
 The linears are done group by group in the order in which the block computes them, each on the inputs that the already
-compressed part of the block gives it. Several processes share the linears of a group out among themselves: they all
+compressed part of the block gives it. Each is kept as soon as it is there, so that a run that is killed inside a block
+does it once only. Several processes share the linears of a group out among themselves: they all
 have the same moments, and each linear comes out the same whoever makes it. Shapes: O out, I in, N tokens.
 """
 
-import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from casp_pl.allocation import ModulePlan
 from casp_pl.layers import LowRankLinear, QuantizedLinear, materialized
-from casp_pl.linalg import PropagationTarget, full_width_products, relative_proxy_loss
+from casp_pl.linalg import PropagationTarget, add_products, full_width_products, relative_proxy_loss
 from casp_pl.models.adapter import ModelAdapter
-from casp_pl.models.sharing import of_everyone, own_share
+from casp_pl.models.sharing import Layer, of_everyone, own_share
 from casp_pl.models.streams import BlockBatch, linear_inputs
-from casp_pl.processes import sum_of_all
+from casp_pl.processes import process_count, sum_of_all
 from casp_pl.quantizers import Quantizer
 from casp_pl.quantizers.low_rank import quantize_low_rank
 
-__all__ = ["BlockQuantization", "LinearReport", "Moments", "collect_moments", "round_to_nearest"]
+__all__ = [
+    "BlockQuantization",
+    "FinishedLinears",
+    "LinearReport",
+    "Moments",
+    "NothingFinished",
+    "collect_moments",
+    "round_to_nearest",
+]
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,26 @@ class Moments:
     cross: Tensor
 
 
+class FinishedLinears(Protocol):
+    """Linears of one block that are done, by relative name."""
+
+    def find(self, name: str) -> tuple[Layer, LinearReport] | None:
+        """What became of a linear; None if it is not done."""
+
+    def add(self, name: str, layer: Layer, report: LinearReport) -> None:
+        """A linear is done."""
+
+
+class NothingFinished:
+    """Starts with no linear, and remembers none."""
+
+    def find(self, name: str) -> None:
+        """There is none."""
+
+    def add(self, name: str, layer: Layer, report: LinearReport) -> None:
+        """Nothing is kept."""
+
+
 class BlockQuantization:
     """Settings of the block-by-block quantization.
 
@@ -70,8 +98,10 @@ class BlockQuantization:
         quantizer: Quantizer,
         references: Sequence[Mapping[str, Tensor]],
         student: Sequence[BlockBatch],
+        finished: FinishedLinears | None = None,
+        linear_done: Callable[[LinearReport], None] | None = None,
     ) -> tuple[nn.Module, list[LinearReport]]:
-        """A compressed copy of `original`.
+        """A compressed copy of `original`; the block itself where it was read from disk, see `ModelAdapter.own`.
 
         Args:
             adapter: tells the linears and their order.
@@ -81,6 +111,8 @@ class BlockQuantization:
             references: per batch what the first linear of every group reads in the original model, (N, I); see
                 `run_blocks_seeing` and `ModelAdapter.group_heads`.
             student: inputs of this block behind the compressed prefix, the same batches.
+            finished: linears of this block that an earlier run made, and where those made now are kept.
+            linear_done: is told of every linear of the block as it is done or found.
 
         Returns:
             The block and one report per linear.
@@ -88,27 +120,51 @@ class BlockQuantization:
         by_name = {name: plan for plan in plans for name in adapter.linear_names if plan.name.endswith("." + name)}
         if len(by_name) != len(adapter.linear_names) or len(plans) != len(by_name):
             raise ValueError(f"a block has {len(adapter.linear_names)} linears, these plans are of {len(plans)}")
-        block = copy.deepcopy(original)
+        block = adapter.own(original)
         reports: list[LinearReport] = []
         for group in adapter.linear_groups:
-            with materialized(block):  # all batches pass through what is compressed already
-                moments = collect_moments(block, student, [reference[group[0]] for reference in references], group[0])
-            targets = self._targets(block, group, moments)
-            made = {}
-            for name in own_share({name: target.numel() for name, target in targets.items()}):
-                linear = _dense_linear(block, name)
-                made[name] = self._compress_linear(linear, targets[name], by_name[name], quantizer, moments.second)
-            everyones = of_everyone(made, moments.second.device)
+            group_plans = {name: by_name[name] for name in group}
+            inputs = [reference[group[0]] for reference in references]
+            done = self._compress_group(block, group_plans, quantizer, inputs, student, finished or NothingFinished())
             for name in group:
-                layer, report = everyones[name]
+                layer, report = done[name]
                 block.set_submodule(name, layer)
                 reports.append(report)
+                if linear_done is not None:
+                    linear_done(report)
         return block, reports
 
-    def _targets(self, block: nn.Module, group: Sequence[str], moments: Moments) -> dict[str, Tensor]:
-        """What each linear of a group, (O, I), aims at."""
-        aim = PropagationTarget(moments.cross, moments.second, self.propagation)
-        return {name: aim.of(_dense_linear(block, name).weight.float()) for name in group}
+    def _compress_group(
+        self,
+        block: nn.Module,
+        plans: Mapping[str, ModulePlan],
+        quantizer: Quantizer,
+        references: Sequence[Tensor],
+        student: Sequence[BlockBatch],
+        finished: FinishedLinears,
+    ) -> dict[str, tuple[Layer, LinearReport]]:
+        """All linears of a group: found, or made and kept."""
+        found = {name: done for name in plans if (done := finished.find(name)) is not None}
+        missing = [name for name in plans if name not in found]
+        if not missing:
+            return found
+        with materialized(block):  # all batches pass through what is compressed already
+            moments = collect_moments(block, student, references, next(iter(plans)))
+        second, aim = moments.second, PropagationTarget(moments.cross, moments.second, self.propagation)
+        del moments  # the cross moment of a wide linear is half as large as a block
+        targets = {name: aim.of(_dense_linear(block, name).weight.float()) for name in missing}
+        del aim
+        made = {}
+        for name in own_share({name: target.numel() for name, target in targets.items()}):
+            linear = _dense_linear(block, name)
+            made[name] = self._compress_linear(linear, targets[name], plans[name], quantizer, second)
+            if process_count() == 1:
+                finished.add(name, *made[name])
+        everyones = of_everyone(made, second.device)
+        if process_count() > 1:  # only the first process writes, and it learns of the others' linears just now
+            for name in missing:
+                finished.add(name, *everyones[name])
+        return found | everyones
 
     def _compress_linear(
         self, linear: nn.Linear, target: Tensor, plan: ModulePlan, quantizer: Quantizer, moment: Tensor
@@ -142,30 +198,31 @@ def collect_moments(
     linear = _dense_linear(block, name)
     # the sum of float32 products depends on their order, and so on the number of processes, unless it is wider
     wide: dict[str, Any] = {"dtype": torch.float64, "device": linear.weight.device}
-    second, cross = torch.zeros(2, linear.in_features, linear.in_features, **wide)
+    second, cross = (torch.zeros(linear.in_features, linear.in_features, **wide) for _ in range(2))
     tokens = torch.zeros((), dtype=torch.int64, device=linear.weight.device)
     for batch, reference in zip(student, references, strict=True):
         inputs = linear_inputs(block, batch, [name])[name].float()
+        reference = reference.to(inputs)
         with full_width_products():
-            second += inputs.T @ inputs
-            cross += reference.float().T @ inputs
+            add_products(second, inputs, inputs)
+            add_products(cross, reference, inputs)
         tokens += len(inputs)
     count = sum_of_all(tokens)
-    return Moments(sum_of_all(second).div_(count).float(), sum_of_all(cross).div_(count).float())
+    narrow = sum_of_all(second).div_(count).float()
+    del second
+    return Moments(narrow, sum_of_all(cross).div_(count).float())
 
 
 @torch.no_grad()
-def round_to_nearest(adapter: ModelAdapter, quantizer: Quantizer, bits: int) -> list[nn.Module]:
-    """Compressed copies of all blocks without any calibration: the baseline of every report."""
-    blocks = []
-    for original in adapter.blocks:
-        block = copy.deepcopy(original)
+def round_to_nearest(adapter: ModelAdapter, quantizer: Quantizer, bits: int) -> Iterator[nn.Module]:
+    """Compressed copies of all blocks, one after the other, without any calibration: the baseline of every report."""
+    for original in adapter.originals():
+        block = adapter.own(original)
         for name in adapter.linear_names:
             linear = _dense_linear(block, name)
             identity = torch.eye(linear.in_features)
             block.set_submodule(name, quantizer.quantize(linear.weight, identity, bits=bits, bias=linear.bias))
-        blocks.append(block)
-    return blocks
+        yield block
 
 
 def _dense_linear(block: nn.Module, name: str) -> nn.Linear:

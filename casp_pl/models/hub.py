@@ -9,12 +9,13 @@ from casp_pl.errors import InputError
 __all__ = ["hub_directory"]
 
 _LOG = logging.getLogger(__name__)
-_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")  # never a pickle, never code
+_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt")  # never a pickle, never code
+_WEIGHTS = ("*.safetensors",)
 _SECONDS = 5.0  # to see whether the hub answers; the client's own retries would take minutes to give up
 
 
-def hub_directory(name: str) -> Path:
-    """Where the files of `name` (org/model) lie on this machine, after fetching what is missing.
+def hub_directory(name: str, *, weights: bool = True) -> Path:
+    """Where the files of `name` (org/model) lie on this machine, after fetching what is missing, with `weights` or not.
 
     With HF_HUB_OFFLINE=1, or when the hub does not answer, the copy in the hub's cache is used.
 
@@ -23,10 +24,11 @@ def hub_directory(name: str) -> Path:
     """
     from huggingface_hub import is_offline_mode, snapshot_download
 
+    wanted = [*_PATTERNS, *(_WEIGHTS if weights else ())]
     offline = is_offline_mode()
     reachable = not offline and _hub_answers(_SECONDS)
     try:
-        directory = Path(snapshot_download(name, allow_patterns=list(_PATTERNS), local_files_only=not reachable))
+        directory = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=not reachable))
     except Exception as error:  # whatever the client raises, the model is not here
         if reachable:
             reason = f"the hub says: {(str(error).splitlines() or [type(error).__name__])[0]}"

@@ -7,13 +7,18 @@ from typing import Any, Literal
 
 import torch
 
-from casp_pl.errors import InputError
+from casp_pl.errors import ConfigError, InputError
+from casp_pl.models.adapter import ModelAdapter, adapt
 from casp_pl.models.demo import load_demo, load_processor, load_tokenizer
 from casp_pl.models.hub import hub_directory
+from casp_pl.models.memory import fits_in_memory
 from casp_pl.models.original import check_config, check_original
+from casp_pl.models.streamed import load_streamed
 from casp_pl.models.tiny import load_tiny
 
-__all__ = ["ModelSource", "load_model"]
+__all__ = ["ModelSource", "explained", "factory_and_processor", "load_model", "source_directory"]
+
+_OWN = ("embedded", "embedded-text", "tiny")
 
 
 class ModelSource:
@@ -23,13 +28,46 @@ class ModelSource:
         source: `embedded` (SmolLM2 with a vision tower, comes with the package), `embedded-text` (SmolLM2 alone),
             `tiny` (random, for tests), or a directory or hub name of a model of the LLaVA family or LLaMA type.
         dtype: the type that everything is computed in; on a CPU float32 is by far the fastest.
+        streaming: whether the decoder blocks stay on disk and are read one at a time; null does so where the model
+            does not fit into free memory comfortably. The results are the same.
     """
 
     def __init__(
-        self, *, source: str = "embedded", dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+        self,
+        *,
+        source: str = "embedded",
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        streaming: bool | None = None,
     ) -> None:
         self.source = source
         self.dtype = dtype
+        self.streaming = streaming
+
+    def open(self, device: torch.device) -> tuple[ModelAdapter, Any]:
+        """The adapter of the model on a device, streamed or in memory, and its processor.
+
+        Raises:
+            InputError: the model cannot be found or read.
+            IntegrityError: its files are broken or unsafe to read.
+            ConfigError: it cannot be streamed, but is to be.
+        """
+        if self.source in _OWN and self.streaming:
+            raise ConfigError(f"model.streaming: '{self.source}' has no files to read from; set it to false.")
+        if self.source not in _OWN and self.streaming is not False:
+            directory = source_directory(self.source)
+            check_original(directory)
+            if self.streams(device):
+                factory, processor = factory_and_processor(self.source, directory)
+                dtype = getattr(torch, self.dtype)
+                return load_streamed(directory, factory, dtype=dtype, device=device), processor
+        model, processor = self.load()
+        return adapt(model.to(device)), processor
+
+    def streams(self, device: torch.device) -> bool:
+        """Whether `open` leaves the decoder blocks of this model on disk."""
+        if self.source in _OWN or self.streaming is not None:
+            return bool(self.streaming)
+        return not fits_in_memory(source_directory(self.source), getattr(torch, self.dtype), device)
 
     def load(self) -> tuple[Any, Any]:
         """A frozen model in evaluation mode and its processor (a tokenizer for a text model).
@@ -47,7 +85,9 @@ class ModelSource:
             model, processor = load_demo(text_only=self.source == "embedded-text")
         else:
             model, processor = _load_hugging_face(self.source, dtype)
-        return model.to(dtype).eval().requires_grad_(False), processor
+        for parameter in model.parameters():  # not buffers: rotary embeddings need their frequencies in float32
+            parameter.data = parameter.data.to(dtype)
+        return model.eval().requires_grad_(False), processor
 
     def load_processor(self) -> Any:
         """The processor alone (a tokenizer for a text model), without reading the weights.
@@ -59,9 +99,9 @@ class ModelSource:
             return load_tiny()[1]
         if self.source in ("embedded", "embedded-text"):
             return load_processor() if self.source == "embedded" else load_tokenizer()
-        directory = _directory(self.source)
+        directory = source_directory(self.source)
         check_config(directory)
-        return _factory_and_processor(self.source, directory)[1]
+        return factory_and_processor(self.source, directory)[1]
 
 
 def load_model(source: str = "embedded") -> tuple[Any, Any]:
@@ -70,11 +110,11 @@ def load_model(source: str = "embedded") -> tuple[Any, Any]:
 
 
 def _load_hugging_face(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    directory = _directory(source)
+    directory = source_directory(source)
     check_original(directory)
-    factory, processor = _factory_and_processor(source, directory)
+    factory, processor = factory_and_processor(source, directory)
     settings: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
-    with _explained(source):
+    with explained(source):
         model, loading = factory.from_pretrained(directory, dtype=dtype, output_loading_info=True, **settings)
     lost = sorted(str(entry) for what in ("missing_keys", "mismatched_keys") for entry in loading[what])
     if lost:
@@ -84,7 +124,7 @@ def _load_hugging_face(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     return model, processor
 
 
-def _factory_and_processor(source: str, directory: Path) -> tuple[Any, Any]:
+def factory_and_processor(source: str, directory: Path) -> tuple[Any, Any]:
     """The Auto class of the model, and its processor or tokenizer."""
     from transformers import (
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -95,26 +135,30 @@ def _factory_and_processor(source: str, directory: Path) -> tuple[Any, Any]:
 
     from casp_pl.models.processors import load_processor as processor_in
 
-    with _explained(source):
+    with explained(source):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
         multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         processor = processor_in(directory, config.model_type, takes_images=multimodal)
     return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM, processor
 
 
-def _directory(source: str) -> Path:
-    """Where the model's files lie, fetched from the hub if need be."""
+def source_directory(source: str, *, weights: bool = True) -> Path:
+    """Where the model's files lie, fetched from the hub if need be; without `weights` all but these is fetched.
+
+    Raises:
+        InputError: there is no such model, or no way to reach it.
+    """
     if Path(source).is_dir():
         return Path(source)
     if Path(source).exists() or source.count("/") != 1:
         raise InputError(
             f"model.source: '{source}' is neither embedded, tiny, a directory, nor a hub name like org/name."
         )
-    return hub_directory(source)
+    return hub_directory(source, weights=weights)
 
 
 @contextmanager
-def _explained(source: str) -> Iterator[None]:
+def explained(source: str) -> Iterator[None]:
     """Turns what goes wrong in reading a model into one sentence."""
     from safetensors import SafetensorError
 

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, BatchFeature
 from transformers.image_processing_backends import PilBackend
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
-from transformers.utils import is_torchvision_available
+from transformers.image_utils import PILImageResampling
+from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.utils.import_utils import is_torchvision_available
 
 __all__ = ["FrameProcessor", "load_processor", "without_torchvision"]
 
@@ -42,7 +43,7 @@ class FrameProcessor(PilBackend):
         super().__init__(**settings)
         self.video_processor_type = processor.removesuffix("Processor") + "VideoProcessor"
 
-    def __call__(self, videos: Any, **_: Any) -> BatchFeature:
+    def __call__(self, videos: Any, **_: Any) -> BatchFeature:  # type: ignore[override]
         """Lists of frames, the same number each, to float32 `pixel_values_videos` (videos, frames, 3, H, W)."""
         frames = [super(FrameProcessor, self).__call__(video, return_tensors="np")["pixel_values"] for video in videos]
         return BatchFeature({"pixel_values_videos": np.stack(frames)}, tensor_type="pt")
@@ -86,7 +87,7 @@ def load_processor(directory: Path, model_type: str, *, takes_images: bool) -> A
     settings, arguments = kind.get_processor_dict(directory, local_files_only=True)
     parts = {
         "tokenizer": AutoTokenizer.from_pretrained(directory, **_LOCAL),
-        "image_processor": AutoImageProcessor.from_pretrained(directory, **_LOCAL),
+        "image_processor": AutoImageProcessor.from_pretrained(directory, **_LOCAL),  # type: ignore[no-untyped-call]
         "video_processor": FrameProcessor(name, **_video_settings(directory, settings)),
     }
     return kind.from_args_and_dict([parts[part] for part in kind.get_attributes()], settings, **arguments)

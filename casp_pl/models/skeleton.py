@@ -3,7 +3,6 @@
 Everything that a forecast needs - shapes, names, ties, the bytes of every tensor - is known before a weight is read.
 """
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,11 +11,12 @@ from typing import Any
 
 import torch
 
-from casp_pl.errors import InputError
 from casp_pl.models.demo.language import find_gguf, load_tokenizer
 from casp_pl.models.demo.llava import demo_config, load_processor, set_end_tokens
-from casp_pl.models.load import ModelSource
+from casp_pl.models.load import ModelSource, explained, factory_and_processor, source_directory
+from casp_pl.models.original import check_config
 from casp_pl.models.tiny import load_tiny
+from casp_pl.models.weight_files import weight_file
 
 __all__ = ["Skeleton", "load_skeleton"]
 
@@ -45,6 +45,7 @@ def load_skeleton(source: ModelSource) -> Skeleton:
         InputError: the model cannot be found.
     """
     headers: Mapping[str, torch.dtype] | None = None
+    processor: Any
     if source.source == "tiny":
         real, processor = load_tiny()
         model = _on_meta(type(real), real.config)
@@ -86,49 +87,33 @@ def _embedded_text() -> Any:
 
 
 def _hugging_face(source: str) -> tuple[Any, Any, dict[str, torch.dtype]]:
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-        AutoProcessor,
-        AutoTokenizer,
-        GenerationConfig,
-    )
+    from transformers import AutoConfig, GenerationConfig
 
-    try:
-        config = AutoConfig.from_pretrained(source)
-        multimodal = hasattr(config, "vision_config")
-        factory: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
-        reader: Any = AutoProcessor if multimodal else AutoTokenizer
+    directory = source_directory(source, weights=False)
+    check_config(directory)
+    factory, processor = factory_and_processor(source, directory)
+    with explained(source):
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):
             model = factory.from_config(config)
         model.tie_weights()
         with suppress(OSError):  # many models have none
-            model.generation_config = GenerationConfig.from_pretrained(source)
-        return model, reader.from_pretrained(source), _headers(source)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"model.source: cannot read '{source}': {reason}\nGive a local directory if the hub is out of reach."
-        ) from error
+            model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+        return model, processor, _headers(source, directory)
 
 
-def _headers(source: str) -> dict[str, torch.dtype]:
-    """Name to dtype of every tensor in the safetensors files of a directory or of a repository on the hub."""
-    directory = Path(source)
-    if not directory.is_dir():
+def _headers(source: str, directory: Path) -> dict[str, torch.dtype]:
+    """Name to dtype of every tensor in the safetensors files, of the directory or else of the hub."""
+    files = sorted(directory.glob("*.safetensors"))
+    if not files and not Path(source).is_dir():
         from huggingface_hub import get_safetensors_metadata
 
-        files = get_safetensors_metadata(source).files_metadata.values()
-        return {name: _dtype(info.dtype) for file in files for name, info in file.tensors.items()}
+        remote = get_safetensors_metadata(source).files_metadata.values()
+        return {name: _dtype(info.dtype) for file in remote for name, info in file.tensors.items()}
     found: dict[str, torch.dtype] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > path.stat().st_size:
-                raise InputError(f"model.source: {path} is no sound safetensors file.")
-            header = json.loads(file.read(length))
-        found |= {name: _dtype(entry["dtype"]) for name, entry in header.items() if name != "__metadata__"}
+    for path in files:
+        with weight_file(path) as reader:
+            found |= {name: _dtype(reader.get_slice(name).get_dtype()) for name in reader.keys()}  # noqa: SIM118
     return found
 
 

@@ -21,19 +21,23 @@ def require_materialized(module: nn.Module) -> None:
         )
 
 
-def require_finite_weights(model: nn.Module) -> None:
+def require_finite_weights(model: nn.Module, prefix: str = "") -> None:
     """Refuse NaN and infinity in any tensor of a model, before anything is computed with it.
+
+    Args:
+        model: a model or a part of it.
+        prefix: what the names of a part begin with.
 
     Raises:
         NumericsError: the message names the first such tensor, how many of its values are broken, and how many tensors.
         InputError: a tensor has no values at all.
     """
     require_materialized(model)
-    broken = {}
+    broken: dict[str, tuple[int, int]] = {}
     for name, tensor in model.state_dict().items():
         if _is_tensor(tensor) and tensor.is_floating_point():
             count = tensor.numel() - int(tensor.isfinite().sum())
-            broken |= {name: (count, tensor.numel())} if count else {}
+            broken |= {prefix + name: (count, tensor.numel())} if count else {}
     if broken:
         name, (count, total) = next(iter(broken.items()))
         raise NumericsError(

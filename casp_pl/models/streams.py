@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from casp_pl.models.activations import Keep, in_memory
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.branches import additive_mask, real_tokens, refuse_short_windows
 from casp_pl.models.micro_batch import in_halves
@@ -70,7 +71,7 @@ class BlockBatch:
 
     def _rows(self, rows: slice) -> "BlockBatch":
         arguments, own = (_rows_of(value, rows, len(self)) for value in (self.arguments, self.own))
-        tensors = {"hidden": self.hidden[rows], "real": self.real[rows], "image": self.image[rows]}
+        tensors: dict[str, Any] = {"hidden": self.hidden[rows], "real": self.real[rows], "image": self.image[rows]}
         return replace(self, **tensors, arguments=arguments, own=own)
 
 
@@ -106,9 +107,15 @@ class _Witness(nn.Module):
 
 @torch.no_grad()
 def first_block_batches(
-    adapter: ModelAdapter, batches: Iterable[Mapping[str, Any]], autocast: torch.dtype | None = None
+    adapter: ModelAdapter,
+    batches: Iterable[Mapping[str, Any]],
+    autocast: torch.dtype | None = None,
+    keep: Keep = in_memory,
 ) -> list[BlockBatch]:
-    """Run embeddings, vision tower and projector, and catch what blocks are given; see `BlockBatch.autocast`."""
+    """Run embeddings, vision tower and projector, and catch what blocks are given; `keep` keeps what block 0 reads.
+
+    `autocast` is that of `BlockBatch`.
+    """
     result = []
     count = len(adapter.blocks)
     for batch in batches:
@@ -121,7 +128,7 @@ def first_block_batches(
         )
         real = real_tokens(batch)
         image = adapter.image_mask(batch["input_ids"]) & real
-        result.append(BlockBatch(hidden, real, image, arguments, autocast, own if any(own) else ()))
+        result.append(BlockBatch(keep(hidden), real, image, arguments, autocast, own if any(own) else ()))
     return result
 
 
@@ -152,22 +159,23 @@ def model_inputs(
 
 
 def run_block(block: nn.Module, batch: BlockBatch) -> Tensor:
-    """The block's output (B, T, I)."""
-    with _autocast_to(batch.autocast, batch.hidden.device):
-        output = block(batch.hidden, **batch.arguments_of(block))
+    """The block's output (B, T, I), on the device of the block; inputs that were kept elsewhere are moved there."""
+    inputs = batch.hidden.to(batch.real.device)
+    with _autocast_to(batch.autocast, inputs.device):
+        output = block(inputs, **batch.arguments_of(block))
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 
 
 @torch.no_grad()
-def run_blocks(block: nn.Module, batches: Sequence[BlockBatch]) -> list[BlockBatch]:
+def run_blocks(block: nn.Module, batches: Sequence[BlockBatch], keep: Keep = in_memory) -> list[BlockBatch]:
     """Every batch one block further along."""
-    return [batch.with_hidden(in_halves(partial(run_block, block), batch, torch.cat)) for batch in batches]
+    return [batch.with_hidden(keep(in_halves(partial(run_block, block), batch, torch.cat))) for batch in batches]
 
 
 @torch.no_grad()
 def run_blocks_seeing(
-    block: nn.Module, batches: Sequence[BlockBatch], names: Sequence[str]
+    block: nn.Module, batches: Sequence[BlockBatch], names: Sequence[str], keep: Keep = in_memory
 ) -> tuple[list[BlockBatch], list[dict[str, Tensor]]]:
     """`run_blocks`, and on the way per batch what the named linears read at real tokens, each (real tokens, I)."""
 
@@ -181,8 +189,8 @@ def run_blocks_seeing(
     outputs, inputs = [], []
     for batch in batches:
         hidden, seen = in_halves(run, batch, join)
-        outputs.append(batch.with_hidden(hidden))
-        inputs.append(seen)
+        outputs.append(batch.with_hidden(keep(hidden)))
+        inputs.append({name: keep(tensor) for name, tensor in seen.items()})
     return outputs, inputs
 
 

@@ -4,12 +4,20 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from casp_pl.errors import IntegrityError
 from casp_pl.layers import LowRankLinear, QuantizedLinear, build_layer
 
-__all__ = ["block_from_tensors", "compressed_layers", "install_layers", "layer_specs", "round_to_storage"]
+__all__ = [
+    "block_from_tensors",
+    "compressed_layers",
+    "install_layers",
+    "layer_specs",
+    "round_to_storage",
+    "skeleton_of",
+]
 
 
 def compressed_layers(module: nn.Module) -> dict[str, "QuantizedLinear | LowRankLinear"]:
@@ -56,14 +64,29 @@ def install_layers(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -
         setattr(model.get_submodule(parent), child, layer.train(linear.training))
 
 
+def skeleton_of(module: nn.Module) -> nn.Module:
+    """A copy whose stored tensors are on the meta device: the structure without the numbers.
+
+    Buffers that no file holds keep their numbers, and model configs are shared with the copy.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in module.state_dict(keep_vars=True).values():
+        empty = torch.empty_like(tensor, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+    configs = (vars(part).get("config") for part in module.modules())
+    memo |= {id(config): config for config in configs if config is not None}  # it says which attention is computed
+    return copy.deepcopy(module, memo)
+
+
 def block_from_tensors(
-    original: nn.Module, specs: Mapping[str, dict[str, Any]], tensors: Mapping[str, Tensor]
+    original: nn.Module, specs: Mapping[str, dict[str, Any]], tensors: Mapping[str, Tensor], device: torch.device
 ) -> nn.Module:
-    """A compressed copy of `original` with the given layers and all of its tensors loaded."""
-    block = copy.deepcopy(original)
+    """A compressed block with the structure of `original`, the given layers, and all of its tensors loaded."""
+    block = skeleton_of(original)
     install_layers(block, specs)
-    block.load_state_dict(dict(tensors))
-    return block.eval().requires_grad_(False)
+    block.load_state_dict(dict(tensors), assign=True)
+    return block.to(device).eval().requires_grad_(False)
 
 
 def round_to_storage(module: nn.Module) -> None:

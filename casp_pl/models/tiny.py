@@ -9,7 +9,7 @@ from casp_pl.models.demo.llava import CHAT_TEMPLATE
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
-__all__ = ["byte_tokenizer", "load_tiny"]
+__all__ = ["byte_tokenizer", "load_tiny", "make_processor"]
 
 _IMAGE_SIZE, _PATCH_SIZE = 32, 8
 _SPECIAL = ("<|im_start|>", "<|im_end|>", "<image>")
@@ -19,7 +19,8 @@ def load_tiny(seed: int = 0, *, blocks: int = 2) -> tuple["LlavaForConditionalGe
     """Two blocks of hidden size 48, 4 query heads on 2 key heads, 16 image tokens. The same weights at every call."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    tokenizer = byte_tokenizer(_SPECIAL)
+    processor = make_processor(image_size=_IMAGE_SIZE, patch_size=_PATCH_SIZE)
+    tokenizer = processor.tokenizer
     vocabulary = tokenizer.get_vocab()
     start, end, image = (vocabulary[token] for token in _SPECIAL)
     text = LlamaConfig(
@@ -44,7 +45,7 @@ def load_tiny(seed: int = 0, *, blocks: int = 2) -> tuple["LlavaForConditionalGe
             parameter.data.copy_(parameter.data.half())
     model.generation_config.eos_token_id = end
     model.generation_config.pad_token_id = end
-    return model.eval(), _processor(tokenizer)
+    return model.eval(), processor
 
 
 def byte_tokenizer(special: tuple[str, ...], chat_template: str | None = None) -> "PreTrainedTokenizerFast":
@@ -66,14 +67,15 @@ def byte_tokenizer(special: tuple[str, ...], chat_template: str | None = None) -
     return fast
 
 
-def _processor(tokenizer: "PreTrainedTokenizerFast") -> "LlavaProcessor":
+def make_processor(*, image_size: int, patch_size: int) -> "LlavaProcessor":
+    """A byte tokenizer and an image processor for square images of so many pixels."""
     from transformers import CLIPImageProcessor, LlavaProcessor
 
-    size = {"height": _IMAGE_SIZE, "width": _IMAGE_SIZE}
+    size = {"height": image_size, "width": image_size}
     return LlavaProcessor(  # type: ignore[no-untyped-call]
         image_processor=CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False),
-        tokenizer=tokenizer,
-        patch_size=_PATCH_SIZE,
+        tokenizer=byte_tokenizer(_SPECIAL),
+        patch_size=patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,

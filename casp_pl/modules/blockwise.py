@@ -29,6 +29,7 @@ def relative_error(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     would see only the few tokens with massive activations. output, target (B, T, I), weight (B, T); a scalar. Each
     process has some of the tokens; the mean of their results is that of them all.
     """
+    target = target.to(output.device)  # it may have been kept elsewhere
     error = (output - target).float().square().sum(-1) / target.float().square().sum(-1).clamp_min(1e-12)
     return (error * weight).sum() / mean_of_all(weight.sum())
 

@@ -1,16 +1,21 @@
 """The calibration pass: the original model over the calibration samples, statistics of every block on the way."""
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import product
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from casp_pl.errors import NumericsError
-from casp_pl.linalg import full_width_products, relative_proxy_loss, whitened_svd
+from casp_pl.linalg import add_products, full_width_products, relative_proxy_loss, whitened_svd
+from casp_pl.models.activations import Keep, in_memory
 from casp_pl.models.adapter import ModelAdapter
-from casp_pl.models.branches import real_tokens, visible_pairs
-from casp_pl.models.streams import model_inputs
+from casp_pl.models.branches import visible_pairs
+from casp_pl.models.streams import BlockBatch, first_block_batches, run_block
 from casp_pl.modules.statistics import CalibrationStatistics
 from casp_pl.processes import process_count, process_rank, sum_of_all
 from casp_pl.quantizers import RTNQuantizer
@@ -19,10 +24,15 @@ __all__ = ["CalibrationModule"]
 
 
 class CalibrationModule(pl.LightningModule):
-    """Evaluation-loop pass that fills `statistics` (method A). Run it with `Trainer.validate`.
+    """Evaluation-loop pass that fills `statistics` (method A). Run it with `Trainer.validate(module)`.
+
+    All batches go through a block before the next block is read: a step of the loop is one batch in one block, and of
+    everything that is measured only the current block's is in memory.
 
     Args:
         adapter: the original model.
+        batches: the calibration batches of this process, on its device.
+        keep: keeps the inputs of the current block for all batches.
         sparsity_threshold: attention probabilities below it count as zero.
         sparsity_batches: batches on which attention is measured; these run with eager attention, which is slower.
         measure_rounding: also round every linear quickly and record its relative proxy loss (needed by the bit score
@@ -33,7 +43,9 @@ class CalibrationModule(pl.LightningModule):
     def __init__(
         self,
         adapter: ModelAdapter,
+        batches: Sequence[dict[str, Any]],
         *,
+        keep: Keep = in_memory,
         sparsity_threshold: float = 1e-3,
         sparsity_batches: int = 4,
         measure_rounding: bool = False,
@@ -41,102 +53,145 @@ class CalibrationModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.adapter = adapter
-        self.model = adapter.model
+        self.batches = batches
+        self.keep = keep
         self.sparsity_threshold = sparsity_threshold
         self.sparsity_batches = sparsity_batches
         self.measure_rounding = measure_rounding
         self.sensitivity = sensitivity or {}
         self.statistics: CalibrationStatistics | None = None
+        self._block: Any = None
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """(block, batch) numbers, block by block."""
+        numbers = list(product(range(len(self.adapter.blocks)), range(len(self.batches))))
+        return DataLoader(numbers, batch_size=None)  # type: ignore[arg-type]  # a sequence is dataset enough
 
     def on_validation_start(self) -> None:
-        """Empty sums, and hooks on every block."""
+        """Empty sums."""
         count = len(self.adapter.blocks)
-        self._moments: dict[str, Tensor] = {}
+        self._states: list[BlockBatch] = []
+        self._originals = self.adapter.originals()
         self._cosines = torch.zeros(count, dtype=torch.float64)
         heads = int(self.adapter.decoder.config.num_attention_heads)
         self._sparsity = torch.zeros(count, heads, 2, 2, 2, dtype=torch.float64)
-        self._tokens = self._image_tokens = 0
-        self._handles = [handle for number in range(count) for handle in self._watch(number)]
+        self._spectra: dict[str, Tensor] = {}
+        self._rounding: dict[str, float] = {}
+        self._counts = self._total = torch.zeros(2, dtype=torch.float64)
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """One batch of the original model; the hooks do the rest."""
-        self._real = real_tokens(batch)
-        self._image = self.adapter.image_mask(batch["input_ids"]) & self._real
-        windows = {self.adapter.window(number) for number in range(len(self.adapter.blocks))}
-        self._visible = {window: visible_pairs(batch, window) for window in windows}
-        self._tokens += int(self._real.sum())
-        self._image_tokens += int(self._image.sum())
-        self._watch_attention = batch_idx * process_count() + process_rank() < self.sparsity_batches
-        before = self.adapter.decoder.config._attn_implementation
-        self.adapter.decoder.set_attn_implementation("eager" if self._watch_attention else before)
-        try:
-            # the decoder's output is enough: logits of every token would cost a quarter more
-            inputs = model_inputs(batch, self.model.dtype, self.adapter.shortest_window)
-            getattr(self.model, "model", self.model)(**inputs, use_cache=False)
-        finally:
-            self.adapter.decoder.set_attn_implementation(before)
+    def validation_step(self, numbers: tuple[int, int], batch_idx: int) -> None:
+        """One batch in one block; the hooks measure."""
+        number, index = numbers
+        with self._attention_of(index):
+            if number == 0:
+                self._states += first_block_batches(self.adapter, [self.batches[index]], keep=self.keep)
+            if index == 0:
+                self._begin_block(number)
+            self._run(number, index)
+        if index == len(self.batches) - 1:
+            self._end_block(number)
 
     def on_validation_epoch_end(self) -> None:
-        """Sum over ranks, then spectra and scores.
-
-        Raises:
-            NumericsError: some activation was NaN or infinite; `modules.finite.broken_samples` tells whose.
-        """
-        for handle in self._handles:
-            handle.remove()
-        counts = torch.tensor([self._tokens, self._image_tokens], dtype=torch.float64)
-        sums, cosines, sparsity = (sum_of_all(value) for value in (counts, self._cosines, self._sparsity))
-        moments = {name: (sum_of_all(value) / sums[0]).float() for name, value in self._moments.items()}
-        bad = [f"inputs of {name}" for name, value in moments.items() if not value.isfinite().all()]
-        bad += [f"output of block {number}" for number in (~cosines.isfinite()).nonzero().flatten().tolist()]
-        if bad:
-            raise NumericsError(f"NaN or infinity in the {bad[0]} during calibration ({len(bad)} places in all).")
-        low_rank = {self.adapter.full_name(b, n) for b in range(len(cosines)) for n in self.adapter.low_rank_names}
-        weights = {name: self._weight(name) for name in self._names()}
+        """Scores out of the sums over ranks."""
+        cosines, sparsity = sum_of_all(self._cosines), sum_of_all(self._sparsity)
+        tokens, image_tokens = self._total.tolist()
         self.statistics = CalibrationStatistics(
-            block_influence=(1 - cosines / sums[0]).float(),
-            spectra={n: whitened_svd(weights[n], moments[self._source(n)]).S.float() for n in weights if n in low_rank},
+            block_influence=(1 - cosines / tokens).float(),
+            spectra=self._spectra,
             attention_sparsity=(sparsity[..., 0] / sparsity[..., 1]).mean(1).float(),
             head_sparsity=(sparsity[..., 0] / sparsity[..., 1]).float(),
-            rounding=self._rounding(weights, moments) if self.measure_rounding else {},
+            rounding=self._rounding,
             sensitivity=self.sensitivity,
-            tokens=int(sums[0]),
-            image_tokens=int(sums[1]),
+            tokens=int(tokens),
+            image_tokens=int(image_tokens),
         )
-        self._moments = {}
+        self._states, self._block = [], None  # Lightning moves what is still here to the CPU
 
-    def _watch(self, number: int) -> list[Any]:
-        block: Any = self.adapter.blocks[number]
+    @contextmanager
+    def _attention_of(self, index: int) -> Iterator[None]:
+        """Inside, the decoder computes attention so that its probabilities can be seen, if this batch's are wanted."""
+        decoder = self.adapter.decoder
+        self._watch_attention = index * process_count() + process_rank() < self.sparsity_batches
+        before = decoder.config._attn_implementation
+        decoder.set_attn_implementation("eager" if self._watch_attention else before)
+        try:
+            yield
+        finally:
+            decoder.set_attn_implementation(before)
 
-        def block_done(_: nn.Module, inputs: Any, keywords: dict[str, Any], output: Any) -> None:
-            before = (inputs[0] if inputs else keywords["hidden_states"])[self._real]
-            after = (output[0] if isinstance(output, tuple) else output)[self._real]
-            cosines = nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
-            self._cosines[number] += cosines.double().sum()
-
-        def attention_done(_: nn.Module, inputs: Any, output: Any) -> None:
-            if self._watch_attention and output[1] is not None:
-                self._sparsity[number] += self._count_sparse(output[1], self._visible[self.adapter.window(number)])
-
-        def linear_reads(name: str) -> Any:
-            def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                x = inputs[0][self._real].float()
-                # in fp32, whatever the model computes in
-                with torch.autocast(x.device.type, enabled=False), full_width_products():
-                    self._moments[name] = self._moments.get(name, 0) + (x.T @ x).double()  # see `collect_moments`
-
-            return hook
-
+    def _begin_block(self, number: int) -> None:
+        self._block = None  # not two at a time
+        self._block = next(self._originals)
         groups = self.adapter.linear_groups if self.measure_rounding else self.adapter.linear_groups[:1]
-        handles = [
-            block.get_submodule(group[0]).register_forward_pre_hook(
-                linear_reads(self.adapter.full_name(number, group[0]))
-            )
+        self._moments: dict[str, Tensor] = {}
+        self._handles = [
+            self._block.get_submodule(group[0]).register_forward_pre_hook(self._linear_reads(group[0]))
             for group in groups
         ]
-        handles.append(block.register_forward_hook(block_done, with_kwargs=True))
-        handles.append(block.self_attn.register_forward_hook(attention_done))
-        return handles
+        self._handles.append(self._block.self_attn.register_forward_hook(self._attention_done(number)))
+
+    def _run(self, number: int, index: int) -> None:
+        state = self._states[index]
+        self._real, self._image = state.real, state.image
+        if self._watch_attention:
+            self._visible = visible_pairs(self.batches[index], self.adapter.window(number))
+        if number == 0:
+            counts = [int(state.real.sum()), int(state.image.sum())]
+            self._counts = self._counts + torch.tensor(counts, dtype=torch.float64)
+        after = run_block(self._block, state)
+        before = state.hidden.to(after.device)[state.real]
+        cosines = nn.functional.cosine_similarity(before.float(), after[state.real].float(), dim=-1)
+        self._cosines[number] += cosines.double().sum().cpu()
+        self._states[index] = state.with_hidden(self.keep(after))
+
+    def _end_block(self, number: int) -> None:
+        """Spectra and rounding out of the moments of all ranks; then the block is done with."""
+        for handle in self._handles:
+            handle.remove()
+        if number == 0:
+            self._total = sum_of_all(self._counts)
+        if not sum_of_all(self._cosines[number]).isfinite():
+            self._refuse(f"output of block {number}")
+        for group in self.adapter.linear_groups:
+            moment = self._moments.pop(group[0], None)
+            if moment is None:
+                continue
+            moment = (sum_of_all(moment) / self._total[0].to(moment.device)).float()
+            if not moment.isfinite().all():
+                self._refuse(f"inputs of {self.adapter.full_name(number, group[0])}")
+            for name in group:
+                self._measure(self.adapter.full_name(number, name), name, moment)
+
+    def _refuse(self, place: str) -> NoReturn:
+        """Some activation was NaN or infinite; `modules.finite.broken_samples` tells whose."""
+        raise NumericsError(f"NaN or infinity in the {place} during calibration.")
+
+    def _measure(self, full_name: str, name: str, moment: Tensor) -> None:
+        weight: Tensor = self._block.get_submodule(name).weight.detach()
+        if name in self.adapter.low_rank_names:
+            self._spectra[full_name] = whitened_svd(weight, moment).S.float()
+        if self.measure_rounding:
+            rounded = RTNQuantizer().quantize(weight, moment, bits=2).dequantize().detach()
+            self._rounding[full_name] = float(relative_proxy_loss(weight, rounded, moment))
+
+    def _attention_done(self, number: int) -> Any:
+        def hook(_: nn.Module, inputs: Any, output: Any) -> None:
+            if self._watch_attention and output[1] is not None:
+                self._sparsity[number] += self._count_sparse(output[1], self._visible)
+
+        return hook
+
+    def _linear_reads(self, name: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0][self._real].float()
+            if name not in self._moments:  # wider than the products, see `collect_moments`
+                wide: dict[str, Any] = {"dtype": torch.float64, "device": x.device}
+                self._moments[name] = torch.zeros(x.shape[1], x.shape[1], **wide)
+            # in fp32, whatever the model computes in
+            with torch.autocast(x.device.type, enabled=False), full_width_products():
+                add_products(self._moments[name], x, x)
+
+        return hook
 
     def _count_sparse(self, probabilities: Tensor, visible: Tensor) -> Tensor:
         """(head, query modality, key modality, [below threshold, all]) over real tokens that see each other."""
@@ -148,29 +203,4 @@ class CalibrationModule(pl.LightningModule):
                 pairs = query[:, :, None] & key[:, None, :] & visible
                 result[:, q, k, 0] = (small & pairs[:, None]).sum((0, 2, 3)).cpu()
                 result[:, q, k, 1] = pairs.sum().cpu()
-        return result
-
-    def _names(self) -> list[str]:
-        numbers = range(len(self.adapter.blocks))
-        return [self.adapter.full_name(number, name) for number in numbers for name in self.adapter.linear_names]
-
-    def _weight(self, name: str) -> Tensor:
-        linear: Any = self.model.get_submodule(name)
-        weight: Tensor = linear.weight.detach()
-        return weight
-
-    def _source(self, name: str) -> str:
-        """The linear whose input was recorded for `name`: the first of its group."""
-        for group in self.adapter.linear_groups:
-            for member in group:
-                if name.endswith("." + member):
-                    return name.removesuffix(member) + group[0]
-        raise KeyError(name)
-
-    def _rounding(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> dict[str, float]:
-        quantizer, result = RTNQuantizer(), {}
-        for name, weight in weights.items():
-            moment = moments[self._source(name)]
-            rounded = quantizer.quantize(weight, moment, bits=2).dequantize().detach()
-            result[name] = float(relative_proxy_loss(weight, rounded, moment))
         return result

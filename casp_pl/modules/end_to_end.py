@@ -1,6 +1,6 @@
 """End-to-end fine-tuning of the whole compressed model against the original's logits (method E)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,31 +12,51 @@ from torch import Tensor
 
 from casp_pl.data.tokenize import IGNORE
 from casp_pl.kernels import head_divergence
+from casp_pl.models.activations import Keep, in_memory
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.branches import is_counted
-from casp_pl.models.streams import model_inputs
+from casp_pl.models.streams import first_block_batches, model_inputs, run_blocks
 from casp_pl.modules.checkpointing import checkpointed
 from casp_pl.modules.compiling import CompiledBlocks
 from casp_pl.modules.parameters import relative_groups, trainable_parameters, warmed_cosine
 from casp_pl.processes import mean_of_all, process_count, sum_of_all
 
-__all__ = ["EndToEndModule", "answer_mask", "final_states", "target_mask", "teacher_states"]
+__all__ = ["EndToEndModule", "answer_mask", "final_states", "original_states", "target_mask", "teacher_states"]
 
 
 @torch.no_grad()
-def teacher_states(adapter: ModelAdapter, batches: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
+def teacher_states(
+    adapter: ModelAdapter, batches: Iterable[dict[str, Any]], keep: Keep = in_memory
+) -> dict[str, Tensor]:
     """The original's final hidden states at the tokens that are trained on, by sample id: each (tokens, I).
 
     The output head is never compressed, so these few numbers give the original's logits exactly, at 1/85 of their size.
+    `keep` keeps what the batches are between blocks.
     """
-    states: dict[str, Tensor] = {}
+    wanted, seen = [], set[str]()
     for batch in batches:
-        if not is_counted(batch) or all(sample in states for sample in batch["sample_ids"]):
-            continue
-        hidden, targets = final_states(adapter, batch), target_mask(batch)
+        if is_counted(batch) and not seen.issuperset(batch["sample_ids"]):
+            wanted.append(batch)
+            seen.update(batch["sample_ids"])
+    teacher: dict[str, Tensor] = {}
+    for batch, hidden in zip(wanted, original_states(adapter, wanted, keep), strict=True):
+        targets = target_mask(batch)
         for row, sample in enumerate(batch["sample_ids"]):
-            states[sample] = hidden[row][targets[row]].cpu()
-    return states
+            teacher[sample] = hidden[row][targets[row]].cpu()
+    return teacher
+
+
+@torch.no_grad()
+def original_states(
+    adapter: ModelAdapter, batches: Sequence[Mapping[str, Any]], keep: Keep = in_memory
+) -> Iterator[Tensor]:
+    """`final_states` of the original for every batch; all batches go through a block before the next is read."""
+    states = first_block_batches(adapter, batches, keep=keep)
+    for block in adapter.originals():
+        states = run_blocks(block, states, keep)
+    for state in states:
+        hidden: Tensor = adapter.decoder.norm(state.hidden.to(adapter.device))
+        yield hidden
 
 
 def final_states(adapter: ModelAdapter, batch: Mapping[str, Any]) -> Tensor:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from casp_pl.errors import NumericsError
+from casp_pl.models.activations import Keep, in_memory
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.branches import is_counted, real_tokens
-from casp_pl.modules.end_to_end import final_states
+from casp_pl.modules.end_to_end import original_states
 
 __all__ = ["MAX_BROKEN_SHARE", "broken_samples", "refuse_too_many_broken"]
 
@@ -19,7 +20,10 @@ MAX_BROKEN_SHARE = 0.01
 
 @torch.no_grad()
 def broken_samples(
-    adapter: ModelAdapter, batches: Iterable[dict[str, Any]], precision: AbstractContextManager[Any]
+    adapter: ModelAdapter,
+    batches: Iterable[dict[str, Any]],
+    precision: AbstractContextManager[Any],
+    keep: Keep = in_memory,
 ) -> set[str]:
     """Ids of the samples of this process whose final hidden states are not all finite.
 
@@ -29,13 +33,13 @@ def broken_samples(
         adapter: the original model.
         batches: those of this process.
         precision: what the stages compute in.
+        keep: keeps what the batches are between blocks.
     """
-    found: set[str] = set()
+    counted = [batch for batch in batches if is_counted(batch)]
     with precision:
-        for batch in batches:
-            if is_counted(batch):
-                found |= _broken_rows(final_states(adapter, batch), batch)
-    return found
+        states = original_states(adapter, counted, keep)
+        broken = [_broken_rows(hidden, batch) for hidden, batch in zip(states, counted, strict=True)]
+    return set().union(*broken)
 
 
 def refuse_too_many_broken(broken: Sequence[str], total: int) -> None:

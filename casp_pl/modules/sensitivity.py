@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from casp_pl.linalg import full_width_products, safe_cholesky
+from casp_pl.models.activations import Keep, in_memory
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.streams import BlockBatch, first_block_batches, run_block, run_blocks
 from casp_pl.modules.end_to_end import answer_mask, target_mask
@@ -27,7 +28,12 @@ _DAMPING = 1e-2  # of second moments, as the quantizers have it
 
 
 def linear_sensitivities(
-    adapter: ModelAdapter, batches: Sequence[Mapping[str, Any]], *, seed: int, autocast: torch.dtype | None = None
+    adapter: ModelAdapter,
+    batches: Sequence[Mapping[str, Any]],
+    *,
+    seed: int,
+    autocast: torch.dtype | None = None,
+    keep: Keep = in_memory,
 ) -> dict[str, float]:
     """Full name of every linear -> nats of KL that rounding it alone costs, over the noise of rounding.
 
@@ -39,19 +45,21 @@ def linear_sensitivities(
         batches: collated samples, some thousands of tokens in all.
         seed: of the tokens that the model draws.
         autocast: see `BlockBatch.autocast`.
+        keep: keeps the inputs of all blocks.
     """
-    states = [first_block_batches(adapter, batches, autocast)]
-    for block in adapter.blocks:
-        states.append(run_blocks(block, states[-1]))
-    generator = torch.Generator(states[0][0].hidden.device).manual_seed(seed)
+    states = [first_block_batches(adapter, batches, autocast, keep)]
+    for block in adapter.originals():
+        states.append(run_blocks(block, states[-1], keep))
+    generator = torch.Generator(adapter.device).manual_seed(seed)
     outputs = states.pop()
     gradients = [
         _gradient_of_draws(adapter, batch, state.hidden, generator)
         for batch, state in zip(batches, outputs, strict=True)
     ]
     scores: dict[str, float] = {}
-    for number in reversed(range(len(adapter.blocks))):
-        found, gradients = _through_block(adapter, adapter.blocks[number], states.pop(), gradients)
+    numbers = range(len(adapter.blocks))[::-1]
+    for number, block in zip(numbers, adapter.originals(numbers), strict=True):
+        found, gradients = _through_block(adapter, block, states.pop(), gradients)
         scores |= {adapter.full_name(number, name): score for name, score in found.items()}
     return scores
 
@@ -69,7 +77,7 @@ def _gradient_of_draws(
     shares = (1 / counts)[answers.long()]
     head = adapter.head.weight.detach().float()
     with torch.enable_grad():
-        hidden = hidden.detach().requires_grad_()
+        hidden = hidden.detach().to(adapter.device).requires_grad_()
         normed = adapter.decoder.norm(hidden)[targets].float()
         gradient = torch.zeros_like(normed)
         with torch.no_grad(), full_width_products():
@@ -97,7 +105,7 @@ def _through_block(
             for name in adapter.linear_names
         ]
         with torch.enable_grad():
-            hidden = state.hidden.detach().requires_grad_()
+            hidden = state.hidden.detach().to(gradient.device).requires_grad_()
             result = run_block(block, state.with_hidden(hidden))
         for handle in handles:
             handle.remove()

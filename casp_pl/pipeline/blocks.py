@@ -5,7 +5,6 @@ of it are computed again from the files, bit by bit the same.
 """
 
 import copy
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -14,52 +13,34 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
-from torch import nn
+from torch import Tensor, nn
 
 from casp_pl.allocation import CompressionPlan
 from casp_pl.callbacks import BestState, CodebookUpdate
 from casp_pl.checkpoint import RunDirectory
 from casp_pl.errors import ResourceError
 from casp_pl.layers import materialized
+from casp_pl.models.activations import Keep, in_memory
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.compress import BlockQuantization, LinearReport
 from casp_pl.models.micro_batch import is_out_of_memory
 from casp_pl.models.soundness import require_materialized
 from casp_pl.models.streams import BlockBatch, first_block_batches, run_blocks, run_blocks_seeing
-from casp_pl.models.surgery import block_from_tensors, layer_specs, round_to_storage
+from casp_pl.models.surgery import round_to_storage
 from casp_pl.modules import BlockwiseModule
+from casp_pl.pipeline.block_files import BlockFiles, LinearFiles, block_name, load_block, save_block
 from casp_pl.pipeline.memory import release_memory
 from casp_pl.pipeline.trainers import TrainerFactory
 from casp_pl.processes import process_count
 from casp_pl.quantizers import Quantizer
 
-__all__ = ["load_block", "load_blocks", "quantize_blocks", "run_through", "save_block", "tune_blocks"]
+__all__ = ["quantize_blocks", "run_through", "tune_blocks"]
 
 _LOG = logging.getLogger(__name__)
 
 Batches = Sequence[dict[str, Any]]
 BlockDone = Callable[[int, list[LinearReport]], None]
-
-
-def save_block(run: RunDirectory, name: str, block: nn.Module, **notes: Any) -> None:
-    """One block as safetensors: its tensors, and in the metadata what layers it is made of."""
-    metadata = {"layers": json.dumps(layer_specs(block)), "notes": json.dumps(notes)}
-    run.write_tensors(name, dict(block.state_dict()), metadata)
-
-
-def load_block(run: RunDirectory, name: str, original: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
-    """The block of a file and its notes."""
-    tensors, metadata = run.read_tensors(name)
-    block = block_from_tensors(original, json.loads(metadata["layers"]), tensors)
-    return block, json.loads(metadata["notes"])
-
-
-def load_blocks(run: RunDirectory, folder: str, adapter: ModelAdapter) -> list[nn.Module] | None:
-    """All blocks of a folder, or None while one is missing."""
-    names = [f"{folder}/{number:03d}.safetensors" for number in range(len(adapter.blocks))]
-    if not all(run.has(name) for name in names):
-        return None
-    return [load_block(run, name, original)[0] for name, original in zip(names, adapter.blocks, strict=True)]
+LinearDone = Callable[[LinearReport], None]
 
 
 def quantize_blocks(
@@ -71,48 +52,75 @@ def quantize_blocks(
     batches: Batches,
     block_done: BlockDone,
     autocast: torch.dtype | None = None,
-) -> list[nn.Module]:
-    """Quantize block after block, each behind the compressed ones before it; files blocks/NNN.safetensors."""
-    blocks: list[nn.Module] = []
-    complete = all(run.has(_quantized_name(number)) for number in range(len(adapter.blocks)))
-    # where no block is missing, nothing reads activations
-    teacher = student = [] if complete else first_block_batches(adapter, batches, autocast)
-    for number, original in enumerate(adapter.blocks):
-        name = _quantized_name(number)
+    *,
+    keep: Keep = in_memory,
+    linear_done: LinearDone | None = None,
+) -> None:
+    """Quantize block after block, each behind the compressed ones before it; files blocks/NNN.safetensors.
+
+    Args:
+        run: where the blocks are kept.
+        adapter: the original model.
+        plan: ranks and bits.
+        quantization: how a block is compressed.
+        quantizer: what rounds.
+        batches: calibration samples.
+        block_done: is told of every block, with the reports of its linears.
+        autocast: see `BlockBatch.autocast`.
+        keep: keeps the inputs of blocks and linears.
+        linear_done: is told of every linear.
+    """
+    numbers = range(len(adapter.blocks))
+    if all(run.has(block_name("blocks", number)) for number in numbers):  # then nothing reads activations
+        for number in numbers:
+            block_done(number, _recall(run, adapter, number)[1])
+        return
+    teacher = student = first_block_batches(adapter, batches, autocast, keep)
+    originals = adapter.originals()
+    for number in numbers:
+        original = next(originals)  # zip would hold on to the one before
+        name = block_name("blocks", number)
         if run.has(name):
-            teacher = run_blocks(original, teacher)
-            block, notes = load_block(run, name, original)
-            reports = [LinearReport(**report) for report in notes["linears"]]
+            teacher = run_blocks(original, teacher, keep)
+            block, reports = _recall(run, adapter, number)
+            if linear_done is not None:
+                for report in reports:
+                    linear_done(report)
         else:
-            teacher, references = run_blocks_seeing(original, teacher, adapter.group_heads)
+            teacher, references = run_blocks_seeing(original, teacher, adapter.group_heads, keep)
+            finished = LinearFiles(run, number, adapter.device)
             block, reports = quantization.compress_block(
-                adapter, original, plan.of_block(number), quantizer, references, student
+                adapter, original, plan.of_block(number), quantizer, references, student, finished, linear_done
             )
             del references
             round_to_storage(block)
             block.requires_grad_(False)
             save_block(run, name, block, linears=[asdict(report) for report in reports])
+            finished.discard()
+        del original
         block_done(number, reports)
-        blocks.append(block)
-        if number + 1 < len(adapter.blocks):
-            student = run_through(block, student)
-    return blocks
+        if number + 1 < len(numbers):
+            student = run_through(block, student, keep)
+        del block
+        release_memory()
 
 
-def _quantized_name(number: int) -> str:
-    return f"blocks/{number:03d}.safetensors"
+def _recall(run: RunDirectory, adapter: ModelAdapter, number: int) -> tuple[nn.Module, list[LinearReport]]:
+    """A quantized block, and what was reported of its linears."""
+    block, notes = load_block(run, block_name("blocks", number), adapter, number)
+    return block, [LinearReport(**report) for report in notes["linears"]]
 
 
-def run_through(block: nn.Module, batches: Sequence[BlockBatch]) -> list[BlockBatch]:
+def run_through(block: nn.Module, batches: Sequence[BlockBatch], keep: Keep = in_memory) -> list[BlockBatch]:
     """`run_blocks` of a compressed block, its weights dequantized once for all batches."""
     with materialized(block):
-        return run_blocks(block, batches)
+        return run_blocks(block, batches, keep)
 
 
 def tune_blocks(
     run: RunDirectory,
     adapter: ModelAdapter,
-    quantized: Sequence[nn.Module],
+    quantized: BlockFiles,
     trainers: TrainerFactory,
     train: Batches,
     held_back: Batches,
@@ -122,21 +130,21 @@ def tune_blocks(
     update: dict[str, Any],
     seed: int,
     window_done: Callable[[range, dict[str, float]], None],
-) -> list[nn.Module]:
+    keep: Keep = in_memory,
+) -> None:
     """Fine-tune window after window of blocks towards the original's outputs; files tuned/NNN.safetensors."""
-    blocks: list[nn.Module] = []
     count = len(train)
-    teacher = student = first_block_batches(adapter, [*train, *held_back], trainers.autocast)
+    teacher = student = first_block_batches(adapter, [*train, *held_back], trainers.autocast, keep)
+    originals = adapter.originals()
     for first in range(0, len(adapter.blocks), window):
         numbers = range(first, min(first + window, len(adapter.blocks)))
-        originals = [adapter.blocks[number] for number in numbers]
-        held_back_targets = []
-        for original in originals:
-            teacher = run_blocks(original, teacher)
+        held_back_targets: list[list[Tensor]] = []
+        for _ in numbers:
+            teacher = run_blocks(next(originals), teacher, keep)
             held_back_targets.append([batch.hidden for batch in teacher[count:]])
-        names = [f"tuned/{number:03d}.safetensors" for number in numbers]
+        names = [block_name("tuned", number) for number in numbers]
         if all(run.has(name) for name in names):
-            loaded = [load_block(run, name, original) for name, original in zip(names, originals, strict=True)]
+            loaded = [load_block(run, name, adapter, number) for name, number in zip(names, numbers, strict=True)]
             tuned, losses = [block for block, _ in loaded], loaded[-1][1]
         else:
             pairs = [(batch, target.hidden) for batch, target in zip(student[:count], teacher[:count], strict=True)]
@@ -150,10 +158,8 @@ def tune_blocks(
                 save_block(run, name, block, **losses)
         window_done(numbers, losses)
         release_memory()
-        blocks += tuned
         for block in tuned if numbers[-1] + 1 < len(adapter.blocks) else ():
-            student = run_through(block, student)
-    return blocks
+            student = run_through(block, student, keep)
 
 
 def _tune_window(

@@ -8,6 +8,7 @@ import torch
 
 from casp_pl.checkpoint import RunDirectory
 from casp_pl.data import CalibrationData
+from casp_pl.models.activations import Keep, in_memory
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.modules.finite import broken_samples, refuse_too_many_broken
 from casp_pl.processes import is_first, of_all
@@ -27,15 +28,22 @@ class BrokenSamples:
         adapter: the original model.
         data: loses the samples, and counts them as skipped.
         autocast: what the stages multiply matrices in; None for the dtype of the weights.
+        keep: keeps activations.
     """
 
     def __init__(
-        self, run: RunDirectory, adapter: ModelAdapter, data: CalibrationData, autocast: torch.dtype | None
+        self,
+        run: RunDirectory,
+        adapter: ModelAdapter,
+        data: CalibrationData,
+        autocast: torch.dtype | None,
+        keep: Keep = in_memory,
     ) -> None:
         self.run = run
         self.adapter = adapter
         self.data = data
         self.autocast = autocast
+        self.keep = keep
         self._known: list[str] = []
 
     def recall(self) -> bool:
@@ -49,7 +57,7 @@ class BrokenSamples:
         """Leave out the broken samples among these batches of this process; see `leave_out`."""
         kind = self.adapter.model.device.type
         precision = torch.autocast(kind, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
-        return self.leave_out(broken_samples(self.adapter, batches, precision))
+        return self.leave_out(broken_samples(self.adapter, batches, precision, self.keep))
 
     def leave_out(self, ids: Iterable[str]) -> bool:
         """Leave out the samples that any process has found to be broken; whether there were any.

@@ -14,11 +14,12 @@ from casp_pl.callbacks.report_files import write_report
 from casp_pl.callbacks.run_details import read_details
 from casp_pl.callbacks.stage_table import print_stages, size
 from casp_pl.callbacks.tensorboard import log_report
-from casp_pl.checkpoint import RunDirectory, save_compressed, write_text
+from casp_pl.checkpoint import RunDirectory, save_compressed, save_streamed, write_text
 from casp_pl.checkpoint import verify as find_problems
 from casp_pl.console import RunProgress, make_console
 from casp_pl.errors import ConfigError, ResourceError
 from casp_pl.export import export_model
+from casp_pl.pipeline.block_files import BlockFiles
 from casp_pl.pipeline.chat import Models, open_conversations, read_questions
 from casp_pl.pipeline.estimate import planned_estimate
 from casp_pl.pipeline.explain import ExplainSettings, explanation
@@ -72,10 +73,10 @@ def _fit(settings: RunSettings, prepared: Prepared, run: RunDirectory, progress:
     compression = CompressionRun(settings, run, prepared.adapter, measurement, trainers, progress, show)
     blocks = compression.stages(load_batches(settings, prepared.device))
     report = report_now(compression)
-    with progress.stage("save", 1), prepared.adapter.with_blocks(blocks) as model:
+    with progress.stage("save", 1):
         if not run.has("model"):
             if is_first():
-                save_compressed(model, prepared.processor, run.path("model"), card=model_card(report, settings))
+                _save(prepared, blocks, run.path("model"), model_card(report, settings))
             run.record("model")
         pictures = _write_report(report, run)
         if is_first():
@@ -91,6 +92,15 @@ def _write_report(report: CompressionReport, run: RunDirectory, *, draw: bool = 
     for name in said_by_first(names):
         run.record(name)
     return pictures
+
+
+def _save(prepared: Prepared, blocks: BlockFiles, directory: Path, card: str) -> None:
+    adapter = prepared.adapter
+    if adapter.stored is not None:
+        save_streamed(adapter, blocks, prepared.processor, directory, card=card)
+        return
+    with adapter.with_blocks(blocks) as model:
+        save_compressed(model, prepared.processor, directory, card=card)
 
 
 def plan(settings: RunSettings, *, json: bool = False, quick: bool = False) -> int:

@@ -6,13 +6,23 @@ from dataclasses import dataclass
 import torch
 
 from casp_pl.models.adapter import ModelAdapter
-from casp_pl.pipeline.footprint import BlockShape, peak_memory
+from casp_pl.models.memory import StreamingMemory, streaming_memory
+from casp_pl.pipeline.footprint import BlockShape, stage_memory
 from casp_pl.pipeline.planning import BlockCosts, Workload, block_costs_from_rates, effective_rate, stage_seconds
 from casp_pl.pipeline.prepare import Prepared
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import TrainerFactory
 
-__all__ = ["RunEstimate", "planned_estimate", "quick_block_costs", "stage_weights", "working_dtype", "workload"]
+__all__ = [
+    "RunEstimate",
+    "memory_by_stage",
+    "planned_estimate",
+    "quick_block_costs",
+    "stage_weights",
+    "streamed_memory",
+    "working_dtype",
+    "workload",
+]
 
 _QUESTION_TOKENS = 24  # a question's own tokens; the image prefix is shared
 _SAVE_SECONDS = 5.0
@@ -35,8 +45,29 @@ def planned_estimate(settings: RunSettings, prepared: Prepared) -> RunEstimate:
     """Memory and time of this recipe on this machine."""
     work = workload(settings, prepared.adapter)
     block = quick_block_costs(settings, prepared, work)
-    memory = peak_memory(BlockShape.of(prepared.adapter), work, working_dtype(settings), block.kept_bytes)
+    memory = max(memory_by_stage(settings, prepared, work, block).values())
     return RunEstimate(memory, stage_weights(settings, block, work))
+
+
+def memory_by_stage(settings: RunSettings, prepared: Prepared, work: Workload, block: BlockCosts) -> dict[str, int]:
+    """Bytes of the process by stage, at their largest; of a streamed model the largest of all stages for each."""
+    stages = stage_memory(BlockShape.of(prepared.adapter), work, working_dtype(settings), block.kept_bytes)
+    if not settings.model.streams(prepared.device):
+        return stages
+    return dict.fromkeys(stages, streamed_memory(settings, prepared.adapter).total)
+
+
+def streamed_memory(settings: RunSettings, adapter: ModelAdapter) -> StreamingMemory:
+    """Memory of this recipe on a streamed model; activations that do not fit go to disk, so they are not asked for."""
+    tuned, trained = settings.block_tuning.get("epochs", 0) > 0, settings.end_to_end.get("steps", 0) > 0
+    return streaming_memory(
+        adapter,
+        settings.data.counts["image_tokens"] + settings.data.counts["text_tokens"],
+        dtype=working_dtype(settings),
+        on_disk=settings.activations != "memory",
+        window=settings.block_tuning.get("window", 1) if tuned else 0,
+        whole_compressed=trained,
+    )
 
 
 def working_dtype(settings: RunSettings) -> torch.dtype:

@@ -1,6 +1,8 @@
 """Figures of one stage: what the model answers, how far it is from the original, what it costs."""
 
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -15,6 +17,7 @@ from casp_pl.evaluation.scoring import AnswerRule
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.surgery import compressed_layers
 from casp_pl.modules.evaluation import EvaluationModule
+from casp_pl.pipeline.block_files import runnable
 from casp_pl.pipeline.trainers import TrainerFactory
 
 __all__ = ["Measurement", "bits_per_weight", "evaluation_module", "stage_costs"]
@@ -46,8 +49,8 @@ class Measurement:
         self.trainers = trainers
 
     def knows(self, stage: str) -> bool:
-        """Whether the outputs of a stage are kept."""
-        return self.run.has(_file(stage))
+        """Whether the outputs of a stage are kept, if there are any."""
+        return self.steps == 0 or self.run.has(_file(stage))
 
     def outputs(self, stage: str) -> ReferenceOutputs:
         """What the model of a stage answered."""
@@ -69,6 +72,8 @@ class Measurement:
     ) -> StageRow:
         """Evaluate the model with these blocks in place; `advance` is called after every batch.
 
+        Without questions and text (`evaluation.questions` and `text_tokens` 0) the row says what the stage costs.
+
         Args:
             stage: its name.
             adapter: the original model.
@@ -76,10 +81,13 @@ class Measurement:
             advance: takes no argument.
             started: when the stage began (`time.monotonic`): its seconds include the work before the evaluation.
         """
+        costs = stage_costs(stage, adapter, blocks)
+        if self.steps == 0:
+            return replace(costs, seconds=time.monotonic() - started)
         reference = None if stage == "original" else self.outputs("original")
-        with adapter.with_blocks(blocks) as model:
+        with adapter.with_blocks(runnable(blocks, adapter)) as model:
             module = evaluation_module(model, self.processor, self.data, self.rule, reference)
-            report = StageReport(stage_costs(stage, adapter, blocks), started=started, logger=self.trainers.logger)
+            report = StageReport(costs, started=started, logger=self.trainers.logger)
             trainer = self.trainers.make(callbacks=[Advance(advance, loop="test"), report], logger=False)
             trainer.test(module, datamodule=self.data, verbose=False)
         if module.outputs is None:
@@ -96,13 +104,17 @@ def evaluation_module(
 
 
 def stage_costs(stage: str, adapter: ModelAdapter, blocks: Sequence[nn.Module]) -> StageRow:
-    """The row of a stage whose blocks are in place: what it costs."""
+    """The row of a stage: what it costs."""
     codes, total = bits_per_weight(adapter, blocks)
-    # by identity, so that a tied tensor counts once
-    stored = {id(tensor): tensor.nbytes for tensor in compact_state_dict(adapter.model).values()}
-    return StageRow(
-        name=stage, bits_per_weight_codes=codes, bits_per_weight_total=total, model_bytes=sum(stored.values())
-    )
+    with adapter.with_blocks([]) as model:
+        stored = _stored_bytes(model)
+    stored += sum(map(_stored_bytes, adapter.originals() if stage == "original" else blocks))
+    return StageRow(name=stage, bits_per_weight_codes=codes, bits_per_weight_total=total, model_bytes=stored)
+
+
+def _stored_bytes(module: nn.Module) -> int:
+    """Bytes in a file; tensors are told apart by identity, so that a tied one counts once."""
+    return sum({id(tensor): tensor.nbytes for tensor in compact_state_dict(module).values()}.values())
 
 
 def bits_per_weight(adapter: ModelAdapter, blocks: Sequence[nn.Module]) -> tuple[float, float]:

@@ -121,7 +121,7 @@ def _kept_bytes(adapter: ModelAdapter, work: Workload, dtype: torch.dtype) -> fl
     widths = adapter.shapes(0)
     hidden, widest = widths[adapter.linear_names[0]][1], max(i for _, i in widths.values())
     dense = sum(o * i for o, i in widths.values()) * (4 + (dtype.itemsize if dtype != torch.float32 else 0))
-    return (16 * hidden + 4 * widest) * dtype.itemsize + dense / work.batch_tokens
+    return (20 * hidden + 5 * widest) * dtype.itemsize + dense / work.batch_tokens
 
 
 def stage_seconds(work: Workload, block: BlockCosts) -> dict[str, float]:

@@ -8,7 +8,6 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from casp_pl.checkpoint.registration import compact_state_dict
 from casp_pl.errors import ConfigError, InputError
 from casp_pl.models.adapter import ModelAdapter, adapt
 from casp_pl.models.skeleton import load_skeleton
@@ -48,11 +47,15 @@ def prepare(settings: RunSettings) -> Prepared:
         NumericsError: a weight is NaN or infinite.
     """
     pl.seed_everything(settings.seed, verbose=False)
-    model, processor = settings.model.load()
-    require_finite_weights(model)
-    prepared = _prepared(settings, model, processor)
-    model.to(prepared.device)
-    return prepared
+    adapter, processor = settings.model.open(model_device(settings))
+    require_finite_weights(adapter.model)
+    if adapter.stored is not None:
+        precision = str(settings.trainer.get("precision"))
+        if precision.endswith("-true") and precision != "32-true":
+            raise ConfigError(f"trainer.precision: {precision} does not reach blocks on disk; set model.dtype instead.")
+        for number, block in enumerate(adapter.originals()):
+            require_finite_weights(block, adapter.full_name(number, ""))
+    return _prepared(settings, adapter, processor)
 
 
 def prepare_outline(settings: RunSettings) -> tuple[Prepared, Mapping[str, torch.dtype] | None]:
@@ -66,12 +69,11 @@ def prepare_outline(settings: RunSettings) -> tuple[Prepared, Mapping[str, torch
         InputError: the model or the data cannot be read.
     """
     skeleton = load_skeleton(settings.model)
-    return _prepared(settings, skeleton.model, skeleton.processor), skeleton.headers
+    return _prepared(settings, adapt(skeleton.model), skeleton.processor), skeleton.headers
 
 
-def _prepared(settings: RunSettings, model: Any, processor: Any) -> Prepared:
+def _prepared(settings: RunSettings, adapter: ModelAdapter, processor: Any) -> Prepared:
     settings.bits.attach(settings.quantizer, settings.low_rank)
-    adapter = adapt(model)
     settings.data.attach(processor)
     settings.evaluation.attach(processor)
     # an impossible budget or rank is found now, not after an hour
@@ -126,11 +128,27 @@ def load_batches(settings: RunSettings, device: torch.device) -> RunBatches:
 
 def fingerprint(settings: RunSettings, prepared: Prepared) -> dict[str, Any]:
     """What the artifacts of a run depend on: the recipe key by key, the model's weights, the samples."""
+    return {"recipe": settings.flat, "model": _weight_sum(prepared.adapter), "data": settings.data.fingerprint}
+
+
+def _weight_sum(adapter: ModelAdapter) -> str:
+    """The sum of all absolute values, exactly as written; the same whether the model is streamed or not."""
+    skeletons = [adapter.skeleton(number) for number in range(len(adapter.blocks))]
+    with adapter.with_blocks(skeletons) as model:
+        names = list(model.state_dict())
+    with adapter.with_blocks([]) as model:
+        sums = _sums(model.state_dict())
+    for number, block in enumerate(adapter.originals()):
+        sums |= {adapter.full_name(number, name): value for name, value in _sums(block.state_dict()).items()}
     total = torch.zeros((), dtype=torch.float64)
-    for tensor in compact_state_dict(prepared.adapter.model).values():
-        if tensor.is_floating_point():
-            total += tensor.double().abs().sum().cpu()
-    return {"recipe": settings.flat, "model": float(total).hex(), "data": settings.data.fingerprint}
+    for name in names:  # in this order, because the sum depends on it
+        total += sums.get(name, 0.0)
+    return float(total).hex()
+
+
+def _sums(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    return {name: tensor.double().abs().sum().cpu() for name, tensor in floating.items()}
 
 
 def on_device(batches: Iterable[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def measured_block_costs(
     exact = _repeated(lambda: run_blocks(block, plain)) if autocast is not None else forward
     _, references = run_blocks_seeing(block, inputs, probe.group_heads)
     moments = sum(
-        _timed(lambda head=head: collect_moments(block, inputs, [seen[head] for seen in references], head))[0]
+        _timed(partial(collect_moments, block, inputs, [seen[head] for seen in references], head))[0]
         for head in probe.group_heads
     )
     typical = _typical_block(plan)
@@ -121,12 +122,13 @@ def _quantized(
         return sum(report.seconds for report in reports), compressed
     largest = max(plans, key=lambda plan: plan.weights)
     name = next(name for name in probe.linear_names if largest.name.endswith("." + name))
-    rows: Tensor = block.get_submodule(name).weight[:_SLICE_ROWS].float()
+    largest_linear: Any = block.get_submodule(name)
+    rows: Tensor = largest_linear.weight[:_SLICE_ROWS].float()
     moment = torch.eye(rows.shape[1], device=rows.device)
     seconds, _ = _timed(lambda: quantizer.quantize(rows, moment, bits=largest.bits))
     compressed = copy.deepcopy(block)
     for linear in probe.linear_names:
-        original = compressed.get_submodule(linear)
+        original: Any = compressed.get_submodule(linear)
         shape, bias = (original.out_features, original.in_features), original.bias is not None
         spec = quantizer.layer_spec(*shape, bits=largest.bits, bias=bias)
         compressed.set_submodule(linear, build_layer(spec, device=rows.device))
@@ -139,11 +141,11 @@ def _training_steps(module: BlockwiseModule, pairs: Sequence[tuple[BlockBatch, T
 
     def step(pair: tuple[BlockBatch, Tensor]) -> None:
         optimizer.zero_grad()
-        module.batch_loss(pair).backward()
+        module.batch_loss(pair).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     step(pairs[0])  # the first one fills caches
-    return [_timed(lambda pair=pair: step(pair))[0] for pair in [*pairs] * _REPEATS]
+    return [_timed(partial(step, pair))[0] for pair in [*pairs] * _REPEATS]
 
 
 def _kept_for_backward(module: BlockwiseModule, pairs: Sequence[tuple[BlockBatch, Tensor]]) -> int:
@@ -173,7 +175,7 @@ def _head(probe: ModelAdapter, batches: Sequence[dict[str, Any]], autocast: torc
     student = teacher.clone().requires_grad_()
     kind = weight.device.type
     with torch.autocast(kind, autocast or torch.bfloat16, enabled=autocast is not None):
-        return min(_repeated(lambda: head_divergence(student, teacher, weight).backward()))
+        return min(_repeated(lambda: head_divergence(student, teacher, weight).backward()))  # type: ignore[no-untyped-call]
 
 
 def _timed(work: Callable[[], Any]) -> tuple[float, Any]:

@@ -22,13 +22,16 @@ from casp_pl.callbacks.stage_table import duration
 from casp_pl.checkpoint import RunDirectory
 from casp_pl.console import RunProgress
 from casp_pl.errors import InputError, NumericsError
+from casp_pl.models.activations import ActivationStore
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.compress import LinearReport, round_to_nearest
+from casp_pl.models.memory import streaming_memory
 from casp_pl.models.surgery import round_to_storage
 from casp_pl.modules import CalibrationModule, EndToEndModule
 from casp_pl.modules.end_to_end import teacher_states
 from casp_pl.modules.sensitivity import linear_sensitivities
-from casp_pl.pipeline.blocks import Batches, load_blocks, quantize_blocks, save_block, tune_blocks
+from casp_pl.pipeline.block_files import BlockFiles, block_name, finished_blocks, save_block
+from casp_pl.pipeline.blocks import Batches, quantize_blocks, tune_blocks
 from casp_pl.pipeline.broken_samples import BrokenSamples
 from casp_pl.pipeline.measure import Measurement
 from casp_pl.pipeline.memory import release_memory
@@ -37,7 +40,7 @@ from casp_pl.pipeline.rows import show_block, show_stage, show_window
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import TrainerFactory, as_loader
 
-__all__ = ["CompressionRun"]
+__all__ = ["CompressionRun", "activation_store"]
 
 _WORK = "stages/work_seconds.json"
 _SENSITIVITY_BATCHES = 4  # of the calibration: squares of gradients need fewer tokens than second moments
@@ -73,13 +76,16 @@ class CompressionRun:
         self.trainers = trainers
         self.progress = progress
         self.measured = measured
-        self.broken = BrokenSamples(run, adapter, settings.data, trainers.autocast)
+        self.keep = activation_store(settings, adapter)
+        self.broken = BrokenSamples(run, adapter, settings.data, trainers.autocast, self.keep)
         self.linears: list[LinearReport] = []
         self._started = time.monotonic()
         self._earlier = sum(row.seconds or 0.0 for row in self.rows()) + self.work_seconds().get("calibration", 0.0)
 
-    def stages(self, batches: RunBatches) -> list[nn.Module]:
+    def stages(self, batches: RunBatches) -> BlockFiles:
         """Run (or read) all stages; returns the final blocks."""
+        if self.adapter.stored is not None:
+            self.progress.say("streaming: the decoder blocks stay on disk and are read one at a time")
         self._measure("original", list(self.adapter.blocks))
         if self.settings.baseline is not None:
             self._baseline(self.settings.baseline)
@@ -95,7 +101,7 @@ class CompressionRun:
 
     def _plan_on_sound_samples(self, batches: RunBatches) -> tuple[CompressionPlan, RunBatches]:
         """The plan, and the batches without the samples on which the original itself gives NaN or infinity."""
-        device = self.adapter.model.device
+        device = self.adapter.device
         found = self.broken.recall()
         if not self.run.has("plan.json"):
             found = self.broken.search(batches.held_back) or found
@@ -114,16 +120,20 @@ class CompressionRun:
         settings = self.settings
         if self.run.has("plan.json") and self.run.has("calibration.safetensors"):
             return CompressionPlan.from_json(self.run.read_json("plan.json"))
-        with self._working("calibration", len(calibration)):
+        with self._working("calibration", len(self.adapter.blocks) * len(calibration)):
             module = CalibrationModule(
                 self.adapter,
+                calibration,
+                keep=self.keep,
                 measure_rounding=settings.bits.score == "proxy_loss",
                 sensitivity=self._sensitivity() if settings.bits.score == "sensitivity" else None,
                 **settings.calibration,
             )
             callbacks = [settings.low_rank, settings.bits, Advance(self.progress.advance, loop="validation")]
-            trainer = self.trainers.make(callbacks=callbacks, logger=False, precision=self.trainers.working_precision)
-            trainer.validate(module, dataloaders=as_loader(calibration), verbose=False)
+            trainer = self.trainers.make(
+                callbacks=callbacks, logger=False, precision=self.trainers.working_precision, limit_val_batches=1.0
+            )
+            trainer.validate(module, verbose=False)
         if module.statistics is None or settings.bits.plan is None:
             raise InputError("The calibration pass saw no sample: give data.samples a larger number.")
         self.run.write_tensors("calibration.safetensors", module.statistics.tensors(), {})
@@ -134,7 +144,9 @@ class CompressionRun:
 
     def _sensitivity(self) -> dict[str, float]:
         chosen = on_device(self.settings.data.first_batches(_SENSITIVITY_BATCHES), self.adapter.model.device)
-        return linear_sensitivities(self.adapter, chosen, seed=self.settings.seed, autocast=self.trainers.autocast)
+        return linear_sensitivities(
+            self.adapter, chosen, seed=self.settings.seed, autocast=self.trainers.autocast, keep=self.keep
+        )
 
     @property
     def seconds(self) -> float:
@@ -163,20 +175,23 @@ class CompressionRun:
         return StageRow(**(value | {"vqa_interval": tuple(interval) if interval else None}))
 
     def _baseline(self, quantizer: Any) -> None:
-        if not self.run.has("stages/rtn.json"):
-            start = time.monotonic()
-            self._measure("rtn", round_to_nearest(self.adapter, quantizer, self.settings.baseline_bits), start)
+        if self.run.has("stages/rtn.json"):
+            return
+        start = time.monotonic()
+        for number, block in enumerate(round_to_nearest(self.adapter, quantizer, self.settings.baseline_bits)):
+            save_block(self.run, block_name("rtn", number), block)
+        self._measure("rtn", BlockFiles(self.run, "rtn", self.adapter), start)
+        self.run.discard("rtn")
 
-    def _quantize(self, plan: CompressionPlan, calibration: Batches) -> list[nn.Module]:
+    def _quantize(self, plan: CompressionPlan, calibration: Batches) -> BlockFiles:
         start = time.monotonic()
 
         def done(number: int, reports: list[LinearReport]) -> None:
             self.linears.extend(reports)
             show_block(self.progress, number, reports, plan)
-            self.progress.advance()
 
-        with self._working("quantize", len(self.adapter.blocks)):
-            blocks = quantize_blocks(
+        with self._working("quantize", len(plan.modules)):
+            quantize_blocks(
                 self.run,
                 self.adapter,
                 plan,
@@ -185,11 +200,14 @@ class CompressionRun:
                 calibration,
                 done,
                 self.trainers.autocast,
+                keep=self.keep,
+                linear_done=lambda report: self.progress.advance(note=report.name.rsplit(".", 1)[-1]),
             )
+        blocks = BlockFiles(self.run, "blocks", self.adapter)
         self._measure("quantized", blocks, start)
         return blocks
 
-    def _tune(self, blocks: Sequence[nn.Module], train: Batches, held_back: Batches) -> list[nn.Module]:
+    def _tune(self, blocks: BlockFiles, train: Batches, held_back: Batches) -> BlockFiles:
         start = time.monotonic()
         tuning = dict(self.settings.block_tuning)
         window = tuning.pop("window")
@@ -203,32 +221,36 @@ class CompressionRun:
                 self.progress.advance()
 
         with self._working("block tuning", len(blocks)):
-            tuned = load_blocks(self.run, "tuned", self.adapter) or tune_blocks(
-                self.run,
-                self.adapter,
-                blocks,
-                self.trainers,
-                train,
-                held_back,
-                window=window,
-                tuning=tuning,
-                update=self.settings.codebook_update,
-                seed=self.settings.seed,
-                window_done=done,
-            )
+            if finished_blocks(self.run, "tuned", self.adapter) is None:
+                tune_blocks(
+                    self.run,
+                    self.adapter,
+                    blocks,
+                    self.trainers,
+                    train,
+                    held_back,
+                    window=window,
+                    tuning=tuning,
+                    update=self.settings.codebook_update,
+                    seed=self.settings.seed,
+                    window_done=done,
+                    keep=self.keep,
+                )
+        tuned = BlockFiles(self.run, "tuned", self.adapter)
         self._measure("block_tuned", tuned, start)
         return tuned
 
-    def _end_to_end(self, blocks: list[nn.Module], held_back: Batches) -> list[nn.Module]:
+    def _end_to_end(self, blocks: BlockFiles, held_back: Batches) -> BlockFiles:
         start = time.monotonic()
-        finished = load_blocks(self.run, "end_to_end", self.adapter)
-        if finished is None:
+        if finished_blocks(self.run, "end_to_end", self.adapter) is None:
             steps = self.settings.end_to_end["steps"]
             with self._working("end to end", steps):
-                self._fit_end_to_end(blocks, held_back, steps)
-            finished = blocks
-            for number, block in enumerate(finished):
-                save_block(self.run, f"end_to_end/{number:03d}.safetensors", block)
+                trained = list(blocks)
+                self._fit_end_to_end(trained, held_back, steps)
+            for number, block in enumerate(trained):
+                save_block(self.run, block_name("end_to_end", number), block)
+            del trained
+        finished = BlockFiles(self.run, "end_to_end", self.adapter)
         self._measure("end_to_end", finished, start)
         return finished
 
@@ -263,7 +285,7 @@ class CompressionRun:
         """What the original gives for the batches of training, without samples on which it breaks down."""
         while True:
             batches = _first(self.settings.data.train_dataloader(), steps)
-            teacher = teacher_states(self.adapter, chain(batches, held_back))
+            teacher = teacher_states(self.adapter, chain(batches, held_back), self.keep)
             if not self.broken.leave_out([name for name, states in teacher.items() if not states.isfinite().all()]):
                 return teacher
 
@@ -272,12 +294,18 @@ class CompressionRun:
             return
         begun = time.monotonic() if start is None else start
         release_memory()  # the dense weights of an evaluation come on top of what the stage left behind
-        with self.progress.stage(f"evaluate {name}", self.measurement.steps):
+        with self.progress.stage(f"evaluate {name}", max(1, self.measurement.steps)):
             row = self.measurement.measure(name, self.adapter, blocks, self.progress.advance, started=begun)
         release_memory()
         self.run.write_json(f"stages/{name}.json", asdict(row))
         show_stage(self.progress, row)
         self.measured(self)
+
+
+def activation_store(settings: RunSettings, adapter: ModelAdapter) -> ActivationStore:
+    """Keeps activations of a run as its recipe says; `auto` leaves memory for the work on one block."""
+    needed = streaming_memory(adapter, 0, dtype=adapter.model.dtype, on_disk=True)
+    return ActivationStore(settings.activations, settings.run_dir, reserve=needed.block + needed.moments)
 
 
 def _first(loader: Iterable[dict[str, Any]], count: int) -> Iterator[dict[str, Any]]:

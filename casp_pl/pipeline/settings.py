@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from casp_pl.callbacks import BitAllocation, LowRankAllocation
 from casp_pl.callbacks.report import STAGE_NAMES
@@ -34,6 +34,7 @@ class RunSettings:
         low_rank: chooses the ranks.
         bits: chooses the bits.
         quantization: the block-by-block pass.
+        activations: where inputs of blocks are kept, see `ActivationStore`.
         calibration: arguments of `CalibrationModule`.
         block_tuning: `window`, how many blocks are tuned together, and arguments of `BlockwiseModule`; epochs 0
             leaves the stage out.
@@ -59,6 +60,7 @@ class RunSettings:
     low_rank: LowRankAllocation
     bits: BitAllocation
     quantization: BlockQuantization
+    activations: Literal["auto", "memory", "disk"] = "auto"
     calibration: dict[str, Any] = field(default_factory=dict)
     block_tuning: dict[str, Any] = field(default_factory=dict)
     end_to_end: dict[str, Any] = field(default_factory=dict)

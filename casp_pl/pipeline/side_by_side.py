@@ -95,10 +95,10 @@ def _measure(
     module = evaluation_module(adapter.model, processor, settings.evaluation, settings.scoring, reference)
     trainer = TrainerFactory(settings.trainer, None).make(callbacks=[Advance(progress.advance, loop="test")])
     with progress.stage(f"evaluate {name}", sum(map(len, settings.evaluation.test_dataloader()))):
+        decoding = measure_decoding(adapter.model)  # first: a Trainer leaves the model on the CPU
         trainer.test(module, datamodule=settings.evaluation, verbose=False)
         if module.figures is None:
             raise InputError("evaluation: there is nothing to evaluate; set evaluation.questions or text_tokens.")
-        decoding = measure_decoding(adapter.model)
     costs = stage_costs("original" if reference is None else "end_to_end", adapter, list(adapter.blocks))
     return _Measured(replace(costs, **module.figures.to_dict()), module, decoding)
 

@@ -12,8 +12,7 @@ import torch
 from casp_pl.allocation import CompressionPlan
 from casp_pl.checkpoint.stored_size import ModelSize, run_file_bytes
 from casp_pl.models.surgery import layer_specs
-from casp_pl.pipeline.estimate import quick_block_costs, stage_weights, working_dtype, workload
-from casp_pl.pipeline.footprint import BlockShape, stage_memory
+from casp_pl.pipeline.estimate import memory_by_stage, quick_block_costs, stage_weights, workload
 from casp_pl.pipeline.outline import CompressedOutline
 from casp_pl.pipeline.planning import BlockCosts
 from casp_pl.pipeline.prepare import Prepared, on_device
@@ -83,7 +82,7 @@ def forecast_stages(
     block = quick_block_costs(settings, prepared, work) if quick else _measured(settings, prepared, plan)
     stages = judged_stages(
         stage_weights(settings, block, work),
-        stage_memory(BlockShape.of(prepared.adapter), work, working_dtype(settings), block.kept_bytes),
+        memory_by_stage(settings, prepared, work, block),
         _stage_disk(settings, prepared, size, outline),
         spread=block.spread,
         memory_free=memory_free(prepared.device),

@@ -11,7 +11,6 @@ from casp_pl.models import adapt, load_model
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.modules import CalibrationModule
 from casp_pl.modules.sensitivity import linear_sensitivities
-from casp_pl.pipeline.trainers import as_loader
 from casp_pl.quantizers import AQLMQuantizer
 
 
@@ -22,10 +21,10 @@ def calibrated() -> tuple[ModelAdapter, CalibrationModule]:
     data.attach(processor)
     adapter, batches = adapt(model), list(data.calibration_dataloader())
     sensitivity = linear_sensitivities(adapter, batches, seed=0)
-    module = CalibrationModule(adapter, measure_rounding=True, sensitivity=sensitivity)
+    module = CalibrationModule(adapter, batches, measure_rounding=True, sensitivity=sensitivity)
     settings = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "accelerator": "cpu"}
     trainer = pl.Trainer(enable_model_summary=False, **settings)
-    trainer.validate(module, dataloaders=as_loader(batches), verbose=False)
+    trainer.validate(module, verbose=False)
     return module.adapter, module
 
 

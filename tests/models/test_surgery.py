@@ -21,6 +21,8 @@ from casp_pl.models.surgery import (
 from casp_pl.quantizers import AQLMQuantizer, RTNQuantizer
 from casp_pl.quantizers.low_rank import quantize_low_rank
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture
 def model() -> LlamaForCausalLM:
@@ -69,7 +71,7 @@ def test_block_from_tensors_round_trip(model: LlamaForCausalLM) -> None:
     round_to_storage(block)
     specs = json.loads(json.dumps(layer_specs(block)))
     tensors = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-    again = block_from_tensors(original, specs, tensors)
+    again = block_from_tensors(original, specs, tensors, CPU)
     assert layer_specs(again) == layer_specs(block)
     assert torch.equal(_run(again, model), _run(block, model))
     assert not torch.equal(_run(again, model), _run(original, model))
@@ -82,7 +84,7 @@ def test_block_from_tensors_round_trip(model: LlamaForCausalLM) -> None:
 def test_bias_is_kept(model: LlamaForCausalLM) -> None:
     original = model.model.layers[0]
     block = _compress(original)
-    again = block_from_tensors(original, layer_specs(block), block.state_dict())
+    again = block_from_tensors(original, layer_specs(block), block.state_dict(), CPU)
     for name, layer in compressed_layers(again).items():
         assert torch.equal(layer.bias, original.get_submodule(name).bias)
         x = torch.randn(4, layer.in_features, generator=torch.Generator().manual_seed(2))
@@ -95,7 +97,7 @@ def test_missing_tensor_is_refused(model: LlamaForCausalLM) -> None:
     tensors = dict(block.state_dict())
     del tensors["self_attn.k_proj.scales"]
     with pytest.raises(RuntimeError, match=r"self_attn\.k_proj\.scales"):
-        block_from_tensors(model.model.layers[0], layer_specs(block), tensors)
+        block_from_tensors(model.model.layers[0], layer_specs(block), tensors, CPU)
 
 
 def test_install_layers_takes_dtype_and_mode_of_the_linear(model: LlamaForCausalLM) -> None:

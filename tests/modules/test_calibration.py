@@ -7,7 +7,6 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from casp_pl.models import adapt, load_model
 from casp_pl.modules import CalibrationModule, CalibrationStatistics
@@ -27,10 +26,10 @@ def _measured(precision: Any) -> tuple[CalibrationStatistics, dict[str, torch.Te
     mask[1, 20:] = 0
     pixels = torch.randn(3, 3, 32, 32, generator=generator)
     batch = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
-    module = CalibrationModule(adapt(model), measure_rounding=True)
+    module = CalibrationModule(adapt(model), [batch], measure_rounding=True)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = pl.Trainer(accelerator="cpu", precision=precision, enable_model_summary=False, **quiet)
-    trainer.validate(module, dataloaders=DataLoader([batch], batch_size=None, num_workers=0), verbose=False)
+    trainer.validate(module, verbose=False)
     assert module.statistics is not None
     return module.statistics, batch, model
 

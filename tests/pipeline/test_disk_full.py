@@ -23,7 +23,7 @@ def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Grow]]:
         try:
             yield place, lambda: subprocess.run(["mount", "-o", "remount,size=64m", str(place)], check=True) and None
         finally:
-            subprocess.run(["umount", str(place)], check=True)
+            subprocess.run(["umount", "--lazy", str(place)], check=True)  # the log of the failed run is still open
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))

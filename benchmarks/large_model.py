@@ -1,0 +1,196 @@
+"""Calibration and compression of the first blocks of a LLaVA-1.5 shaped model that is never in memory as a whole.
+
+usage: python -m benchmarks.large_model --shape 7b|13b [--blocks 2] [--quantizers aqlm quip gptq] [--out FOLDER]
+
+A checkpoint of random bf16 weights in the shape of LLaVA-1.5 (CLIP-L/14 at 336 pixels, 576 image tokens) is written
+once: all 32 blocks at 7b (13.5 GB), at 13b only the blocks that are used. Then `casp_pl fit` runs in a process of its
+own for each quantizer, without evaluation and fine-tuning, on a view of the checkpoint with fewer blocks: what it holds
+at once does not depend on their number. A shard or a row that is there already is not made again. Memory is that of the
+process; "above" is what remains of it beside one block, both second moments of its widest linear, the inputs that are
+kept, and what lies outside the blocks.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SAMPLES, POSITIONS = 16, 640
+GB = 1e9
+
+
+class Shape(NamedTuple):
+    """What differs between the models."""
+
+    hidden: int
+    intermediate: int
+    blocks: int
+    heads: int
+    whole: bool
+
+
+SHAPES = {"7b": Shape(4096, 11008, 32, 32, whole=True), "13b": Shape(5120, 13824, 40, 40, whole=False)}
+
+
+def make_config(shape: Shape, vocabulary: Mapping[str, int], blocks: int) -> Any:
+    """The config of LLaVA-1.5, for a byte tokenizer."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    end = vocabulary["<|im_end|>"]
+    text = LlamaConfig(
+        vocab_size=32064, hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=blocks,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.heads, max_position_embeddings=4096,
+        rms_norm_eps=1e-5, bos_token_id=vocabulary["<|im_start|>"], eos_token_id=end, pad_token_id=end,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
+        patch_size=14, projection_dim=768,
+    )  # fmt: skip
+    return LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=vocabulary["<image>"], vision_feature_layer=-2,
+        vision_feature_select_strategy="default", image_seq_length=576, dtype="bfloat16",
+    )  # fmt: skip
+
+
+def write_checkpoint(folder: Path, shape: Shape, blocks: int) -> None:
+    """The whole model or its first blocks: a shard for each block and one for the rest; finished shards stay."""
+    from transformers import LlavaForConditionalGeneration
+    from transformers.core_model_loading import revert_weight_conversion
+
+    from casp_pl.models.tiny import make_processor
+
+    folder.mkdir(parents=True, exist_ok=True)
+    processor = make_processor(image_size=336, patch_size=14)
+    stored = shape.blocks if shape.whole else blocks
+    config = make_config(shape, processor.tokenizer.get_vocab(), stored)
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        number = name.split(".layers.")[1].split(".")[0] if "language_model.layers." in name else None
+        groups.setdefault("rest" if number is None else f"block-{int(number):03d}", {})[name] = tensor
+    places = {}
+    for group, tensors in groups.items():
+        file = folder / f"model-{group}.safetensors"
+        on_disk = revert_weight_conversion(model, tensors)
+        places |= dict.fromkeys(on_disk, file.name)
+        if not file.exists():
+            numbers = {name: _random(name, tensor) for name, tensor in on_disk.items()}
+            save_file(numbers, folder / "unfinished", metadata={"format": "pt"})
+            os.replace(folder / "unfinished", file)
+            print(f"wrote {file}", flush=True)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    config.architectures = ["LlavaForConditionalGeneration"]
+    config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def _random(name: str, tensor: Tensor) -> Tensor:
+    if name.endswith("bias"):
+        return torch.zeros(tensor.shape, dtype=torch.bfloat16)
+    if tensor.dim() == 1:
+        return torch.ones(tensor.shape, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    return torch.empty(tensor.shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+
+
+def view(checkpoint: Path, folder: Path, blocks: int) -> None:
+    """A directory of the same files whose config has fewer blocks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in checkpoint.iterdir():
+        if path.name != "config.json" and not (folder / path.name).exists():
+            (folder / path.name).symlink_to(path.resolve())
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = blocks
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def fit(model: Path, folder: Path, quantizer: str) -> dict[str, Any]:
+    """The report of a run in a process of its own."""
+    if not (folder / "report.json").exists():
+        recipe = ["--config", str(CONFIGS / f"llava_{quantizer}.yaml"), "--run_dir", str(folder)]
+        source = ["--model.source", str(model), "--model.streaming", "true"]
+        data = {"samples": SAMPLES, "fine_tuning_samples": SAMPLES, "holdout": 0, "text_ratio": 0}
+        data |= {"questions_per_image": 2, "max_length": POSITIONS, "batch_size": 1}
+        off = ["--evaluation.questions", "0", "--evaluation.text_tokens", "0", "--baseline", "null"]
+        off += ["--block_tuning.epochs", "0", "--end_to_end.steps", "0", "--override_memory"]
+        options = [part for key, value in data.items() for part in (f"--data.{key}", str(value))]
+        subprocess.run([sys.executable, "-m", "casp_pl", "fit", *recipe, *source, *options, *off], check=True)
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return report
+
+
+def row(name: str, quantizer: str, report: dict[str, Any], checkpoint: Path, shape: Shape) -> list[str]:
+    """One line of the table."""
+    counts = report["data"]["calibration"]
+    tokens = counts["image_tokens"] + counts["text_tokens"]
+    widths = 3 * shape.hidden + 3 * shape.hidden + shape.intermediate
+    known = 2 * (checkpoint / "model-rest.safetensors").stat().st_size  # bf16 in files, float32 in memory
+    known += 2 * (checkpoint / "model-block-000.safetensors").stat().st_size
+    known += 2 * 8 * shape.intermediate**2 + 4 * tokens * widths
+    modules, blocks = report["modules"], len({module["block"] for module in report["modules"]})
+    stage = next(stage for stage in report["stages"] if stage["name"] == "quantized")
+    linear = sum(module["seconds"] for module in modules) / len(modules)
+    peak = report["peak_memory_bytes"]
+    return [
+        name,
+        quantizer,
+        str(blocks),
+        str(tokens),
+        f"{peak / GB:.2f}",
+        f"{(peak - known) / GB:.2f}",
+        f"{linear:.1f}",
+        f"{stage['seconds'] / blocks:.0f}",
+        f"{stage['seconds'] / blocks * shape.blocks / 3600:.1f}",
+    ]
+
+
+HEADINGS = [
+    "model",
+    "quantizer",
+    "blocks",
+    "tokens",
+    "peak GB",
+    "above GB",
+    "s a linear",
+    "s a block",
+    "h all",
+    "s run",
+]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="7b")
+    parser.add_argument("--blocks", type=int, default=None, help="blocks to compress; default 2 at 7b, 1 at 13b")
+    parser.add_argument("--quantizers", nargs="+", default=["aqlm", "quip", "gptq"], choices=["aqlm", "quip", "gptq"])
+    parser.add_argument("--out", type=Path, default=Path("runs/large_model"))
+    options = parser.parse_args()
+    shape = SHAPES[options.shape]
+    blocks = options.blocks or (2 if shape.whole else 1)
+    checkpoint = options.out / options.shape
+    write_checkpoint(checkpoint, shape, blocks)
+    model = options.out / f"{options.shape}-{blocks}-blocks"
+    view(checkpoint, model, blocks)
+    rows = []
+    for quantizer in options.quantizers:
+        report = fit(model, options.out / f"{options.shape}-{blocks}-{quantizer}", quantizer)
+        rows.append(row(options.shape, quantizer, report, checkpoint, shape))
+    print("| " + " | ".join(HEADINGS) + " |\n|" + " ---: |" * len(HEADINGS))
+    for line in rows:
+        print("| " + " | ".join(line) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""How much memory there is, and how much a block-by-block compression needs at most."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from casp_pl.models.adapter import ModelAdapter
+from casp_pl.models.weight_files import tensor_sizes
+
+__all__ = ["StreamingMemory", "fits_in_memory", "free_memory", "streaming_memory"]
+
+_COMFORT = 2.2  # a run that is not streamed holds the model and, for evaluation, dense copies of what is compressed
+_PROCESS_BYTES = 900 << 20  # Python with torch, lightning and transformers, before any weight
+_COMPRESSED = 0.5  # bytes of a weight of two to four bits with its tables in float32
+_WIDE, _SINGLE = 8, 4  # bytes of a number in sums of moments, and in what is computed from them
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def fits_in_memory(directory: Path, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the model of a directory, held in this dtype, leaves enough memory to be compressed."""
+    needed = sum(tensor_sizes(directory).values()) * dtype.itemsize
+    return _COMFORT * needed < free_memory(device)
+
+
+@dataclass(frozen=True)
+class StreamingMemory:
+    """Bytes at the peak of a block-by-block compression, by what they are for.
+
+    Attributes:
+        outside: the process itself, and the parts of the model outside its decoder blocks.
+        block: one block and the dense copies of its compressed linears, or those of a window; all compressed blocks if
+            they are fine-tuned together.
+        moments: both second moments of the widest linear, and what a quantizer derives from them.
+        inputs: inputs of a block and of its linears for all samples; 0 where they lie on disk.
+    """
+
+    outside: int
+    block: int
+    moments: int
+    inputs: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.outside + self.block + self.moments + self.inputs
+
+
+def streaming_memory(
+    adapter: ModelAdapter,
+    tokens: int,
+    *,
+    dtype: torch.dtype,
+    on_disk: bool,
+    window: int = 0,
+    whole_compressed: bool = False,
+) -> StreamingMemory:
+    """What the stages of a streamed model hold at most.
+
+    Calibration and quantization do not depend on the number of blocks, block tuning on that of a window; end-to-end
+    fine-tuning holds all compressed blocks.
+
+    Args:
+        adapter: the model; shapes are all that is read of it.
+        tokens: calibration tokens of this process.
+        dtype: what matrices are multiplied in (`BlockBatch.autocast`, or that of the weights).
+        on_disk: whether block inputs are kept in files.
+        window: blocks that are tuned together; 0 without block tuning.
+        whole_compressed: whether end-to-end fine-tuning is to be done.
+    """
+    shapes = adapter.shapes(0)
+    weights = sum(rows * columns for rows, columns in shapes.values())
+    widest = max(columns for _, columns in shapes.values())
+    hidden = shapes[adapter.linear_names[0]][1]
+    read = sum(shapes[name][1] for name in adapter.group_heads)
+    held = (p.numel() * p.element_size() for p in adapter.outside_parameters())
+    moment = widest * widest
+    return StreamingMemory(
+        outside=_PROCESS_BYTES + sum(held),
+        block=max(2, window + 1) * weights * adapter.model.dtype.itemsize
+        + (int(_COMPRESSED * weights * len(adapter.blocks)) if whole_compressed else 0),
+        moments=2 * moment * (_WIDE + _SINGLE) + 2 * moment * _WIDE,
+        inputs=0 if on_disk else tokens * (3 * hidden * _SINGLE + read * dtype.itemsize),
+    )

@@ -1,4 +1,4 @@
-"""The command line: `python -m casp_pl {fit,plan,data,validate,test,predict,explain,verify,export,lm_eval,lmms_eval}`.
+"""The command line: `python -m casp_pl COMMAND`; --help lists the commands.
 
 Built on Lightning's argument parser: the arguments are the constructor arguments of the classes that do the work, so
 their docstrings are the help and a recipe is checked against the real signatures. One fit is several LightningModules
@@ -9,6 +9,7 @@ import argparse
 import difflib
 import logging
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -98,6 +99,10 @@ def build_parser(recipes: Mapping[str, LightningArgumentParser] | None = None) -
     verify.add_argument("directory", type=Path, help="runs/NAME or runs/NAME/model")
     verify.add_argument("--verbose", action="store_true", help="show tracebacks")
     subcommands.add_subcommand("verify", verify, help="check hashes and structure of a run or model directory")
+    report = _new_parser("Make the report of a run again from what it left, without computing anything.")
+    report.add_argument("directory", type=Path, help="runs/NAME, of a finished run or of one that was stopped")
+    report.add_argument("--verbose", action="store_true", help="show tracebacks")
+    subcommands.add_subcommand("report", report, help="make report.html, report.md and the pictures of a run again")
     export = _new_parser("Write a compressed model in the layout of another tool.")
     export.add_argument("directory", type=Path, help="runs/NAME or runs/NAME/model")
     export.add_argument("--format", choices=EXPORT_FORMATS, required=True, help="the layout")
@@ -252,12 +257,16 @@ def _run(arguments: list[str], verbose: bool) -> int:
         command = config.subcommand
         if command == "verify":
             return commands.verify(config.verify.directory)
+        if command == "report":
+            return commands.report(config.report.directory)
         if command == "explain":
             return commands.explain(_explain_settings(config.explain.run_dir), config.explain.module)
         if command == "export":
             chosen = config.export
             return commands.export(chosen.directory, chosen.out, chosen.format, dtype=chosen.dtype)
         settings = settings_from(recipes[command], config[command])
+        settings.verbose = verbose
+        settings.command = shlex.join(["python", "-m", "casp_pl", *arguments])
     except (ArgumentError, argparse.ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(_short_reason(str(error), recipes, arguments)) from error
     extra = {key: config[command][key] for key in _OWN_ARGUMENTS.get(command, ())}

@@ -1,14 +1,17 @@
 """What a figure depends on besides the config: versions, source commit, memory."""
 
+import os
+import platform
 import resource
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import psutil
 import torch
 
-__all__ = ["package_versions", "peak_memory_bytes", "source_commit"]
+__all__ = ["machine_parts", "package_versions", "peak_memory_bytes", "source_commit"]
 
 _PACKAGES = ("casp_pl", "torch", "lightning", "transformers", "torchmetrics", "safetensors", "tokenizers", "numpy")
 
@@ -35,6 +38,26 @@ def source_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return answer.stdout.strip() or None
+
+
+def machine_parts() -> dict[str, str]:
+    """What the run computes on: system, processor, threads, memory, and the accelerator if there is one."""
+    parts = {
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": f"{os.cpu_count()}, {torch.get_num_threads()} threads",
+        "memory": f"{psutil.virtual_memory().total / 1e9:.1f} GB",
+    }
+    if torch.cuda.is_available():
+        parts["accelerator"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return parts
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def peak_memory_bytes() -> int:

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 from casp_pl.errors import IntegrityError
@@ -146,6 +146,9 @@ class CompressionReport:
         blocks: every decoder block.
         data: counts of what really entered calibration.
         examples: a few questions with both answers.
+        command: what was typed to make the run.
+        machine: what it ran on: system, processor, memory, accelerator.
+        planned_stages: names of all stages that the recipe has; those without a row have not been measured yet.
     """
 
     name: str
@@ -161,6 +164,14 @@ class CompressionReport:
     blocks: tuple[BlockFigures, ...] = ()
     data: dict[str, Any] = field(default_factory=dict)
     examples: tuple[Example, ...] = ()
+    command: str | None = None
+    machine: dict[str, str] = field(default_factory=dict)
+    planned_stages: tuple[str, ...] = ()
+
+    @property
+    def missing_stages(self) -> list[str]:
+        """Names of the stages that have not been measured yet."""
+        return [name for name in self.planned_stages if self.stage(name) is None]
 
     def stage(self, name: str) -> StageRow | None:
         """The row of one stage, None if the run did not have it."""
@@ -172,17 +183,18 @@ class CompressionReport:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "CompressionReport":
-        """The report of a report.json.
+        """The report of a report.json; what an earlier version did not write yet has its default.
 
         Raises:
-            IntegrityError: a key is missing or unknown.
+            IntegrityError: a key is unknown, or one without a default is missing.
         """
         _check_keys(cls, value, "report")
         rows: dict[str, Any] = {
-            "stages": tuple(_row(StageRow, row, "stages") for row in value["stages"]),
-            "modules": tuple(_row(ModuleFigures, row, "modules") for row in value["modules"]),
-            "blocks": tuple(_row(BlockFigures, row, "blocks") for row in value["blocks"]),
-            "examples": tuple(_row(Example, row, "examples") for row in value["examples"]),
+            "stages": tuple(_row(StageRow, row, "stages") for row in value.get("stages", ())),
+            "modules": tuple(_row(ModuleFigures, row, "modules") for row in value.get("modules", ())),
+            "blocks": tuple(_row(BlockFigures, row, "blocks") for row in value.get("blocks", ())),
+            "examples": tuple(_row(Example, row, "examples") for row in value.get("examples", ())),
+            "planned_stages": tuple(value.get("planned_stages", ())),
         }
         return cls(**{**value, **rows})
 
@@ -204,7 +216,8 @@ def _row(kind: type[_Row], value: Mapping[str, Any], where: str) -> _Row:
 
 
 def _check_keys(kind: type[Any], value: Mapping[str, Any], where: str) -> None:
-    wrong = sorted({item.name for item in fields(kind)} ^ set(value))
+    needed = {item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING}
+    wrong = sorted((needed - set(value)) | (set(value) - {item.name for item in fields(kind)}))
     if wrong:
         raise IntegrityError(f"report.json: {where}: missing or unknown keys: {', '.join(wrong)}")
 

@@ -5,28 +5,32 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from casp_pl.callbacks.report import CompressionReport, ModuleFigures
+from casp_pl.callbacks.report_charts import TEXTS
 from casp_pl.callbacks.stage_table import HEADER, duration, number, size, stage_cells
 
-__all__ = ["markdown_table", "report_markdown"]
+__all__ = [
+    "MODULE_HEADER",
+    "READING",
+    "count_rows",
+    "markdown_table",
+    "measured_on",
+    "module_cells",
+    "report_markdown",
+]
 
-_READING = """\
-- **bits** count against the original weights of the compressed linears: the codes alone, and with every codebook, scale
-  and zero counted. **size** is the whole model as stored, with the vision tower, the projector, the embeddings and the
-  norms, which stay in 16 or 32 bit.
-- **VQA %** is the share of generated answers that are right, with its 95 % interval; **not yes/no** leaves out the
-  questions that a guess gets right half the time; **flips** are answers that differ from the original model's.
-- **perplexity** and **KL** (nats, from the original's next-token distribution) are measured on held-out text. Lower is
-  better; the original's KL is 0 by definition.
-- **RTN** rounds every weight to the nearest level without looking at any data: the baseline, not part of the model.
-- n/a: not measured, or does not apply."""
+READING = (
+    "Bits count against the original weights of the compressed linears: the codes alone, and with every codebook, "
+    "scale and zero counted. The size is that of the whole model as stored, with the vision tower, the projector, the "
+    "embeddings and the norms, which stay in 16 or 32 bit.",
+    "VQA % is the share of generated answers that are right, with its 95 % interval; not yes/no leaves out the "
+    "questions that a guess gets right half the time; flips are answers that differ from the original model's.",
+    "Perplexity and KL (nats, from the original's next-token distribution) are measured on held-out text. Lower is "
+    "better; the original's KL is 0 by definition.",
+    "RTN rounds every weight to the nearest level without looking at any data: the baseline, not part of the model.",
+    "n/a: not measured, or does not apply.",
+)
 
-_CAPTIONS = {
-    "stages": "The stages",
-    "bits": "Bits and ranks that were chosen, and the scores that led to them",
-    "proxy_loss": "Error of every linear on its own inputs, relative to its output",
-    "attention_sparsity": "Attention sparsity of the original model, by query and key modality",
-    "examples": "Example questions",
-}
+_EXAMPLES = "Example questions"
 
 
 def report_markdown(report: CompressionReport, pictures: Sequence[str] = ()) -> str:
@@ -40,11 +44,12 @@ def report_markdown(report: CompressionReport, pictures: Sequence[str] = ()) -> 
         f"# {report.name}: {report.model} compressed with {report.quantizer}",
         _summary(report),
         markdown_table(HEADER, (stage_cells(row) for row in report.stages)),
-        _measured_on(report),
-        "## How to read it\n\n" + _READING,
-        *(f"## {_CAPTIONS.get(name, name)}\n\n![{_CAPTIONS.get(name, name)}]({name}.png)" for name in pictures),
+        measured_on(report),
+        "## How to read it\n\n" + "\n".join(f"- {line}" for line in READING),
+        *map(_picture, pictures),
         "## Data that really entered\n\n" + _data(report),
-        "## Every linear\n\n" + markdown_table(_MODULE_HEADER, (_module_cells(module) for module in report.modules)),
+        "## Every linear\n\n"
+        + markdown_table(MODULE_HEADER, (_code_first(module_cells(module)) for module in report.modules)),
         "## Made with\n\n" + _made_with(report),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -56,17 +61,25 @@ def _summary(report: CompressionReport) -> str:
     return f"{whole} Without evaluations: {parts}." if parts else whole
 
 
-def _measured_on(report: CompressionReport) -> str:
+def _picture(name: str) -> str:
+    title, words = TEXTS.get(name, (_EXAMPLES, ""))
+    return "\n\n".join(part for part in (f"## {title}", words, f"![{title}]({name}.png)") if part)
+
+
+def measured_on(report: CompressionReport) -> str:
+    """How many questions and how much text the stages were measured on; empty without stages."""
     counts = sorted({(row.questions, row.text_tokens) for row in report.stages}, key=str)
     each = [f"{_count(questions)} questions and {_count(tokens)} tokens of text" for questions, tokens in counts]
     return f"Measured on {'; '.join(each)}." if each else ""
 
 
 def _data(report: CompressionReport) -> str:
-    if not report.data:
-        return "n/a"
-    rows = ([key.replace("_", " "), _value(value)] for key, value in _flat(report.data))
-    return markdown_table(("what", "count"), rows)
+    return markdown_table(("what", "count"), count_rows(report.data)) if report.data else "n/a"
+
+
+def count_rows(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(what, how much) of nested counts."""
+    return [(key.replace("_", " "), _value(value)) for key, value in _flat(data)]
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -77,13 +90,14 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield prefix + key, value
 
 
-_MODULE_HEADER = ("linear", "shape", "rank", "bits", "bits total", "relative proxy loss", "seconds")
+MODULE_HEADER = ("linear", "shape", "rank", "bits", "bits total", "relative proxy loss", "seconds")
 
 
-def _module_cells(module: ModuleFigures) -> list[str]:
+def module_cells(module: ModuleFigures) -> list[str]:
+    """The cells of one linear under `MODULE_HEADER`."""
     loss = module.relative_proxy_loss
     return [
-        f"`{module.name}`",
+        module.name,
         " x ".join(map(str, module.shape)),
         "-" if module.rank is None else str(module.rank),
         "n/a" if module.bits is None else f"{module.bits:g}",
@@ -93,10 +107,15 @@ def _module_cells(module: ModuleFigures) -> list[str]:
     ]
 
 
+def _code_first(cells: list[str]) -> list[str]:
+    return [f"`{cells[0]}`", *cells[1:]]
+
+
 def _made_with(report: CompressionReport) -> str:
     lines = [f"- commit: {report.commit or 'n/a'}"]
     lines += [f"- {name} {version}" for name, version in report.versions.items()]
-    return "\n".join(lines)
+    lines += [f"- {part}: {what}" for part, what in report.machine.items()]
+    return "\n".join(lines) + (f"\n\n    {report.command}" if report.command else "")
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -7,7 +7,7 @@ from rich.console import Console
 from casp_pl.callbacks.report import StageRow
 from casp_pl.console import print_table
 
-__all__ = ["HEADER", "duration", "number", "print_stages", "size", "stage_cells"]
+__all__ = ["HEADER", "duration", "number", "print_stages", "size", "stage_cells", "stage_title"]
 
 HEADER = ("stage", "bits codes/total", "size", "VQA %", "95 %", "not yes/no %", "perplexity", "KL", "flips %", "time")
 
@@ -25,12 +25,17 @@ def print_stages(stages: Sequence[StageRow], console: Console) -> None:
     print_table(HEADER, [stage_cells(row) for row in stages], console)
 
 
+def stage_title(name: str) -> str:
+    """The name of a stage in words."""
+    return _TITLES.get(name, name)
+
+
 def stage_cells(row: StageRow) -> list[str]:
     """The cells of one stage under `HEADER`; what was not measured reads n/a."""
     codes, total = number(row.bits_per_weight_codes, 3), number(row.bits_per_weight_total, 3)
     interval = "n/a" if row.vqa_interval is None else " - ".join(number(edge, 1, 100) for edge in row.vqa_interval)
     return [
-        _TITLES.get(row.name, row.name),
+        stage_title(row.name),
         "n/a" if codes == total == "n/a" else f"{codes} / {total}",
         size(row.model_bytes),
         number(row.vqa_accuracy, 1, 100),

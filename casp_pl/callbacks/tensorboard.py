@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from casp_pl.callbacks.pictures import draw_pictures, png_bytes
+from casp_pl.callbacks.pictures import png_bytes
 from casp_pl.callbacks.report import BlockFigures, CompressionReport, Example, ModuleFigures, StageRow
 
 if TYPE_CHECKING:
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 __all__ = ["log_blocks", "log_examples", "log_modules", "log_pictures", "log_report", "log_stage"]
 
 
-def log_report(experiment: "SummaryWriter", report: CompressionReport) -> None:
+def log_report(experiment: "SummaryWriter", report: CompressionReport, pictures: Mapping[str, Figure]) -> None:
     """Everything below but the stages, which `StageReport` shows as soon as each is measured."""
     log_modules(experiment, report.modules)
     log_blocks(experiment, report.blocks)
     log_examples(experiment, report.examples)
-    log_pictures(experiment, draw_pictures(report))
+    log_pictures(experiment, pictures)
 
 
 def log_stage(experiment: "SummaryWriter", row: StageRow, step: int) -> None:

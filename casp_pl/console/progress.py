@@ -1,7 +1,11 @@
-"""Progress of a whole run and of its current stage: two bars on a terminal, a line now and then elsewhere."""
+"""Progress of a whole run and of its current stage: two bars on a terminal, a line now and then elsewhere.
+
+What is done gets a row each, in columns: blocks, stages. How far the run is, is told elsewhere than on a terminal only
+when nothing else has been said for a minute, or, with `verbose`, at every 2 % of the run.
+"""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
@@ -13,8 +17,9 @@ from casp_pl.console.tables import make_console
 
 __all__ = ["RunProgress"]
 
-_STEP = 0.02  # of the run: at most one plain line for each, unless `interval` has passed
+_STEP = 0.02  # of the run: with `verbose` one plain line for each, even if `interval` has not passed
 _NAME_WIDTH = 16
+_LABEL_WIDTH, _TIME_WIDTH = 12, 8
 
 
 class RunProgress:
@@ -27,7 +32,8 @@ class RunProgress:
         stages: weight of every stage, in the order in which they run.
         console: where to show it, standard output by default.
         enabled: False shows nothing, as on all ranks but the first.
-        interval: seconds after which a plain line is due although the run moved by less than 2 %.
+        interval: seconds without a line after which one tells how far the run is.
+        verbose: tell more: how far the run is at every 2 % and at the ends of each stage, and `detail`.
         clock: seconds that only ever grow.
     """
 
@@ -37,13 +43,15 @@ class RunProgress:
         *,
         console: Console | None = None,
         enabled: bool = True,
-        interval: float = 10.0,
+        interval: float = 60.0,
+        verbose: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.weights = dict(stages)
         self.console = make_console() if console is None else console
         self.enabled = enabled
         self.interval = interval
+        self.verbose = verbose
         self._clock = clock
         self._finished: dict[str, float] = {}  # stage -> weight that was worked off here; 0 where it was skipped
         self._stage, self._steps, self._done, self._note = "", 1.0, 0.0, ""
@@ -102,9 +110,20 @@ class RunProgress:
         self.say(f"{name}: complete, from an earlier run")
 
     def say(self, text: str) -> None:
-        """A line of text above the bars."""
+        """A line of text above the bars, broken between words where the console is too narrow."""
         if self.enabled:
-            self.console.print(text, markup=False, soft_wrap=True)
+            self._line_time = self._clock()
+            self.console.print(text, markup=False)
+
+    def row(self, label: str, *cells: str, time: str) -> None:
+        """What is done, in columns; closer together, then below each other, where the console is too narrow."""
+        for line in _row_lines(label, cells, time, self.console.width):
+            self.say(line)
+
+    def detail(self, label: str, *cells: str, time: str) -> None:
+        """A row for those who want to know everything."""
+        if self.verbose:
+            self.row(label, *cells, time=time)
 
     @property
     def share(self) -> float:
@@ -137,7 +156,8 @@ class RunProgress:
 
     def _show_line(self, force: bool) -> None:
         now = self._clock()
-        if not force and self.share - self._line_share < _STEP and now - self._line_time < self.interval:
+        moved = self.verbose and (force or self.share - self._line_share >= _STEP)
+        if not moved and now - self._line_time < self.interval:
             return
         self._line_share, self._line_time = self.share, now
         head, tail = f"{100 * self.share:3.0f}% ", f" {self._done:g}/{self._steps:g}"
@@ -178,6 +198,22 @@ class _Bars:
     def _name(self, text: str) -> str:
         width = _NAME_WIDTH * 2 if self.wide else _NAME_WIDTH
         return text[:width].ljust(width)
+
+
+def _row_lines(label: str, cells: Sequence[str], time: str, width: int) -> list[str]:
+    wide = "  ".join([label.ljust(_LABEL_WIDTH), *cells, time.rjust(_TIME_WIDTH)])
+    close = " ".join([label, *cells, time])
+    if len(wide) <= width:
+        return [wide]
+    if len(close) <= width:
+        return [close]
+    lines = [label]
+    for cell in (*cells, time):
+        if len(lines) > 1 and len(lines[-1]) + 2 + len(cell) <= width:
+            lines[-1] += f"  {cell}"
+        else:
+            lines.append(f"  {cell}")
+    return lines
 
 
 def _is_live(console: Console) -> bool:

@@ -73,7 +73,8 @@ class CalibrationModule(pl.LightningModule):
         self._states: list[BlockBatch] = []
         self._originals = self.adapter.originals()
         self._cosines = torch.zeros(count, dtype=torch.float64)
-        self._sparsity = torch.zeros(count, 2, 2, 2, dtype=torch.float64)
+        heads = int(self.adapter.decoder.config.num_attention_heads)
+        self._sparsity = torch.zeros(count, heads, 2, 2, 2, dtype=torch.float64)
         self._spectra: dict[str, Tensor] = {}
         self._rounding: dict[str, float] = {}
         self._counts = self._total = torch.zeros(2, dtype=torch.float64)
@@ -97,7 +98,8 @@ class CalibrationModule(pl.LightningModule):
         self.statistics = CalibrationStatistics(
             block_influence=(1 - cosines / tokens).float(),
             spectra=self._spectra,
-            attention_sparsity=(sparsity[..., 0] / sparsity[..., 1]).float(),
+            attention_sparsity=(sparsity[..., 0] / sparsity[..., 1]).mean(1).float(),
+            head_sparsity=(sparsity[..., 0] / sparsity[..., 1]).float(),
             rounding=self._rounding,
             sensitivity=self.sensitivity,
             tokens=int(tokens),
@@ -192,13 +194,13 @@ class CalibrationModule(pl.LightningModule):
         return hook
 
     def _count_sparse(self, probabilities: Tensor, visible: Tensor) -> Tensor:
-        """(query modality, key modality, [below threshold, all]) over pairs of real tokens that see each other."""
-        small = (probabilities < self.sparsity_threshold).float().mean(1)
-        result = torch.zeros(2, 2, 2, dtype=torch.float64)
+        """(head, query modality, key modality, [below threshold, all]) over real tokens that see each other."""
+        small = probabilities < self.sparsity_threshold
+        result = torch.zeros(small.shape[1], 2, 2, 2, dtype=torch.float64)
         kinds = (self._real & ~self._image, self._image)
         for q, query in enumerate(kinds):
             for k, key in enumerate(kinds):
                 pairs = query[:, :, None] & key[:, None, :] & visible
-                result[q, k, 0] = small[pairs].double().sum()
-                result[q, k, 1] = pairs.sum()
+                result[:, q, k, 0] = (small & pairs[:, None]).sum((0, 2, 3)).cpu()
+                result[:, q, k, 1] = pairs.sum().cpu()
         return result

@@ -17,6 +17,7 @@ class CalibrationStatistics:
         spectra: full name of a low-rank candidate -> its whitened singular values, descending.
         attention_sparsity: (L, 2, 2) share of attention probabilities below the threshold; query text/image x key
             text/image; NaN where no such pair was seen.
+        head_sparsity: (L, heads, 2, 2) the same for each attention head; None in files of earlier versions.
         rounding: full name of a linear -> relative proxy loss of a quick rounding; empty unless asked for.
         sensitivity: full name of a linear -> nats of KL that rounding it costs, over 2^(-2 b) at b bits; empty unless
             asked for.
@@ -31,10 +32,13 @@ class CalibrationStatistics:
     sensitivity: dict[str, float]
     tokens: int
     image_tokens: int
+    head_sparsity: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything as tensors, for one safetensors file."""
         result = {"block_influence": self.block_influence, "attention_sparsity": self.attention_sparsity}
+        if self.head_sparsity is not None:
+            result["head_sparsity"] = self.head_sparsity
         result["tokens"] = torch.tensor([self.tokens, self.image_tokens])
         result |= {f"spectrum.{name}": value for name, value in self.spectra.items()}
         for kind, figures in (("rounding", self.rounding), ("sensitivity", self.sensitivity)):
@@ -53,6 +57,7 @@ class CalibrationStatistics:
             sensitivity=_numbers(tensors, "sensitivity."),
             tokens=tokens,
             image_tokens=image_tokens,
+            head_sparsity=tensors.get("head_sparsity"),
         )
 
 

@@ -1,14 +1,17 @@
 """What each subcommand does with a parsed recipe. Every function returns the exit code."""
 
 import sys
+from collections.abc import Mapping
 from json import dumps
 from pathlib import Path
 
 import psutil
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
 
 from casp_pl.callbacks.report import CompressionReport
 from casp_pl.callbacks.report_files import write_report
+from casp_pl.callbacks.run_details import read_details
 from casp_pl.callbacks.stage_table import print_stages, size
 from casp_pl.callbacks.tensorboard import log_report
 from casp_pl.checkpoint import RunDirectory, save_compressed, save_streamed, write_text
@@ -26,14 +29,14 @@ from casp_pl.pipeline.measure import Measurement
 from casp_pl.pipeline.model_card import model_card
 from casp_pl.pipeline.plan_text import print_forecast
 from casp_pl.pipeline.prepare import Prepared, fingerprint, load_batches, prepare
-from casp_pl.pipeline.reporting import build_report
+from casp_pl.pipeline.reporting import build_report, render_again
 from casp_pl.pipeline.run import CompressionRun
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.side_by_side import side_by_side
 from casp_pl.pipeline.trainers import TrainerFactory
 from casp_pl.processes import is_first, process_count, said_by_first
 
-__all__ = ["explain", "export", "fit", "plan", "predict", "test", "validate", "verify"]
+__all__ = ["explain", "export", "fit", "plan", "predict", "report", "test", "validate", "verify"]
 
 
 def fit(settings: RunSettings, *, override_memory: bool = False) -> int:
@@ -46,12 +49,12 @@ def fit(settings: RunSettings, *, override_memory: bool = False) -> int:
     with RunDirectory.open(settings.run_dir, fingerprint(settings, prepared)) as run:
         if is_first():
             write_text(run.path("config.yaml"), settings.recipe)
-        with RunProgress(estimate.seconds, enabled=is_first()) as progress:
+        with RunProgress(estimate.seconds, enabled=is_first(), verbose=settings.verbose) as progress:
             report = _fit(settings, prepared, run, progress)
     if is_first():
         console = make_console()
         print_stages(report.stages, console)
-        console.print(f"model: {run.path('model')}   report: {run.path('report.md')}", soft_wrap=True)
+        console.print(f"model:  {run.path('model')}\nreport: {run.path('report.html')}", markup=False, soft_wrap=True)
     return 0
 
 
@@ -59,22 +62,36 @@ def _fit(settings: RunSettings, prepared: Prepared, run: RunDirectory, progress:
     logger = TensorBoardLogger(str(settings.run_dir), name="tensorboard", version="")
     trainers = TrainerFactory(settings.trainer, logger)
     measurement = Measurement(run, settings.evaluation, prepared.processor, settings.scoring, trainers)
-    compression = CompressionRun(settings, run, prepared.adapter, measurement, trainers, progress)
+
+    def report_now(done: CompressionRun) -> CompressionReport:
+        times = done.seconds, done.work_seconds()
+        return build_report(settings, run, done.rows(), done.linears, measurement, *times)
+
+    def show(done: CompressionRun) -> None:
+        _write_report(report_now(done), run, draw=False)
+
+    compression = CompressionRun(settings, run, prepared.adapter, measurement, trainers, progress, show)
     blocks = compression.stages(load_batches(settings, prepared.device))
-    rows, statistics = compression.rows(), compression.statistics()
-    times = compression.seconds, compression.work_seconds()
-    report = build_report(settings, run, rows, compression.linears, statistics, measurement, *times)
+    report = report_now(compression)
     with progress.stage("save", 1):
         if not run.has("model"):
             if is_first():
                 _save(prepared, blocks, run.path("model"), model_card(report, settings))
             run.record("model")
-        for name in said_by_first(write_report(report, run.root) if is_first() else []):
-            run.record(name)
+        pictures = _write_report(report, run)
         if is_first():
-            log_report(logger.experiment, report)
+            log_report(logger.experiment, report, pictures)
         logger.finalize("success")
     return report
+
+
+def _write_report(report: CompressionReport, run: RunDirectory, *, draw: bool = True) -> Mapping[str, Figure]:
+    """The files of the report, written by the first process and recorded; returns the pictures."""
+    details = read_details(run)
+    names, pictures = write_report(report, run.root, details, draw=draw) if is_first() else ([], {})
+    for name in said_by_first(names):
+        run.record(name)
+    return pictures
 
 
 def _save(prepared: Prepared, blocks: BlockFiles, directory: Path, card: str) -> None:
@@ -140,6 +157,12 @@ def verify(directory: Path) -> int:
         print(problem)
     print(f"{directory}: {'whole' if not problems else f'{len(problems)} problems'}")
     return 6 if problems else 0
+
+
+def report(directory: Path) -> int:
+    """Make report.html, report.md and the pictures of a run again from what it left; prints where."""
+    print(f"report: {render_again(directory)}")
+    return 0
 
 
 def export(directory: Path, out: Path, format: str, *, dtype: str | None = None) -> int:

@@ -6,7 +6,7 @@ Every stage leaves its figures in stages/NAME.json and its tensors beside; that 
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -16,6 +16,7 @@ from torch import nn
 from casp_pl.allocation import CompressionPlan
 from casp_pl.callbacks import Advance
 from casp_pl.callbacks.report import StageRow
+from casp_pl.callbacks.stage_table import duration
 from casp_pl.checkpoint import RunDirectory
 from casp_pl.console import RunProgress
 from casp_pl.errors import InputError, NumericsError
@@ -23,7 +24,7 @@ from casp_pl.models.activations import ActivationStore
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.compress import LinearReport, round_to_nearest
 from casp_pl.models.memory import streaming_memory
-from casp_pl.modules import CalibrationModule, CalibrationStatistics
+from casp_pl.modules import CalibrationModule
 from casp_pl.modules.sensitivity import linear_sensitivities
 from casp_pl.pipeline.block_files import BlockFiles, block_name, finished_blocks, save_block
 from casp_pl.pipeline.blocks import Batches, quantize_blocks, tune_blocks
@@ -32,6 +33,7 @@ from casp_pl.pipeline.end_to_end import FOLDER, EndToEndStage
 from casp_pl.pipeline.measure import Measurement
 from casp_pl.pipeline.memory import release_memory
 from casp_pl.pipeline.prepare import RunBatches, load_batches, on_device
+from casp_pl.pipeline.rows import show_block, show_stage, show_window
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import TrainerFactory
 
@@ -51,6 +53,7 @@ class CompressionRun:
         measurement: evaluates a model and remembers the original's answers.
         trainers: makes each stage's Trainer.
         progress: shows how far the run is.
+        measured: is called with this run when a stage has been measured.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class CompressionRun:
         measurement: Measurement,
         trainers: TrainerFactory,
         progress: RunProgress,
+        measured: Callable[["CompressionRun"], None],
     ) -> None:
         self.settings = settings
         self.run = run
@@ -68,11 +72,12 @@ class CompressionRun:
         self.measurement = measurement
         self.trainers = trainers
         self.progress = progress
+        self.measured = measured
         self.keep = activation_store(settings, adapter)
         self.broken = BrokenSamples(run, adapter, settings.data, trainers.autocast, self.keep)
         self.linears: list[LinearReport] = []
         self._started = time.monotonic()
-        self._earlier = sum(row.seconds or 0.0 for row in self.rows())
+        self._earlier = sum(row.seconds or 0.0 for row in self.rows()) + self.work_seconds().get("calibration", 0.0)
 
     def stages(self, batches: RunBatches) -> BlockFiles:
         """Run (or read) all stages; returns the final blocks."""
@@ -130,6 +135,8 @@ class CompressionRun:
             raise InputError("The calibration pass saw no sample: give data.samples a larger number.")
         self.run.write_tensors("calibration.safetensors", module.statistics.tensors(), {})
         self.run.write_json("plan.json", settings.bits.plan.to_json())
+        spent = duration(self.work_seconds()["calibration"])
+        self.progress.row("calibration", f"{module.statistics.tokens:,} tokens", time=spent)
         return settings.bits.plan
 
     def _sensitivity(self) -> dict[str, float]:
@@ -137,10 +144,6 @@ class CompressionRun:
         return linear_sensitivities(
             self.adapter, chosen, seed=self.settings.seed, autocast=self.trainers.autocast, keep=self.keep
         )
-
-    def statistics(self) -> CalibrationStatistics:
-        """What the calibration pass found."""
-        return CalibrationStatistics.from_tensors(self.run.read_tensors("calibration.safetensors")[0])
 
     @property
     def seconds(self) -> float:
@@ -182,10 +185,7 @@ class CompressionRun:
 
         def done(number: int, reports: list[LinearReport]) -> None:
             self.linears.extend(reports)
-            loss = max(report.relative_proxy_loss for report in reports)
-            bits = "/".join(str(bits) for bits in sorted({module.bits for module in plan.of_block(number)}))
-            seconds = sum(report.seconds for report in reports)
-            self.progress.say(f"block {number:3d}  {bits} bits  worst relative loss {loss:.4f}  {seconds:5.1f} s")
+            show_block(self.progress, number, reports, plan)
 
         with self._working("quantize", len(plan.modules)):
             quantize_blocks(
@@ -209,11 +209,11 @@ class CompressionRun:
         tuning = dict(self.settings.block_tuning)
         window = tuning.pop("window")
 
+        laps = [start]
+
         def done(numbers: range, losses: dict[str, float]) -> None:
-            before, after = losses["held_back_before"], losses["held_back_after"]
-            self.progress.say(
-                f"blocks {numbers[0]:3d} to {numbers[-1]:3d}  held-back error {before:.5f} -> {after:.5f}"
-            )
+            laps.append(time.monotonic())
+            show_window(self.progress, numbers, losses, laps[-1] - laps[-2])
             for _ in numbers:
                 self.progress.advance()
 
@@ -258,21 +258,11 @@ class CompressionRun:
             row = self.measurement.measure(name, self.adapter, blocks, self.progress.advance, started=begun)
         release_memory()
         self.run.write_json(f"stages/{name}.json", asdict(row))
-        self.progress.say(_sentence(row))
+        show_stage(self.progress, row)
+        self.measured(self)
 
 
 def activation_store(settings: RunSettings, adapter: ModelAdapter) -> ActivationStore:
     """Keeps activations of a run as its recipe says; `auto` leaves memory for the work on one block."""
     needed = streaming_memory(adapter, 0, dtype=adapter.model.dtype, on_disk=True)
     return ActivationStore(settings.activations, settings.run_dir, reserve=needed.block + needed.moments)
-
-
-def _sentence(row: StageRow) -> str:
-    parts = [f"{row.name:12s}"]
-    if row.vqa_accuracy is not None:
-        parts.append(f"accuracy {100 * row.vqa_accuracy:.1f} %")
-    if row.perplexity is not None:
-        parts.append(f"perplexity {row.perplexity:.2f}")
-    if row.kl is not None:
-        parts.append(f"KL {row.kl:.4f}")
-    return "  ".join(parts) + f"  ({row.seconds:.0f} s)"

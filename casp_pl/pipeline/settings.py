@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from casp_pl.callbacks import BitAllocation, LowRankAllocation
+from casp_pl.callbacks.report import STAGE_NAMES
 from casp_pl.data import CalibrationData
 from casp_pl.data.evaluation import EvaluationData
 from casp_pl.evaluation.scoring import AnswerRule
@@ -42,6 +43,8 @@ class RunSettings:
         trainer: arguments of `lightning.pytorch.Trainer`, for all stages.
         flat: the recipe as flat key -> value, what a resumed run is checked against.
         recipe: the recipe as YAML, for config.yaml.
+        command: what was typed, for the report.
+        verbose: whether to print everything.
     """
 
     name: str
@@ -65,3 +68,15 @@ class RunSettings:
     trainer: dict[str, Any] = field(default_factory=dict)
     flat: dict[str, str] = field(default_factory=dict)
     recipe: str = ""
+    command: str = ""
+    verbose: bool = False
+
+    @property
+    def planned_stages(self) -> tuple[str, ...]:
+        """Names of the stages that are evaluated, in order."""
+        left_out = {
+            "rtn": self.baseline is None,
+            "block_tuned": self.block_tuning.get("epochs", 0) <= 0,
+            "end_to_end": self.end_to_end.get("steps", 0) <= 0,
+        }
+        return tuple(name for name in STAGE_NAMES if not left_out.get(name, False))

@@ -45,7 +45,8 @@ def side_by_side(settings: RunSettings, command: str) -> int:
     launch(settings.trainer)
     prepared = prepare(settings)
     device = prepared.device
-    with RunProgress({"evaluate original": 1.0, "evaluate compressed": 1.0}, enabled=is_first()) as progress:
+    stages = {"evaluate original": 1.0, "evaluate compressed": 1.0}
+    with RunProgress(stages, enabled=is_first(), verbose=settings.verbose) as progress:
         original = _measure("original", prepared.adapter, prepared.processor, settings, None, progress)
         # two 7B models need not fit in memory together
         original.module.model = None

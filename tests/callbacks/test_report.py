@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from casp_pl.callbacks.environment import package_versions, peak_memory_bytes, source_commit
-from casp_pl.callbacks.pictures import draw_pictures, draw_proxy_loss, png_bytes
+from casp_pl.callbacks.pictures import draw_pictures, png_bytes
 from casp_pl.callbacks.report import (
     BlockFigures,
     CompressionReport,
@@ -21,10 +21,11 @@ from casp_pl.callbacks.report import (
 )
 from casp_pl.callbacks.report_files import read_report, write_report
 from casp_pl.callbacks.report_markdown import report_markdown
+from casp_pl.callbacks.run_details import RunDetails, loss_curves
 from casp_pl.callbacks.tensorboard import log_report, log_stage
 from casp_pl.errors import IntegrityError
 
-PICTURES = ["stages", "bits", "proxy_loss", "attention_sparsity", "examples"]
+PICTURES = ["stages", "bits", "proxy_loss", "attention_sparsity", "timings", "examples"]
 
 
 @pytest.fixture
@@ -97,8 +98,10 @@ def test_what_is_not_finite_becomes_null_and_is_said(report, caplog):
 
 
 def test_a_report_survives_its_files(report, tmp_path):
-    names = write_report(report, tmp_path)
-    assert names == [*(f"{name}.png" for name in PICTURES), "report.md", "report.json"]
+    names, figures = write_report(report, tmp_path, RunDetails())
+    assert list(figures) == PICTURES
+    written = [*(f"{name}.png" for name in PICTURES), "examples/0.png", "report.md", "report.html", "report.json"]
+    assert names == written
     assert all((tmp_path / name).is_file() for name in names)
     again = read_report(tmp_path)
     assert again.to_json() == report.to_json()
@@ -109,7 +112,14 @@ def test_a_report_survives_its_files(report, tmp_path):
     assert again.stage("quantized") is None
 
 
-@pytest.mark.parametrize("change", [{"kl_text": 0.1}, {"kl": "drop"}])
+def test_what_an_earlier_version_did_not_write_has_its_default(report):
+    value = report.to_json()
+    for key in ("command", "machine", "planned_stages", "work_seconds"):
+        del value[key]
+    assert CompressionReport.from_json(value).to_json() == report.to_json()
+
+
+@pytest.mark.parametrize("change", [{"kl_text": 0.1}, {"name": "drop"}])
 def test_other_keys_are_refused(report, change):
     value = report.to_json()
     for key, item in change.items():
@@ -119,7 +129,7 @@ def test_other_keys_are_refused(report, change):
 
 
 def test_pictures_show_something(report):
-    pictures = draw_pictures(report)
+    pictures = draw_pictures(report, RunDetails())
     assert list(pictures) == PICTURES
     for figure in pictures.values():
         data = png_bytes(figure)
@@ -128,21 +138,43 @@ def test_pictures_show_something(report):
 
 
 def test_the_example_picture_holds_the_image(report):
-    figure = draw_pictures(report)["examples"]
+    figure = draw_pictures(report, RunDetails())["examples"]
     with Image.open(io.BytesIO(png_bytes(figure))) as picture:
         colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}
     assert (255, 0, 0) in colours
 
 
 def test_the_same_report_gives_the_same_pixels(report):
-    first, second = (draw_proxy_loss(report.modules) for _ in range(2))
+    first, second = (draw_pictures(report, RunDetails())["proxy_loss"] for _ in range(2))
     assert png_bytes(first) == png_bytes(second)
 
 
 def test_an_empty_report_has_no_pictures_but_a_text(tmp_path):
     empty = CompressionReport(name="empty", model="m", quantizer="q")
-    assert write_report(empty, tmp_path) == ["report.md", "report.json"]
+    assert write_report(empty, tmp_path, RunDetails()) == (["report.md", "report.html", "report.json"], {})
     assert "n/a" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_copies_of_images_stand_in_for_those_that_are_gone(report, tmp_path, image):
+    write_report(report, tmp_path, RunDetails(), draw=False)
+    first = (tmp_path / "report.html").read_text(encoding="utf-8")
+    Path(image).unlink()
+    write_report(report, tmp_path, RunDetails(), draw=False)
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == first
+    assert "data:image/png" in first
+    assert read_report(tmp_path).examples[0].image == image, "report.json still says where it was"
+
+
+def test_losses_of_a_run_that_went_on_begin_once(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    for steps in ([0, 1, 2], [0, 1, 2, 3]):
+        with SummaryWriter(str(tmp_path), filename_suffix=str(len(steps))) as writer:
+            for step in steps:
+                writer.add_scalar("end_to_end/train_kl", step / len(steps), step)
+                writer.add_scalar("score", 1.0, step)
+    assert loss_curves(tmp_path) == {"end_to_end/train_kl": [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75)]}
+    assert loss_curves(tmp_path / "none") == {}
 
 
 def test_markdown_table(report):
@@ -172,7 +204,7 @@ def test_tensorboard_gets_every_figure(report, tmp_path):
 
     with SummaryWriter(str(tmp_path / "tb")) as writer:
         again = CompressionReport.from_json(report.to_json())
-        log_report(writer, again)
+        log_report(writer, again, draw_pictures(again, RunDetails()))
         log_stage(writer, again.stages[2], 4)
     events = EventAccumulator(str(tmp_path / "tb"), size_guidance={"images": 0}).Reload()
     losses = events.Scalars("relative_proxy_loss/v_proj")

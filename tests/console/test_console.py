@@ -57,7 +57,8 @@ def test_a_skipped_stage_is_done_but_says_nothing_about_the_speed():
 
 def test_plain_lines_are_few():
     console, clock = piped(), Clock()
-    with RunProgress({"a": 1.0}, console=console, clock=clock) as progress, progress.stage("a", 10_000):
+    progress = RunProgress({"a": 1.0}, console=console, clock=clock, verbose=True)
+    with progress, progress.stage("a", 10_000):
         for _ in range(10_000):
             clock.now += 0.001
             progress.advance()
@@ -71,7 +72,33 @@ def test_a_slow_stage_still_speaks_every_interval():
         for _ in range(100):
             clock.now += 1.0
             progress.advance()
-    assert len(lines(console)) == 10 + 2
+    assert len(lines(console)) == 10
+    assert lines(console)[-1].startswith("  0% a 100/1e+06")
+
+
+def test_nothing_is_told_about_progress_while_rows_are():
+    console, clock = piped(), Clock()
+    with RunProgress({"a": 1.0}, console=console, clock=clock) as progress, progress.stage("a", 30):
+        for number in range(30):
+            clock.now += 50.0
+            progress.detail("linear", "only with verbose", time="1 s")
+            progress.row(f"block {number:2d}", " 2.31 bits", "error 0.0412", time="50.0 s")
+            progress.advance()
+    assert len(lines(console)) == 30
+    assert lines(console)[3] == "block  3       2.31 bits  error 0.0412    50.0 s"
+
+
+@pytest.mark.parametrize("width", [12, 20, 40, 41, 48, 49, 120])
+def test_rows_fit_every_console(width):
+    console = piped(width)
+    progress = RunProgress({"a": 1.0}, console=console)
+    for label, time in (("block  3", "7.2 s"), ("block 12", "161.7 min")):
+        progress.row(label, " 2.31 bits", "error 0.0412", time=time)
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= max(width, 2 + len("error 0.0412"))
+    words = " ".join(text.split())
+    assert words == "block 3 2.31 bits error 0.0412 7.2 s block 12 2.31 bits error 0.0412 161.7 min"
+    assert len(lines(console)) == 2 or width <= 41
 
 
 def fail_after_one_step(progress):
@@ -107,6 +134,7 @@ def test_lines_fit_the_console(width):
         for _ in range(30):
             clock.now += 100.0
             progress.advance(note="loss [0.1]")
+    assert len(lines(console)) == 30
     assert max(map(len, lines(console))) <= width
     assert ("loss [0.1]" in console.file.getvalue()) == (width == 200)
 
@@ -137,7 +165,7 @@ SCRIPT = """
 from casp_pl.console import RunProgress, make_console, print_table, setup_logging
 setup_logging()
 console = make_console()
-with RunProgress({"blocks": 1.0}, console=console) as progress, progress.stage("blocks", 3):
+with RunProgress({"blocks": 1.0}, console=console, verbose=True) as progress, progress.stage("blocks", 3):
     progress.advance(note="caf\\u00e9")
     progress.say("question \\u4f60")
 print_table(("stage", "VQA"), [["original", "90"]], console)

@@ -51,15 +51,17 @@ def test_block_influence_and_sparsity(
     influence = 1 - nn.functional.cosine_similarity(states[0][real], states[1][real], dim=-1).mean()
     torch.testing.assert_close(statistics.block_influence[0], influence, rtol=1e-4, atol=1e-6)
     image = batch["input_ids"] == 258
-    below = total = 0
+    below, total = torch.zeros(4, dtype=torch.float64), 0
     for row in range(3):
         for query in range(23):
             for key in range(query + 1):
                 if image[row, query] and not image[row, key] and real[row, query]:
                     probabilities = output.attentions[1][row, :, query, key]
-                    below += (probabilities < 1e-3).float().mean().item()
+                    below += (probabilities < 1e-3).double()
                     total += 1
-    assert statistics.attention_sparsity[1, 1, 0].item() == pytest.approx(below / total, abs=1e-6)
+    assert statistics.attention_sparsity[1, 1, 0].item() == pytest.approx(below.mean().item() / total, abs=1e-6)
+    assert statistics.head_sparsity is not None
+    torch.testing.assert_close(statistics.head_sparsity[1, :, 1, 0], (below / total).float(), rtol=0, atol=1e-6)
 
 
 def test_spectra_are_those_of_the_whitened_weights(
@@ -93,6 +95,9 @@ def test_round_trip(measured: tuple[CalibrationStatistics, dict[str, torch.Tenso
     again = CalibrationStatistics.from_tensors(statistics.tensors())
     assert again.sensitivity == statistics.sensitivity
     torch.testing.assert_close(again.attention_sparsity, statistics.attention_sparsity, equal_nan=True)
+    torch.testing.assert_close(again.head_sparsity, statistics.head_sparsity, equal_nan=True)
+    earlier = {name: tensor for name, tensor in statistics.tensors().items() if name != "head_sparsity"}
+    assert CalibrationStatistics.from_tensors(earlier).head_sparsity is None
     assert again.rounding == pytest.approx(statistics.rounding)
     assert (again.tokens, sorted(again.spectra)) == (statistics.tokens, sorted(statistics.spectra))
 

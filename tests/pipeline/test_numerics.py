@@ -45,7 +45,7 @@ def adapter() -> ModelAdapter:
 
 @pytest.fixture(scope="module")
 def quantized(adapter: ModelAdapter) -> list[nn.Module]:
-    return round_to_nearest(adapter, RTNQuantizer(group_size=16), 3)
+    return list(round_to_nearest(adapter, RTNQuantizer(group_size=16), 3))
 
 
 @pytest.fixture

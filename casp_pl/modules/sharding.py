@@ -27,6 +27,7 @@ from casp_pl.processes import of_all, sum_of_all
 __all__ = [
     "ShardedStudent",
     "Sharding",
+    "Student",
     "Wrapping",
     "build_sharded",
     "clip_gradients",

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import yaml
 from jsonargparse import ArgumentError, Namespace
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch.cli import LightningArgumentParser
 
 from casp_pl.callbacks import BitAllocation, CodebookUpdate, LowRankAllocation
@@ -154,7 +154,10 @@ def _recipe_parser(name: str, text: str) -> LightningArgumentParser:
         BlockwiseModule, "block_tuning", skip={"blocks", "train", "held_back", "first", "seed"}, **kwargs_only
     )
     parser.add_argument("--block_tuning.window", type=PositiveInt, default=1, help="blocks that are tuned together")
-    parser.add_class_arguments(EndToEndModule, "end_to_end", skip={"adapter", "teacher"}, **kwargs_only)
+    parser.add_class_arguments(EndToEndModule, "end_to_end", skip={"adapter", "teacher", "sharding"}, **kwargs_only)
+    parser.add_argument(
+        "--end_to_end.checkpoint_every", type=NonNegativeInt, default=10, help="steps between checkpoints; 0 for none"
+    )
     parser.add_class_arguments(CodebookUpdate, "codebook_update", **kwargs_only)
     parser.add_class_arguments(pl.Trainer, "trainer", fail_untyped=False, **kwargs_only)
     parser.set_defaults({"trainer.accelerator": "auto", "trainer.devices": 1})
@@ -208,6 +211,7 @@ _NOT_IN_FINGERPRINT = frozenset(
     | {"config", "run_dir", "verbose", "name"}
     | {argument for arguments in _OWN_ARGUMENTS.values() for argument in arguments}
     | {"trainer.devices", "trainer.num_nodes", "trainer.strategy"}  # a run may go on with more or fewer processes
+    | {"end_to_end.checkpoint_every"}
 )
 
 

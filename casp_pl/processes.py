@@ -5,7 +5,7 @@ Everything goes through torch.distributed's default group. Every process has to 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch import Tensor
 from casp_pl.errors import ResourceError
 
 __all__ = [
+    "RowShare",
     "is_first",
     "mean_of_all",
     "of_all",
@@ -81,6 +82,39 @@ def said_by_first(value: T) -> T:
     with _others_alive():
         dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+class RowShare(NamedTuple):
+    """The rows of a matrix that this process computes where several compute one matrix together.
+
+    Attributes:
+        rows: of all processes together.
+        together: False: this process has all of them, and nothing is exchanged.
+    """
+
+    rows: int
+    together: bool = False
+
+    @property
+    def own(self) -> slice:
+        """The rows of this process."""
+        return self._of(process_rank()) if self.together else slice(0, self.rows)
+
+    def join(self, part: Tensor, dim: int = 0) -> Tensor:
+        """The whole tensor, in every process, from each one's rows along `dim`."""
+        if not self.together or process_count() == 1:
+            return part
+        lengths = [share.stop - share.start for share in map(self._of, range(process_count()))]
+        padded = part.new_zeros(max(lengths), *part.movedim(dim, 0).shape[1:])  # gloo gathers like shapes only
+        padded[: part.shape[dim]] = part.movedim(dim, 0)
+        parts = [torch.empty_like(padded) for _ in lengths]
+        with _others_alive():
+            dist.all_gather(parts, padded)
+        whole = torch.cat([other[:length] for other, length in zip(parts, lengths, strict=True)])
+        return whole.movedim(0, dim).contiguous()
+
+    def _of(self, rank: int) -> slice:
+        return slice(self.rows * rank // process_count(), self.rows * (rank + 1) // process_count())
 
 
 def wait_for_all() -> None:

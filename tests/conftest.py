@@ -1,6 +1,10 @@
-"""One finished fit of the tiny model, shared by all tests."""
+"""What many tests share: one finished fit of the tiny model, and processes that work together."""
 
 import hashlib
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +40,48 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     assert main(["fit", *RECIPE, "--run_dir", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def start_together() -> Callable[..., list[subprocess.Popen[bytes]]]:
+    """(arguments of Python, number of processes) -> the processes, which know each other as torchrun's do."""
+
+    def start(arguments: list[str], count: int = 2) -> list[subprocess.Popen[bytes]]:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        known = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "GROUP_RANK": 0, "MASTER_PORT": port}
+        known |= {"MASTER_ADDR": "localhost", "TORCHELASTIC_RUN_ID": "test", "GLOO_SOCKET_IFNAME": "lo"}
+        known |= {"OMP_NUM_THREADS": 1, "NUMBA_NUM_THREADS": 1}
+        environments = [known | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(count)]
+        return [
+            subprocess.Popen(
+                [sys.executable, *arguments],
+                env=os.environ | {name: str(value) for name, value in environment.items()},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+            )
+            for environment in environments
+        ]
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def finish_together() -> Callable[..., None]:
+    """Waits for all of them; what one says when it fails is in the assertion."""
+
+    def finish(processes: list[subprocess.Popen[bytes]], timeout: float = 300) -> None:
+        try:
+            for process in processes:
+                _, errors = process.communicate(timeout=timeout)
+                assert process.returncode == 0, errors.decode()[-3000:]
+        finally:
+            for process in processes:
+                process.kill()
+                process.communicate()
+
+    return finish
 
 
 @pytest.fixture(scope="session")

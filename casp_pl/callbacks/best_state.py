@@ -1,6 +1,7 @@
 """Fine-tuning can only help: the state with the lowest held-back loss is what remains."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from casp_pl.errors import NumericsError
+from casp_pl.modules.sharding import own_parts
 from casp_pl.processes import is_first, mean_of_all
 
 __all__ = ["BestState"]
@@ -24,8 +26,15 @@ class BestState(pl.Callback):
     quarter of the learning rate and a fresh optimizer. That happens once; the second time is an error. The modules say
     what is trained and by which key it can be made gentler (`purpose`, `lr_key`).
 
+    Each process keeps its own part of a model that is divided.
+
     Args:
         monitor: the logged value, lower is better.
+
+    Attributes:
+        best: the lowest value so far.
+        first: the first one.
+        state: what training may change, as it was at the lowest; empty before the first validation.
     """
 
     def __init__(self, *, monitor: str = "val_loss") -> None:
@@ -35,7 +44,21 @@ class BestState(pl.Callback):
         self.restarts = 0
         self._validated = False
         self._loss_is_finite = True
-        self._state: dict[str, Tensor] = {}
+        self.state: dict[str, Tensor] = {}
+
+    def notes(self) -> dict[str, float]:
+        """What belongs to `state`, to be saved with it."""
+        return {"best": self.best, "first": self.first, "restarts": self.restarts}
+
+    def recall(self, state: dict[str, Tensor], notes: Mapping[str, float]) -> None:
+        """Go on from a saved state and its `notes`; the learning rates are as after its restarts."""
+        self.state, self._validated = state, True
+        self.best, self.first, self.restarts = notes["best"], notes["first"], int(notes["restarts"])
+
+    @property
+    def rate(self) -> float:
+        """What the learning rates are multiplied with."""
+        return float(_SMALLER_STEP**self.restarts)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remember this state if it is the best so far."""
@@ -47,7 +70,7 @@ class BestState(pl.Callback):
             self.first, self._validated = loss, True
         if loss < self.best:
             self.best = loss
-            self._state = {name: tensor.clone() for name, tensor in pl_module.state_dict().items()}
+            self.state = {name: tensor.clone() for name, tensor in own_parts(pl_module).items()}
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Look at the loss; NaN of one process is NaN in the mean of all, so they decide alike."""
@@ -63,7 +86,7 @@ class BestState(pl.Callback):
         """
         if self._loss_is_finite:
             return
-        if self.restarts or not self._state:
+        if self.restarts or not self.state:
             again = " again, at a quarter of the learning rate" if self.restarts else ""
             where = f"{_said_by(pl_module, 'purpose')}, step {trainer.global_step}"
             raise NumericsError(
@@ -91,7 +114,7 @@ class BestState(pl.Callback):
         Raises:
             NumericsError: no held-back loss was finite.
         """
-        if self._state:
+        if self.state:
             self._restore(pl_module)
         elif self._validated:
             raise NumericsError(
@@ -100,8 +123,10 @@ class BestState(pl.Callback):
             )
 
     def _restore(self, pl_module: pl.LightningModule) -> None:
+        parts = own_parts(pl_module)
         with torch.no_grad():
-            pl_module.load_state_dict(self._state)
+            for name, tensor in self.state.items():
+                parts[name].copy_(tensor)
 
 
 def _said_by(pl_module: pl.LightningModule, attribute: str) -> str:

@@ -20,7 +20,7 @@ from casp_pl.checkpoint.lock import hold_lock
 from casp_pl.checkpoint.manifest import MANIFEST_NAME, Manifest, describe
 from casp_pl.checkpoint.reading import read_json, read_safetensors
 from casp_pl.errors import ConfigError, IntegrityError, ResourceError
-from casp_pl.processes import is_first, said_by_first, wait_for_all
+from casp_pl.processes import is_first, process_rank, said_by_first, wait_for_all
 
 __all__ = ["RunDirectory"]
 
@@ -173,6 +173,11 @@ class RunDirectory:
             self._manifest.artifacts[path.relative_to(self.root).as_posix()] = describe(path)
         self._manifest.save(self.root)
 
+    def names(self, folder: str) -> list[str]:
+        """The recorded files below a folder, in order."""
+        own = sorted(self._entries(folder)) if self._writable or not self._together else []
+        return said_by_first(own) if self._together else own
+
     def write_json(self, name: str, value: Any) -> None:
         """Write and record a JSON artifact.
 
@@ -196,6 +201,26 @@ class RunDirectory:
             ResourceError: the disk is full or cannot be written.
         """
         self._write(lambda: write_safetensors(self.path(name), tensors, metadata), then_record=name)
+
+    def write_tensors_of_each(self, folder: str, tensors: Mapping[str, Tensor], metadata: Any = None) -> None:
+        """Every process writes tensors of its own; the folder is recorded when all have done so.
+
+        Raises:
+            ResourceError: the disk is full or cannot be written.
+        """
+        own = self.root / _own_file(folder)
+        own.parent.mkdir(parents=True, exist_ok=True)
+        write_safetensors(own, tensors, metadata)
+        wait_for_all()
+        self.record(folder)
+
+    def read_tensors_of_each(self, folder: str) -> tuple[dict[str, Tensor], Any]:
+        """What this process wrote there with `write_tensors_of_each`.
+
+        Raises:
+            IntegrityError: it is missing, or is not what was written.
+        """
+        return self.read_tensors(_own_file(folder))
 
     def read_tensors(self, name: str) -> tuple[dict[str, Tensor], Any]:
         """Tensors and metadata of a safetensors artifact.
@@ -225,12 +250,18 @@ class RunDirectory:
         """Done by the first process alone; no other is told that a file is there before it is recorded."""
         if not self._writable and not self._together:
             raise RuntimeError(f"{self.root} was opened for reading only")
+        if self._together:
+            wait_for_all()  # nobody still reads what is about to be replaced
         if self._writable:
             work()
             if then_record is not None:
                 self._record(then_record)
         if self._together:
             wait_for_all()
+
+
+def _own_file(folder: str) -> str:
+    return f"{folder}/{process_rank():03d}.safetensors"
 
 
 def _load_or_create(root: Path, fingerprint: dict[str, Any]) -> Manifest:

@@ -25,7 +25,17 @@ _NOISE = (
     r".*Checkpoint directory .* exists and is not empty.*",  # so it should be when a run is resumed
     r".*Found \d+ module\(s\) in eval mode at the start of training.*",  # frozen teachers
 )
-_FOREIGN = ("lightning", "lightning_utilities", "transformers", "datasets", "torch", "matplotlib", "PIL", "fsspec")
+_FOREIGN = (
+    "lightning",
+    "lightning_utilities",
+    "transformers",
+    "datasets",
+    "torch",
+    "matplotlib",
+    "PIL",
+    "fsspec",
+    "tensorboard",
+)
 _OWN_HANDLERS = (
     "lightning.pytorch",
     "lightning.fabric",

@@ -21,7 +21,7 @@ from casp_pl.data.selection import (
 )
 from casp_pl.data.skipped import Skipped, refuse_too_many_skipped
 from casp_pl.data.sources import DataSource, EasyVQA, PydocProse
-from casp_pl.data.stream import SampleStream, read_samples
+from casp_pl.data.stream import SampleStream
 from casp_pl.data.tokenize import Counted, Encoded, Processor
 from casp_pl.errors import ConfigError, InputError
 from casp_pl.processes import rank_and_count
@@ -240,7 +240,7 @@ class CalibrationData(pl.LightningDataModule):
             return [], [], []
         source = self.text_source if self.text_source is not None else PydocProse()
         windows = choose_windows(
-            read_samples(source, "train", self.rows)[0],
+            SampleStream(source, limit=self.rows, check_images=False),
             self._processor,
             length=self.text_length,
             count=count,

@@ -12,7 +12,7 @@ from casp_pl.data.questions import QuestionCollator, QuestionGroup, batch_groups
 from casp_pl.data.sample import Sample
 from casp_pl.data.skipped import Skipped, refuse_too_many_skipped
 from casp_pl.data.sources import DataSource, EasyVQA, PydocProse
-from casp_pl.data.stream import read_samples
+from casp_pl.data.stream import SampleStream
 from casp_pl.data.tokenize import Encoded, Processor, encode_windows, takes_images
 from casp_pl.errors import ConfigError, InputError
 from casp_pl.processes import rank_and_count
@@ -123,13 +123,13 @@ class EvaluationData(pl.LightningDataModule):
         if self.questions == 0 or not takes_images(self._processor):
             return []
         source = self.source if self.source is not None else EasyVQA()
-        found, unread = read_samples(source, "test")
-        samples = choose_questions(found, self.questions, self.seed)
+        stream = SampleStream(source, "test", check_images=False)
+        samples = choose_questions(list(stream), self.questions, self.seed)
         if not samples:
             raise InputError("The evaluation source has no questions: give another, or set evaluation.questions to 0")
         groups, self._skipped = encode_questions(samples, self._processor)
         refuse_too_many_skipped(self._skipped, len(samples))
-        self._skipped = unread + self._skipped
+        self._skipped = stream.skipped + self._skipped
         return groups
 
     def _encode_text(self) -> list[Encoded]:
@@ -137,9 +137,8 @@ class EvaluationData(pl.LightningDataModule):
         if wanted == 0:
             return []
         source = self.text_source if self.text_source is not None else PydocProse()
-        windows = list(
-            islice(encode_windows(read_samples(source, "test")[0], self._processor, length=self.window), wanted)
-        )
+        texts = SampleStream(source, "test", check_images=False)  # read only as far as there are windows to fill
+        windows = list(islice(encode_windows(texts, self._processor, length=self.window), wanted))
         if len(windows) < wanted:
             raise InputError(
                 f"evaluation.text_tokens is {self.text_tokens}, but the held-out text has only "

@@ -10,7 +10,7 @@ from casp_pl.data.skipped import Skipped, refuse_too_many_skipped
 from casp_pl.data.sources import DataSource, Split
 from casp_pl.errors import ConfigError
 
-__all__ = ["SampleStream", "read_samples"]
+__all__ = ["SampleStream"]
 
 
 class SampleStream:
@@ -90,13 +90,3 @@ class SampleStream:
             except ImageRefusedError as error:
                 return Skipped(sample.id, str(error))
         return None
-
-
-def read_samples(source: DataSource, split: Split, limit: int | None = None) -> tuple[list[Sample], list[Skipped]]:
-    """The samples of the first `limit` rows, and the rows that are none; images are not opened.
-
-    Raises:
-        InputError: more than 5 % of the rows are skipped; or what the source finds.
-    """
-    stream = SampleStream(source, split, limit=limit, check_images=False)
-    return list(stream), stream.skipped

@@ -210,11 +210,14 @@ def _smallest_arguments(name: str) -> list[Any]:
 @cache
 def _load(module: str, name: str) -> Callable[..., None] | None:
     """Import a loop of numba's and try it once; what is installed need not work."""
+    threads = torch.get_num_threads()
     try:
         import numba
 
         loop: Any = getattr(importlib.import_module(f"casp_pl.kernels.numba_{module}"), name)
         loop(*_arrays(*_smallest_arguments(name)))
+        # numba's first loop sets OpenMP's number of threads for all, whatever OMP_NUM_THREADS says
+        torch.set_num_threads(threads)
     except Exception as error:  # an optional package fails in its own ways: a missing library, no place for its cache
         _LOG.info("code %s is done by torch, which takes longer: numba does not run here (%s)", name, _reason(error))
         return None
@@ -229,5 +232,10 @@ def _load(module: str, name: str) -> Callable[..., None] | None:
 
 
 def _arrays(*arguments: Any) -> list[Any]:
-    """Tensors as contiguous arrays (one layout, so that one compilation serves all calls), the rest as it is."""
-    return [item.detach().contiguous().numpy() if isinstance(item, Tensor) else item for item in arguments]
+    """Tensors as contiguous arrays (one layout, so that one compilation serves all calls), the rest as it is.
+
+    `Tensor.numpy` would fix the size of its memory for ever, and FSDP takes that of gathered parameters away.
+    """
+    import numpy as np
+
+    return [np.from_dlpack(item.detach().contiguous()) if isinstance(item, Tensor) else item for item in arguments]

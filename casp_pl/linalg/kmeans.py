@@ -6,6 +6,8 @@ entries lie where inputs are large.
 Letters: C entries (centroids), D length of a vector, G positions (groups of a row), N vectors a position.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -65,7 +67,13 @@ def update_centroids(weighted: Tensor, metrics: Tensor, nearest: Tensor, centroi
 
 
 def metric_kmeans(
-    vectors: Tensor, metrics: Tensor, entries: int, *, iterations: int, generator: torch.Generator
+    vectors: Tensor,
+    metrics: Tensor,
+    entries: int,
+    *,
+    iterations: int,
+    generator: torch.Generator,
+    assign: Callable[[Tensor, Tensor, Tensor], Tensor] = assign_entries,
 ) -> Tensor:
     """k-means of vectors under the metric of their position, started from vectors drawn at random.
 
@@ -75,6 +83,7 @@ def metric_kmeans(
         entries: C, the number of centroids; where that is more than G * N, some are equal.
         iterations: rounds of assignment and update.
         generator: draws the start.
+        assign: does what `assign_entries` does.
 
     Returns:
         (C, D) centroids.
@@ -84,6 +93,6 @@ def metric_kmeans(
     centroids = pool[start.repeat(-(-entries // len(pool)))[:entries]]
     weighted = metrics @ vectors
     for _ in range(iterations):
-        nearest = assign_entries(weighted, centroids, metrics)
+        nearest = assign(weighted, centroids, metrics)
         centroids = update_centroids(weighted, metrics, nearest, centroids)
     return centroids

@@ -18,9 +18,9 @@ from casp_pl.allocation import ModulePlan
 from casp_pl.layers import LowRankLinear, QuantizedLinear, materialized
 from casp_pl.linalg import PropagationTarget, add_products, full_width_products, relative_proxy_loss
 from casp_pl.models.adapter import ModelAdapter
-from casp_pl.models.sharing import Layer, of_everyone, own_share
+from casp_pl.models.sharing import Layer, are_few, of_everyone, own_share
 from casp_pl.models.streams import BlockBatch, linear_inputs
-from casp_pl.processes import process_count, sum_of_all
+from casp_pl.processes import RowShare, process_count, sum_of_all
 from casp_pl.quantizers import Quantizer
 from casp_pl.quantizers.low_rank import quantize_low_rank
 
@@ -152,14 +152,18 @@ class BlockQuantization:
             moments = collect_moments(block, student, references, next(iter(plans)))
         second, aim = moments.second, PropagationTarget(moments.cross, moments.second, self.propagation)
         del moments  # the cross moment of a wide linear is half as large as a block
-        targets = {name: aim.of(_dense_linear(block, name).weight.float()) for name in missing}
+        together = are_few(list(plans))
+        own = missing if together else own_share({name: _dense_linear(block, name).weight.numel() for name in missing})
+        targets = {name: _target(aim, _dense_linear(block, name).weight, together) for name in own}
         del aim
         made = {}
-        for name in own_share({name: target.numel() for name, target in targets.items()}):
+        for name in own:
             linear = _dense_linear(block, name)
-            made[name] = self._compress_linear(linear, targets[name], plans[name], quantizer, second)
-            if process_count() == 1:
+            made[name] = self._compress_linear(linear, targets[name], plans[name], quantizer, second, together)
+            if together or process_count() == 1:
                 finished.add(name, *made[name])
+        if together:
+            return found | made
         everyones = of_everyone(made, second.device)
         if process_count() > 1:  # only the first process writes, and it learns of the others' linears just now
             for name in missing:
@@ -167,12 +171,19 @@ class BlockQuantization:
         return found | everyones
 
     def _compress_linear(
-        self, linear: nn.Linear, target: Tensor, plan: ModulePlan, quantizer: Quantizer, moment: Tensor
+        self,
+        linear: nn.Linear,
+        target: Tensor,
+        plan: ModulePlan,
+        quantizer: Quantizer,
+        moment: Tensor,
+        together: bool,
     ) -> tuple[QuantizedLinear | LowRankLinear, LinearReport]:
         start = time.perf_counter()
         # a name, not a position, seeds the linear: hash() differs between processes, a sum of bytes does not
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + sum(map(ord, plan.name)) + 7919 * plan.block)
         settings: dict[str, Any] = {"bits": plan.bits, "bias": linear.bias, "generator": generator}
+        settings |= {"together": True} if together else {}
         layer: QuantizedLinear | LowRankLinear
         if plan.rank is None:
             layer = quantizer.quantize(target, moment, **settings)
@@ -181,6 +192,12 @@ class BlockQuantization:
         loss = relative_proxy_loss(linear.weight, layer.dequantize().detach(), moment)
         seconds = time.perf_counter() - start
         return layer, LinearReport(plan.name, loss, layer.bits_per_weight_codes, layer.bits_per_weight, seconds)
+
+
+def _target(aim: PropagationTarget, weight: Tensor, together: bool) -> Tensor:
+    """What a linear with this weight (O, I) aims at."""
+    share = RowShare(len(weight), together)
+    return share.join(aim.of(weight[share.own].float()))
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from casp_pl.errors import ConfigError, InputError
 from casp_pl.models.adapter import ModelAdapter, adapt
 from casp_pl.models.demo import load_demo, load_processor, load_tokenizer
 from casp_pl.models.hub import hub_directory
-from casp_pl.models.memory import fits_in_memory
+from casp_pl.models.memory import fits_in_memory, has_room
 from casp_pl.models.original import check_config, check_original
 from casp_pl.models.streamed import load_streamed
 from casp_pl.models.tiny import load_tiny
@@ -63,10 +63,17 @@ class ModelSource:
         model, processor = self.load()
         return adapt(model.to(device)), processor
 
-    def streams(self, device: torch.device) -> bool:
-        """Whether `open` leaves the decoder blocks of this model on disk."""
+    def streams(self, device: torch.device, *, weight_bytes: int | None = None) -> bool:
+        """Whether `open` leaves the decoder blocks of this model on disk.
+
+        Args:
+            device: where it is computed.
+            weight_bytes: of all weights in memory; None looks into its files, which are fetched first if need be.
+        """
         if self.source in _OWN or self.streaming is not None:
             return bool(self.streaming)
+        if weight_bytes is not None:
+            return not has_room(weight_bytes, device)
         return not fits_in_memory(source_directory(self.source), getattr(torch, self.dtype), device)
 
     def load(self) -> tuple[Any, Any]:

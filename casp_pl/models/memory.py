@@ -9,7 +9,7 @@ import torch
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.weight_files import tensor_sizes
 
-__all__ = ["StreamingMemory", "fits_in_memory", "free_memory", "streaming_memory"]
+__all__ = ["StreamingMemory", "fits_in_memory", "free_memory", "has_room", "streaming_memory"]
 
 _COMFORT = 2.2  # a run that is not streamed holds the model and, for evaluation, dense copies of what is compressed
 _PROCESS_BYTES = 900 << 20  # Python with torch, lightning and transformers, before any weight
@@ -26,8 +26,12 @@ def free_memory(device: torch.device) -> int:
 
 def fits_in_memory(directory: Path, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the model of a directory, held in this dtype, leaves enough memory to be compressed."""
-    needed = sum(tensor_sizes(directory).values()) * dtype.itemsize
-    return _COMFORT * needed < free_memory(device)
+    return has_room(sum(tensor_sizes(directory).values()) * dtype.itemsize, device)
+
+
+def has_room(weight_bytes: int, device: torch.device) -> bool:
+    """Whether a model of so many bytes leaves enough memory to be compressed."""
+    return _COMFORT * weight_bytes < free_memory(device)
 
 
 @dataclass(frozen=True)

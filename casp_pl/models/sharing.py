@@ -1,6 +1,6 @@
 """The linears of a group, shared out among the processes of a run, and what each has made given to all."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +10,7 @@ from casp_pl.layers import LowRankLinear, QuantizedLinear
 from casp_pl.layers.build import build_layer
 from casp_pl.processes import of_all, process_count, process_rank
 
-__all__ = ["of_everyone", "own_share", "shared_out"]
+__all__ = ["are_few", "of_everyone", "own_share", "shared_out"]
 
 Layer = QuantizedLinear | LowRankLinear
 R = TypeVar("R")
@@ -25,6 +25,14 @@ def shared_out(costs: Mapping[str, float], processes: int) -> list[list[str]]:
         names[rank].append(name)
         loads[rank] += costs[name]
     return names
+
+
+def are_few(names: Sequence[str]) -> bool:
+    """Whether so few linears go faster if every one of them is made by all processes together.
+
+    What cannot be shared inside a linear takes about a quarter of its time.
+    """
+    return process_count() > 1 and 2 * len(names) <= process_count()
 
 
 def own_share(costs: Mapping[str, float]) -> list[str]:

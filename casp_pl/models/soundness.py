@@ -7,13 +7,18 @@ from casp_pl.errors import InputError, NumericsError
 __all__ = ["require_finite_weights", "require_materialized"]
 
 
-def require_materialized(module: nn.Module) -> None:
+def require_materialized(module: nn.Module, prefix: str = "") -> None:
     """Refuse tensors on the meta device: they have a shape and no values, and training on them is garbage.
+
+    Args:
+        module: a model or a part of it.
+        prefix: what the names of a part begin with.
 
     Raises:
         InputError: the message names the first of them and how many there are.
     """
-    empty = [name for name, tensor in module.state_dict().items() if _is_tensor(tensor) and tensor.is_meta]
+    named = [*module.named_parameters(), *module.named_buffers()]  # buffers that no file holds, too
+    empty = [prefix + name for name, tensor in named if tensor.is_meta]
     if empty:
         raise InputError(
             f"{empty[0]} was never filled: it is on the meta device ({len(empty)} tensors in all).\n"
@@ -32,7 +37,7 @@ def require_finite_weights(model: nn.Module, prefix: str = "") -> None:
         NumericsError: the message names the first such tensor, how many of its values are broken, and how many tensors.
         InputError: a tensor has no values at all.
     """
-    require_materialized(model)
+    require_materialized(model, prefix)
     broken: dict[str, tuple[int, int]] = {}
     for name, tensor in model.state_dict().items():
         if _is_tensor(tensor) and tensor.is_floating_point():

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from casp_pl.errors import IntegrityError
 from casp_pl.layers import materialized
+from casp_pl.models.soundness import require_materialized
 from casp_pl.models.surgery import skeleton_of
 from casp_pl.models.weight_files import weight_file
 
-__all__ = ["LentBlock", "StoredBlocks", "refuse_meta", "unlent"]
+__all__ = ["LentBlock", "StoredBlocks", "unlent"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class StoredBlocks:
             block.load_state_dict(self._tensors(number, block), assign=True)
         except RuntimeError as error:
             raise IntegrityError(f"{self._prefix}{number}: {str(error).splitlines()[-1].strip()}") from error
-        refuse_meta(block, f"{self._prefix}{number}.")
+        require_materialized(block, f"{self._prefix}{number}.")
         following = (number + 1) % len(self)
         self._ahead = self._reader.submit(self._read_through, following) if following != number else None
         return block.eval().requires_grad_(False).to(self.device)
@@ -181,18 +182,6 @@ def unlent(block: nn.Module) -> nn.Module:
     """The structure of a block, wherever its weights are."""
     skeleton: nn.Module = block.__dict__["skeleton"] if isinstance(block, LentBlock) else block
     return skeleton
-
-
-def refuse_meta(module: nn.Module, prefix: str = "") -> None:
-    """Every tensor of a module must hold numbers.
-
-    Raises:
-        IntegrityError: one was never read; the message names it.
-    """
-    named = [*module.named_parameters(), *module.named_buffers()]
-    missing = [prefix + name for name, tensor in named if tensor.is_meta]
-    if missing:
-        raise IntegrityError(f"{missing[0]} was never read: it has a shape, but no numbers ({len(missing)} in all).")
 
 
 def _conversions(model: Any) -> list[Any]:

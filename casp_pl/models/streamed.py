@@ -11,7 +11,8 @@ from torch import nn
 
 from casp_pl.errors import ConfigError, IntegrityError
 from casp_pl.models.adapter import ModelAdapter, adapt
-from casp_pl.models.stored_blocks import LentBlock, StoredBlocks, refuse_meta
+from casp_pl.models.soundness import require_materialized
+from casp_pl.models.stored_blocks import LentBlock, StoredBlocks
 from casp_pl.models.weight_files import tensor_files
 
 __all__ = ["load_streamed"]
@@ -42,7 +43,7 @@ def load_streamed(directory: Path, factory: Any, *, dtype: torch.dtype, device: 
     stored = StoredBlocks(model, adapter.blocks, prefix, files, device)
     lent = [LentBlock(stored.skeleton(number), _reader(stored, number)) for number in range(len(stored))]
     decoder.layers = nn.ModuleList(lent)
-    refuse_meta(model)
+    require_materialized(model)
     model.to(device).eval().requires_grad_(False)
     return replace(adapter, stored=stored)
 

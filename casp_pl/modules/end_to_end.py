@@ -8,7 +8,8 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from casp_pl.data.tokenize import IGNORE
 from casp_pl.kernels import head_divergence
@@ -19,9 +20,18 @@ from casp_pl.models.streams import first_block_batches, model_inputs, run_blocks
 from casp_pl.modules.checkpointing import checkpointed
 from casp_pl.modules.compiling import CompiledBlocks
 from casp_pl.modules.parameters import relative_groups, trainable_parameters, warmed_cosine
+from casp_pl.modules.sharding import Sharding, build_sharded, clip_gradients, plain_name, unwrapped
 from casp_pl.processes import mean_of_all, process_count, sum_of_all
 
-__all__ = ["EndToEndModule", "answer_mask", "final_states", "original_states", "target_mask", "teacher_states"]
+__all__ = [
+    "EndToEndModule",
+    "answer_mask",
+    "divergences",
+    "final_states",
+    "original_states",
+    "target_mask",
+    "teacher_states",
+]
 
 
 @torch.no_grad()
@@ -80,6 +90,26 @@ def answer_mask(batch: Mapping[str, Any]) -> Tensor:
     return target_mask(batch) & unlabelled[:, 1:].any(dim=1, keepdim=True)
 
 
+def divergences(adapter: ModelAdapter, batch: Mapping[str, Any], teacher: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
+    """Mean KL to the original and number of tokens, of plain texts and of answers.
+
+    Args:
+        adapter: the model with its compressed blocks in place.
+        batch: (B, T).
+        teacher: the original's final hidden states at the tokens that are trained on, a tensor (tokens, I) a sample.
+    """
+    targets = target_mask(batch)
+    student = final_states(adapter, batch)[targets]
+    original = torch.cat([student.new_empty(0, student.shape[1]), *(states.to(student) for states in teacher)])
+    answers = answer_mask(batch)[targets]
+    return [_divergence(adapter, student[chosen], original[chosen]) for chosen in (~answers, answers)]
+
+
+def _divergence(adapter: ModelAdapter, student: Tensor, teacher: Tensor) -> tuple[Tensor, int]:
+    mean = head_divergence(student, teacher, adapter.head.weight) if len(student) else student.sum()
+    return mean, len(student)
+
+
 class EndToEndModule(pl.LightningModule):
     """Trains codebooks, scales and norms of all blocks; loss = KL to the original's logits where labels are.
 
@@ -99,6 +129,8 @@ class EndToEndModule(pl.LightningModule):
         compile_backend: of torch.compile, such as `inductor`, which needs a C++ compiler; null runs blocks as they are.
         update_codes: whether `CodebookUpdate` takes part in this stage as it does in block tuning. It holds two dense
             weights of every layer; on the embedded model not one of its updates lowered the loss here.
+        sharding: where it is given, `adapter` is the original; a compressed copy is built and divided among the
+            processes.
     """
 
     def __init__(
@@ -113,10 +145,13 @@ class EndToEndModule(pl.LightningModule):
         activation_checkpointing: bool = False,
         compile_backend: str | None = None,
         update_codes: bool = False,
+        sharding: Sharding | None = None,
     ) -> None:
         super().__init__()
         self.adapter = adapter
-        self.blocks = adapter.blocks
+        self.sharding = sharding
+        self.student: nn.Module | None = None
+        self.blocks = adapter.blocks if sharding is None else nn.ModuleList()
         self.teacher = teacher
         self.lr = lr
         self.steps = steps
@@ -126,7 +161,17 @@ class EndToEndModule(pl.LightningModule):
         self.compile_backend = compile_backend
         self._compiled = None if compile_backend is None else CompiledBlocks(self.blocks, compile_backend)
         self.update_codes = update_codes
+        self._sizes: dict[str, float] = {}
         trainable_parameters(self.blocks)
+
+    def configure_model(self) -> None:
+        """With `sharding`, build the divided copy, once."""
+        if self.sharding is None or self.student is not None:
+            return
+        mesh = None if self.device_mesh is None else self.device_mesh["data_parallel"]
+        built = build_sharded(self.adapter, self.sharding, divergences, mesh, self.trainer.strategy.root_device)
+        self.blocks, self._sizes = built.blocks, built.sizes
+        self.student = built.root
 
     @property
     def purpose(self) -> str:
@@ -141,7 +186,7 @@ class EndToEndModule(pl.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch."""
         compiled = nullcontext() if self._compiled is None else self._compiled.active()
-        with compiled, checkpointed(self.blocks if self.activation_checkpointing else []):
+        with compiled, checkpointed(unwrapped(self.blocks) if self.activation_checkpointing else []):
             loss = self.batch_loss(batch)
         self.log("end_to_end/train_kl", loss, batch_size=1, sync_dist=True)
         return loss
@@ -165,10 +210,23 @@ class EndToEndModule(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Adam with relative steps, a warm-up, then half a cosine."""
-        parameters = [p for p in self.blocks.parameters() if p.requires_grad]
-        optimizer = torch.optim.Adam(relative_groups(parameters, self.lr), betas=(0.9, 0.95))
+        trained = {plain_name(name): p for name, p in self.blocks.named_parameters() if p.requires_grad}
+        sizes = [self._sizes[name] for name in trained] if self.sharding is not None else None
+        optimizer = torch.optim.Adam(relative_groups(trained.values(), self.lr, sizes), betas=(0.9, 0.95))
         schedule = warmed_cosine(optimizer, self.steps, self.warmup)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """By the norm of all gradients together, those of other processes too."""
+        if self.sharding is not None and gradient_clip_val is not None:
+            clip_gradients(self.blocks.parameters(), float(gradient_clip_val))
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def batch_loss(self, batch: dict[str, Any]) -> Tensor:
         """KL of plain texts plus the weighted KL of answers of one batch in nats, a scalar.
@@ -183,15 +241,8 @@ class EndToEndModule(pl.LightningModule):
         return loss
 
     def _divergences(self, batch: dict[str, Any]) -> list[tuple[Tensor, int]]:
-        """Mean KL and number of tokens, of plain texts and of answers."""
-        targets = target_mask(batch)
-        student = final_states(self.adapter, batch)[targets]
-        samples = batch["sample_ids"] if is_counted(batch) else []
-        states = [self.teacher[sample].to(student) for sample in samples]
-        teacher = torch.cat([student.new_empty(0, student.shape[1]), *states])
-        answers = answer_mask(batch)[targets]
-        return [self._divergence(student[chosen], teacher[chosen]) for chosen in (~answers, answers)]
-
-    def _divergence(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, int]:
-        mean = head_divergence(student, teacher, self.adapter.head.weight) if len(student) else student.sum()
-        return mean, len(student)
+        teacher = [self.teacher[sample] for sample in batch["sample_ids"]] if is_counted(batch) else []
+        if self.student is None:
+            return divergences(self.adapter, batch, teacher)
+        parts: list[tuple[Tensor, int]] = self.student(batch, teacher)
+        return parts

@@ -1,7 +1,7 @@
 """Which tensors of a compressed model are trained, and how fast each may move."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from casp_pl.layers import LowRankLinear, QuantizedLinear
 
-__all__ = ["relative_groups", "trainable_parameters", "warmed_cosine"]
+__all__ = ["relative_groups", "root_mean_square", "trainable_parameters", "warmed_cosine"]
 
 
 def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -26,13 +26,22 @@ def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
     return unique
 
 
-def relative_groups(parameters: Iterable[nn.Parameter], lr: float) -> list[dict[str, float | list[Tensor]]]:
+def relative_groups(
+    parameters: Iterable[nn.Parameter], lr: float, sizes: Sequence[float] | None = None
+) -> list[dict[str, float | list[Tensor]]]:
     """One optimizer group per tensor whose learning rate is `lr` times its root mean square.
 
     Row scales (about 0.03) and codebook entries (about 1) live on different scales; an Adam step of the same absolute
     size would be too small for one or too large for the other.
+
+    Args:
+        parameters: to be trained.
+        lr: relative step.
+        sizes: their root mean squares, where a process does not hold whole parameters.
     """
-    return [{"params": [parameter], "lr": lr * _size(parameter)} for parameter in parameters]
+    chosen = list(parameters)
+    known = [root_mean_square(parameter) for parameter in chosen] if sizes is None else sizes
+    return [{"params": [parameter], "lr": lr * size} for parameter, size in zip(chosen, known, strict=True)]
 
 
 def warmed_cosine(optimizer: Optimizer, steps: int, warmup: float, floor: float = 0.05) -> LambdaLR:
@@ -53,6 +62,6 @@ def warmed_cosine(optimizer: Optimizer, steps: int, warmup: float, floor: float 
     return LambdaLR(optimizer, factor)
 
 
-def _size(parameter: nn.Parameter) -> float:
-    """Root mean square, at least 1e-6."""
+def root_mean_square(parameter: nn.Parameter) -> float:
+    """Of one tensor, at least 1e-6."""
     return float(parameter.detach().float().square().mean().sqrt().clamp_min(1e-6))

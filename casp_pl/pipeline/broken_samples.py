@@ -55,7 +55,7 @@ class BrokenSamples:
 
     def search(self, batches: Iterable[dict[str, Any]]) -> bool:
         """Leave out the broken samples among these batches of this process; see `leave_out`."""
-        kind = self.adapter.model.device.type
+        kind = self.adapter.device.type
         precision = torch.autocast(kind, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
         return self.leave_out(broken_samples(self.adapter, batches, precision, self.keep))
 

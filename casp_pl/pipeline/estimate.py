@@ -49,10 +49,20 @@ def planned_estimate(settings: RunSettings, prepared: Prepared) -> RunEstimate:
     return RunEstimate(memory, stage_weights(settings, block, work))
 
 
-def memory_by_stage(settings: RunSettings, prepared: Prepared, work: Workload, block: BlockCosts) -> dict[str, int]:
-    """Bytes of the process by stage, at their largest; of a streamed model the largest of all stages for each."""
+def memory_by_stage(
+    settings: RunSettings, prepared: Prepared, work: Workload, block: BlockCosts, *, weight_bytes: int | None = None
+) -> dict[str, int]:
+    """Bytes of the process by stage, at their largest; of a streamed model the largest of all stages for each.
+
+    Args:
+        settings: the recipe.
+        prepared: the model.
+        work: how much the recipe computes.
+        block: what a block takes.
+        weight_bytes: see `ModelSource.streams`.
+    """
     stages = stage_memory(BlockShape.of(prepared.adapter), work, working_dtype(settings), block.kept_bytes)
-    if not settings.model.streams(prepared.device):
+    if not settings.model.streams(prepared.device, weight_bytes=weight_bytes):
         return stages
     return dict.fromkeys(stages, streamed_memory(settings, prepared.adapter).total)
 

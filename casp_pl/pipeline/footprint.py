@@ -11,10 +11,10 @@ import torch
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.pipeline.planning import Workload
 
-__all__ = ["PROCESS_BYTES", "BlockShape", "logits_bytes", "stage_memory"]
+__all__ = ["BlockShape", "stage_memory"]
 
-PROCESS_BYTES = 900 << 20  # Python with torch, lightning and transformers, before any weight
-_HEAP_SLACK = 1.33  # what the heap takes for what is in it; fitted to whole runs with AQLM and GPTQ
+_PROCESS_BYTES = 700 << 20  # Python with torch, lightning and transformers, before any weight
+_HEAP_SLACK = 1.38  # what the heap takes for what is in it; fitted to whole runs with AQLM and GPTQ
 _FLOAT = 4
 _DOUBLE = 8
 _LOGITS_AT_ONCE = 128  # tokens, see `head_divergence`
@@ -68,7 +68,7 @@ def stage_memory(shape: BlockShape, work: Workload, dtype: torch.dtype, kept_byt
     """
     all_tokens = work.tokens + work.held_back_tokens
     codes = shape.blocks * shape.weights // 2  # at most 4 bits a weight, in memory until the end
-    logits = logits_bytes(shape, work)
+    logits = 4 * min(work.batch_tokens, _LOGITS_AT_ONCE) * shape.vocabulary * _FLOAT
     dense = shape.blocks * shape.weights * _FLOAT  # all compressed blocks, dequantized for an evaluation
     half = dtype.itemsize if dtype != torch.float32 else 0
     block = shape.weights * (_FLOAT + half)
@@ -86,9 +86,4 @@ def stage_memory(shape: BlockShape, work: Workload, dtype: torch.dtype, kept_byt
         "end to end": 2 * codes + shape.blocks * kept + logits if work.steps else 0,
         "save": 2 * codes,
     }
-    return {name: PROCESS_BYTES + int(_HEAP_SLACK * (shape.model_bytes + size)) for name, size in own.items()}
-
-
-def logits_bytes(shape: BlockShape, work: Workload) -> int:
-    """Bytes of the logits that exist at a time, and of what is computed from them."""
-    return 4 * min(work.batch_tokens, _LOGITS_AT_ONCE) * shape.vocabulary * _FLOAT
+    return {name: _PROCESS_BYTES + int(_HEAP_SLACK * (shape.model_bytes + size)) for name, size in own.items()}

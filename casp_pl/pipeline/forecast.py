@@ -11,11 +11,12 @@ from casp_pl.allocation import CompressionPlan
 from casp_pl.checkpoint import RunDirectory
 from casp_pl.checkpoint.manifest import MANIFEST_NAME
 from casp_pl.checkpoint.stored_size import ModelSize, model_size
+from casp_pl.models.memory import free_memory
 from casp_pl.pipeline.bit_forecast import CurveEntry, GroupForecast, forecast_bits
 from casp_pl.pipeline.outline import compressed_outline
 from casp_pl.pipeline.prepare import Prepared, prepare_outline
 from casp_pl.pipeline.settings import RunSettings
-from casp_pl.pipeline.stage_forecast import StageForecast, disk_free, forecast_stages, memory_free
+from casp_pl.pipeline.stage_forecast import StageForecast, disk_free, forecast_stages
 
 __all__ = ["RunForecast", "forecast_run"]
 
@@ -102,7 +103,7 @@ def forecast_run(settings: RunSettings, *, quick: bool = False) -> RunForecast:
         original_bytes=2 * sum(parameter.numel() for parameter in prepared.adapter.model.parameters()),
         stages=stages,
         seconds_from=seconds_from,
-        memory_free=memory_free(prepared.device),
+        memory_free=free_memory(prepared.device),
         disk_free=disk_free(settings.run_dir),
         groups=groups,
         curve=curve,

@@ -14,6 +14,7 @@ from lightning.fabric.strategies.ddp import DDPStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from casp_pl.errors import ConfigError
+from casp_pl.pipeline.strategies import STRATEGIES
 from casp_pl.processes import is_first
 
 __all__ = ["accelerator_type", "launch"]
@@ -42,8 +43,9 @@ def launch(trainer: Mapping[str, Any]) -> None:
         if started > 1:
             raise ConfigError(f"{started} processes were started, but trainer.devices is 1: set it to {started}.")
         return
-    if strategy not in ("auto", "ddp"):
-        raise ConfigError(f"trainer.strategy: {strategy} is not for several processes here; set it to ddp.")
+    if strategy not in STRATEGIES:
+        known = ", ".join(STRATEGIES[1:])
+        raise ConfigError(f"trainer.strategy: {strategy} is not for several processes here; set it to one of {known}.")
     ddp = DDPStrategy(process_group_backend=_BACKEND[accelerator_type(trainer)], timeout=_PATIENCE)
     accelerator = trainer.get("accelerator") or "auto"
     try:

@@ -6,17 +6,15 @@ Every stage leaves its figures in stages/NAME.json and its tensors beside; that 
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import chain, islice
 from typing import Any
 
-import lightning.pytorch as pl
-from torch import Tensor, nn
+from torch import nn
 
 from casp_pl.allocation import CompressionPlan
-from casp_pl.callbacks import Advance, BestState, CodebookUpdate
+from casp_pl.callbacks import Advance
 from casp_pl.callbacks.report import StageRow
 from casp_pl.callbacks.stage_table import duration
 from casp_pl.checkpoint import RunDirectory
@@ -26,19 +24,18 @@ from casp_pl.models.activations import ActivationStore
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.compress import LinearReport, round_to_nearest
 from casp_pl.models.memory import streaming_memory
-from casp_pl.models.surgery import round_to_storage
-from casp_pl.modules import CalibrationModule, EndToEndModule
-from casp_pl.modules.end_to_end import teacher_states
+from casp_pl.modules import CalibrationModule
 from casp_pl.modules.sensitivity import linear_sensitivities
 from casp_pl.pipeline.block_files import BlockFiles, block_name, finished_blocks, save_block
 from casp_pl.pipeline.blocks import Batches, quantize_blocks, tune_blocks
 from casp_pl.pipeline.broken_samples import BrokenSamples
+from casp_pl.pipeline.end_to_end import FOLDER, EndToEndStage
 from casp_pl.pipeline.measure import Measurement
 from casp_pl.pipeline.memory import release_memory
 from casp_pl.pipeline.prepare import RunBatches, load_batches, on_device
 from casp_pl.pipeline.rows import show_block, show_stage, show_window
 from casp_pl.pipeline.settings import RunSettings
-from casp_pl.pipeline.trainers import TrainerFactory, as_loader
+from casp_pl.pipeline.trainers import TrainerFactory
 
 __all__ = ["CompressionRun", "activation_store"]
 
@@ -242,52 +239,15 @@ class CompressionRun:
 
     def _end_to_end(self, blocks: BlockFiles, held_back: Batches) -> BlockFiles:
         start = time.monotonic()
-        if finished_blocks(self.run, "end_to_end", self.adapter) is None:
-            steps = self.settings.end_to_end["steps"]
-            with self._working("end to end", steps):
-                trained = list(blocks)
-                self._fit_end_to_end(trained, held_back, steps)
-            for number, block in enumerate(trained):
-                save_block(self.run, block_name("end_to_end", number), block)
-            del trained
-        finished = BlockFiles(self.run, "end_to_end", self.adapter)
+        if finished_blocks(self.run, FOLDER, self.adapter) is None:
+            stage = EndToEndStage(
+                self.settings, self.run, self.adapter, self.trainers, self.progress, self.broken, self.keep
+            )
+            with self._working("end to end", stage.steps):
+                stage.fit(blocks, held_back)
+        finished = BlockFiles(self.run, FOLDER, self.adapter)
         self._measure("end_to_end", finished, start)
         return finished
-
-    def _fit_end_to_end(self, blocks: list[nn.Module], held_back: Batches, steps: int) -> None:
-        data, settings = self.settings.data, self.settings.end_to_end
-        callbacks: list[pl.Callback] = [BestState(), Advance(self.progress.advance, loop="train")]
-        if settings["update_codes"]:
-            callbacks.insert(1, CodebookUpdate(**self.settings.codebook_update))
-        trainer = self.trainers.make(
-            callbacks=callbacks,
-            max_steps=steps,
-            max_epochs=-1,
-            num_sanity_val_steps=0,
-            val_check_interval=max(1, steps // 4),
-            check_val_every_n_epoch=None,
-            log_every_n_steps=1,
-            gradient_clip_val=1.0,
-            precision=self.trainers.working_precision,
-        )
-        with trainer.precision_plugin.forward_context():
-            teacher = self._teacher(held_back, steps)
-        pl.seed_everything(self.settings.seed, verbose=False)
-        with self.adapter.with_blocks(blocks):
-            module = EndToEndModule(self.adapter, teacher, **settings)
-            trainer.validate(module, dataloaders=as_loader(held_back), verbose=False)
-            trainer.fit(module, train_dataloaders=data.train_dataloader(), val_dataloaders=as_loader(held_back))
-        for block in blocks:
-            round_to_storage(block)
-            block.eval().requires_grad_(False)
-
-    def _teacher(self, held_back: Batches, steps: int) -> dict[str, Tensor]:
-        """What the original gives for the batches of training, without samples on which it breaks down."""
-        while True:
-            batches = _first(self.settings.data.train_dataloader(), steps)
-            teacher = teacher_states(self.adapter, chain(batches, held_back), self.keep)
-            if not self.broken.leave_out([name for name, states in teacher.items() if not states.isfinite().all()]):
-                return teacher
 
     def _measure(self, name: str, blocks: Sequence[nn.Module], start: float | None = None) -> None:
         if self.run.has(f"stages/{name}.json") and self.measurement.knows(name):
@@ -307,9 +267,3 @@ def activation_store(settings: RunSettings, adapter: ModelAdapter) -> Activation
     """Keeps activations of a run as its recipe says; `auto` leaves memory for the work on one block."""
     needed = streaming_memory(adapter, 0, dtype=adapter.model.dtype, on_disk=True)
     return ActivationStore(settings.activations, settings.run_dir, reserve=needed.block + needed.moments)
-
-
-def _first(loader: Iterable[dict[str, Any]], count: int) -> Iterator[dict[str, Any]]:
-    """The batches that `count` steps of training see, over as many epochs as that takes."""
-    epochs = chain.from_iterable(loader for _ in range(count))
-    return islice(epochs, count)

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
 
-import psutil
-import torch
-
 from casp_pl.allocation import CompressionPlan
 from casp_pl.checkpoint.stored_size import ModelSize, run_file_bytes
+from casp_pl.models.memory import free_memory
 from casp_pl.models.surgery import layer_specs
 from casp_pl.pipeline.estimate import memory_by_stage, quick_block_costs, stage_weights, workload
 from casp_pl.pipeline.outline import CompressedOutline
@@ -20,7 +18,7 @@ from casp_pl.pipeline.probe import measured_block_costs, one_block_model
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import TrainerFactory
 
-__all__ = ["StageForecast", "disk_free", "forecast_stages", "judged_stages", "memory_free"]
+__all__ = ["StageForecast", "disk_free", "forecast_stages", "judged_stages"]
 
 _PROBE_BATCHES = 2
 _WAYS_OUT = {
@@ -80,12 +78,13 @@ def forecast_stages(
     """
     work = workload(settings, prepared.adapter)
     block = quick_block_costs(settings, prepared, work) if quick else _measured(settings, prepared, plan)
+    weight_bytes = sum(parameter.nbytes for parameter in prepared.adapter.model.parameters())
     stages = judged_stages(
         stage_weights(settings, block, work),
-        memory_by_stage(settings, prepared, work, block),
+        memory_by_stage(settings, prepared, work, block, weight_bytes=weight_bytes),
         _stage_disk(settings, prepared, size, outline),
         spread=block.spread,
-        memory_free=memory_free(prepared.device),
+        memory_free=free_memory(prepared.device),
         disk_free=disk_free(settings.run_dir),
     )
     return stages, block.source
@@ -157,10 +156,3 @@ def disk_free(run_dir: Path) -> int:
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free
-
-
-def memory_free(device: torch.device) -> int:
-    """Bytes that are available where the model lies."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available

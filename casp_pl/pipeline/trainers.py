@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
 from casp_pl.errors import ConfigError
+from casp_pl.pipeline.strategies import plain_strategy
 from casp_pl.processes import process_count
 
 __all__ = ["TrainerFactory", "as_loader"]
@@ -57,7 +58,7 @@ class TrainerFactory:
         Raises:
             ConfigError: Lightning refuses the settings (an unknown strategy, a missing accelerator).
         """
-        own = {
+        own: dict[str, Any] = {
             "logger": self.logger if self.logger is not None else False,
             "callbacks": [*self.callbacks, *callbacks, *(self.settings.get("callbacks") or [])],
             "enable_progress_bar": False,
@@ -65,9 +66,10 @@ class TrainerFactory:
             "enable_checkpointing": False,
             "use_distributed_sampler": False,  # our loaders know of the processes themselves
         }
+        own["strategy"] = plain_strategy(self.settings)
         if process_count() > 1:
             # codes are buffers: they are the same everywhere, and would be sent around with every step
-            overrides |= {"strategy": DDPStrategy(forward_sync_buffers=False)}
+            own["strategy"] = DDPStrategy(forward_sync_buffers=False)
         try:
             return pl.Trainer(**{**self.settings, **own, **overrides})
         except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:

@@ -16,6 +16,7 @@ from casp_pl.layers.additive import AdditiveLinear
 from casp_pl.linalg.cholesky import safe_cholesky
 from casp_pl.linalg.codebook_cg import CodebookFit, decoded_fit, fit_codebooks
 from casp_pl.linalg.kmeans import assign_entries, metric_kmeans
+from casp_pl.processes import RowShare
 from casp_pl.quantizers.additive_codes import conditional_metrics, feedback_codes, sweep_codes
 from casp_pl.quantizers.additive_formats import DEFAULT_FORMATS, AdditiveFormat, choose_format, parse_formats
 from casp_pl.quantizers.base import Quantizer
@@ -109,6 +110,7 @@ class AQLMQuantizer(Quantizer):
         bits: int,
         bias: Tensor | None = None,
         generator: torch.Generator | None = None,
+        together: bool = False,
     ) -> AdditiveLinear:
         """See `Quantizer.quantize`. Computes in float32 on the weight's device."""
         self._check_inputs(weight, second_moment, bits)
@@ -118,9 +120,11 @@ class AQLMQuantizer(Quantizer):
         inputs = self._inputs.get(moment, (length, self.damping), lambda: _prepare(moment, length, self.damping))
         padded = F.pad(weight.to(torch.float32), (0, len(inputs.moment) - weight.shape[1]))
         scales = _row_norms(padded, weight.shape[1])
-        codebooks = self._start_codebooks(padded / scales, inputs.metrics, layout, generator)
-        codes = feedback_codes(padded, inputs.metrics, inputs.lower, codebooks, scales, beam=self.feedback_beam)
-        codebooks, scales = _balanced(*self._improve(padded, inputs.moment, codes, codebooks, scales, generator))
+        codebooks = self._start_codebooks(padded / scales, inputs.metrics, layout, generator, together)
+        share = RowShare(len(weight), together)
+        own = (padded[share.own], inputs.metrics, inputs.lower, codebooks, scales[share.own])
+        codes = share.join(feedback_codes(*own, beam=self.feedback_beam), 2)
+        codebooks, scales = _balanced(*self._improve(padded, inputs.moment, codes, codebooks, scales, generator, share))
         layer = AdditiveLinear.from_codes(
             codes.permute(2, 0, 1), codebooks, scales, in_features=weight.shape[1], bias=bias
         )
@@ -132,18 +136,23 @@ class AQLMQuantizer(Quantizer):
         return choose_format(self.formats[bits], out_features, in_features, max_overhead=self.max_codebook_overhead)
 
     def _start_codebooks(
-        self, scaled: Tensor, metrics: Tensor, layout: AdditiveFormat, generator: torch.Generator
+        self, scaled: Tensor, metrics: Tensor, layout: AdditiveFormat, generator: torch.Generator, together: bool
     ) -> Tensor:
         """Residual k-means of a sample of rows: scaled (O, I), metrics (G, D, D) -> codebooks (K, C, D)."""
         rows = torch.randperm(len(scaled), generator=generator, device=generator.device)[: self.kmeans_rows]
         sample = scaled[rows.to(scaled.device)].view(len(rows), -1, layout.group_length)
         rest = sample.permute(1, 2, 0).contiguous()  # (G, D, N)
+        share = RowShare(len(metrics), together)  # of positions: that of a vector does not matter to another
+
+        def assign(weighted: Tensor, centroids: Tensor, metrics: Tensor) -> Tensor:
+            return share.join(assign_entries(weighted[share.own], centroids, metrics[share.own]))
+
         codebooks = []
         for _ in range(layout.num_codebooks):
             codebook = metric_kmeans(
-                rest, metrics, layout.entries, iterations=self.kmeans_iterations, generator=generator
+                rest, metrics, layout.entries, iterations=self.kmeans_iterations, generator=generator, assign=assign
             )
-            nearest = assign_entries(metrics @ rest, codebook, metrics)
+            nearest = assign(metrics @ rest, codebook, metrics)
             rest = rest - codebook[nearest].transpose(1, 2)
             codebooks.append(codebook)
         return torch.stack(codebooks)
@@ -156,6 +165,7 @@ class AQLMQuantizer(Quantizer):
         codebooks: Tensor,
         scales: Tensor,
         generator: torch.Generator,
+        share: RowShare,
     ) -> tuple[Tensor, Tensor]:
         """Rounds of codebooks, scales and codes. Codes (G, K, O) change in place; codebooks and scales are returned."""
         weight_moment, before = weight @ moment, float("inf")
@@ -166,7 +176,9 @@ class AQLMQuantizer(Quantizer):
             scales = _best_scales(weight_moment, fit)
             error = (weight - fit.decoded * scales).T.contiguous()
             order = torch.randperm(len(codes), generator=generator, device=generator.device).to(error.device)
-            sweep_codes(error, moment, codes, fit.codebooks, scales, order, beam=self.sweep_beam)
+            own, found = error[:, share.own].contiguous(), codes[:, :, share.own].contiguous()
+            sweep_codes(own, moment, found, fit.codebooks, scales[share.own], order, beam=self.sweep_beam)
+            error, codes[:] = share.join(own, 1), share.join(found, 2)
             index = _by_row(codes, codebooks)
             fit = decoded_fit(fit.codebooks, index, moment)
             loss = float(torch.sum(error.T * (weight_moment - fit.decoded_moment * scales), dtype=torch.float64))

@@ -38,6 +38,7 @@ class Quantizer(ABC):
         bits: int,
         bias: Tensor | None = None,
         generator: torch.Generator | None = None,
+        together: bool = False,
     ) -> QuantizedLinear:
         """The layer whose output on inputs with this second moment is close to that of `weight`.
 
@@ -47,6 +48,8 @@ class Quantizer(ABC):
             bits: one of `levels`.
             bias: (O,), kept as it is.
             generator: source of every random choice; without one a fresh generator with a fixed seed is used.
+            together: every process of the run makes this call, with the same arguments, and searches the codes of some
+                rows; all return the whole layer.
 
         Raises:
             ConfigError: the method cannot do `bits`.

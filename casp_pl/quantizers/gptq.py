@@ -21,6 +21,7 @@ from torch import Tensor
 
 from casp_pl.errors import ConfigError
 from casp_pl.layers.uniform import UniformLinear
+from casp_pl.processes import RowShare
 from casp_pl.quantizers.base import Quantizer
 from casp_pl.quantizers.gptq_codes import ColumnOrder, OrderedFeedback, gptq_codes, ordered_feedback
 from casp_pl.quantizers.shared import MadeOfMoment
@@ -84,13 +85,15 @@ class GPTQQuantizer(Quantizer):
         bits: int,
         bias: Tensor | None = None,
         generator: torch.Generator | None = None,
+        together: bool = False,
     ) -> UniformLinear:
         """See `Quantizer.quantize`. Deterministic: the generator is not used. Computes on the weight's device."""
         self._check_inputs(weight, second_moment, bits)
         moment = second_moment.to(weight.device)
         settings = (self.group_size, self.order, self.static_groups, self.damping)
+        share = RowShare(len(weight), together)
         found = gptq_codes(
-            weight.to(torch.float32),
+            weight[share.own].to(torch.float32),
             self._inputs.get(moment, settings, lambda: ordered_feedback(moment, *settings)),
             bits=bits,
             group_size=self.group_size,
@@ -99,7 +102,11 @@ class GPTQQuantizer(Quantizer):
         )
         column_groups = found.column_groups if self._regroups(weight.shape[1]) else None
         return UniformLinear.from_codes(
-            *found[:3], bits=bits, group_size=self.group_size, column_groups=column_groups, bias=bias
+            *(share.join(part) for part in found[:3]),
+            bits=bits,
+            group_size=self.group_size,
+            column_groups=column_groups,
+            bias=bias,
         )
 
     def _structure(self, out_features: int, in_features: int, bits: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from casp_pl.kernels.lattice import GROUP_LENGTH, LatticeStage
 from casp_pl.linalg.cholesky import safe_cholesky
+from casp_pl.processes import RowShare
 from casp_pl.quantizers.additive_codes import conditional_metrics, diagonal_blocks
 from casp_pl.quantizers.lattice_search import nearest_lattice_codes, squared_lengths, stage_values
 from casp_pl.quantizers.lazy_passes import feedback_pass, sweep_pass
@@ -95,7 +96,9 @@ def encode_rows(weight: Tensor, moment: LatticeMoment, search: LatticeSearch) ->
     return codes, error
 
 
-def choose_step(weight: Tensor, moment: LatticeMoment, search: LatticeSearch, start: float) -> float:
+def choose_step(
+    weight: Tensor, moment: LatticeMoment, search: LatticeSearch, start: float, *, together: bool = False
+) -> float:
     """The size of W~ in units of the codebook: from `start` down until the loss of a sample of rows rises.
 
     For a Gaussian `start` is best. A weight with few large singular values keeps long tails whatever the signs are, and
@@ -107,13 +110,15 @@ def choose_step(weight: Tensor, moment: LatticeMoment, search: LatticeSearch, st
         moment: of `prepare_moment`.
         search: settings; one sweep at most is made here.
         start: the largest factor that is tried.
+        together: whether all processes are here, to share the sample out.
     """
     rows = torch.linspace(0, len(weight) - 1, min(_ROWS, len(weight)), device=weight.device).round().to(torch.int64)
-    sample, quick = weight[rows], search._replace(sweeps=min(1, search.sweeps))
+    share, quick = RowShare(len(rows), together), search._replace(sweeps=min(1, search.sweeps))
+    sample = weight[rows[share.own]]
     best, lowest = start, float("inf")
     for trial in range(_TRIALS):
         step = start * _FINER**trial
-        _, error = encode_rows(sample * step, moment, quick)
+        error = share.join(encode_rows(sample * step, moment, quick)[1], 1)
         loss = float(((moment.moment @ error) * error).sum(dtype=torch.float64)) / step**2
         if loss >= lowest:
             break

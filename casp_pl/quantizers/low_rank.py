@@ -41,6 +41,7 @@ def quantize_low_rank(
     bias: Tensor | None = None,
     generator: torch.Generator | None = None,
     rotate: bool = True,
+    together: bool = False,
 ) -> LowRankLinear:
     """The low-rank layer that is best on inputs with this second moment.
 
@@ -53,6 +54,7 @@ def quantize_low_rank(
         bias: (O,), kept as it is on the output factor.
         generator: source of the rotation and of every random choice of the quantizer; None for fixed seeds.
         rotate: whether the inner coordinates are rotated before they are quantized; False shows what that brings.
+        together: see `Quantizer.quantize`.
 
     Raises:
         ValueError: a rank below 1.
@@ -67,10 +69,11 @@ def quantize_low_rank(
     if rotate:
         inner = rotate_input_factor(inner, svd.S, generator)
     moment = second_moment.to(torch.float32)
-    first = quantizer.quantize(inner.to(torch.float32), moment, bits=bits, generator=generator)
+    shared: dict[str, Any] = {"together": True} if together else {}
+    first = quantizer.quantize(inner.to(torch.float32), moment, bits=bits, generator=generator, **shared)
     outer, inner_moment = refit_output_factor(weight, second_moment, first.dequantize())
     second = quantizer.quantize(
-        outer.to(torch.float32), inner_moment.to(torch.float32), bits=bits, bias=bias, generator=generator
+        outer.to(torch.float32), inner_moment.to(torch.float32), bits=bits, bias=bias, generator=generator, **shared
     )
     return LowRankLinear(input_factor=first, output_factor=second)
 

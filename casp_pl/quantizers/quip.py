@@ -14,6 +14,7 @@ from casp_pl.kernels.lattice import GROUP_LENGTH, LATTICE_STAGES
 from casp_pl.layers.lattice import LatticeLinear
 from casp_pl.linalg.diagonal_fit import best_column_factors, best_row_factors
 from casp_pl.linalg.incoherence import incoherent_moment, incoherent_weight, random_signs
+from casp_pl.processes import RowShare
 from casp_pl.quantizers.base import Quantizer
 from casp_pl.quantizers.lattice_codes import LatticeSearch, choose_step, encode_rows, prepare_moment
 
@@ -90,6 +91,7 @@ class QuIPSharpQuantizer(Quantizer):
         bits: int,
         bias: Tensor | None = None,
         generator: torch.Generator | None = None,
+        together: bool = False,
     ) -> LatticeLinear:
         """See `Quantizer.quantize`. Computes in float32 on the weight's device, the second moment in float64."""
         self._check_inputs(weight, second_moment, bits)
@@ -102,8 +104,10 @@ class QuIPSharpQuantizer(Quantizer):
         search = LatticeSearch(LATTICE_STAGES[bits], self.sweeps, self.candidate_runs, self.beam)
         mixed = incoherent_weight(weight / (size or 1.0), su, sv, width)
         step = GAUSSIAN_STEPS[bits]
-        step = choose_step(mixed, prepared, search, step) if self.search_scale else step
-        codes, _ = encode_rows(mixed * step, prepared, search)
+        step = choose_step(mixed, prepared, search, step, together=together) if self.search_scale else step
+        share = RowShare(len(mixed), together)
+        codes, _ = encode_rows(mixed[share.own] * step, prepared, search)
+        codes = share.join(codes, 2)
         layer = LatticeLinear.from_codes(codes.transpose(1, 2), su, sv * (size / step), bits=bits, bias=bias)
         if self.fit_vectors:
             damped = moment + prepared.jitter * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)

@@ -42,8 +42,9 @@ class RTNQuantizer(Quantizer):
         bits: int,
         bias: Tensor | None = None,
         generator: torch.Generator | None = None,
+        together: bool = False,
     ) -> UniformLinear:
-        """See `Quantizer.quantize`. Deterministic: the generator is not used."""
+        """See `Quantizer.quantize`. Deterministic: the generator is not used. Takes too little time to share out."""
         self._check_inputs(weight, second_moment, bits)
         codes, zeros, scales = round_to_grid(weight.detach().to(torch.float32), bits, self.group_size)
         return UniformLinear.from_codes(codes, zeros, scales, bits=bits, group_size=self.group_size, bias=bias)

@@ -6,7 +6,7 @@ from itertools import islice
 import pytest
 from PIL import Image
 
-from casp_pl.data import LlavaJson, Mixture, Sample, SampleStream, Skipped, TextFiles
+from casp_pl.data import CalibrationData, EvaluationData, LlavaJson, Mixture, Sample, SampleStream, Skipped, TextFiles
 from casp_pl.data.sources import DataSource
 from casp_pl.data.sources.json_rows import json_rows
 from casp_pl.errors import ConfigError, InputError
@@ -91,6 +91,18 @@ def test_a_stream_is_read_only_as_far_as_it_is_asked_for():
     source = Numbers("n", 10**9)
     assert len(list(SampleStream(source, limit=12))) == 12
     assert source.read == 12
+
+
+def test_texts_are_read_only_as_far_as_windows_need_them(tiny):
+    source = Numbers("n", 10**9)
+    calibration = CalibrationData(text_source=source, samples=4, text_ratio=1, text_length=30)
+    calibration.attach(tiny[1])
+    assert calibration.counts["text_samples"] == 3
+    assert 8 * 4 * 30 / 3 <= source.read < 8 * 4 * 30 / 3 + 10, "x and two line ends are three bytes"
+    evaluation = EvaluationData(text_source=source, questions=0, text_tokens=90, window=30)
+    evaluation.attach(tiny[1])
+    assert evaluation.counts["text_tokens"] == 90
+    assert source.read == 30
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1, 1], [5, 1], [0.2, 0.3, 0.5], [1, 1, 1, 7]])

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, MixtralConfig, MixtralForCausalLM
 
-from casp_pl.errors import ConfigError, IntegrityError
+from casp_pl.errors import ConfigError, InputError, IntegrityError
 from casp_pl.models import ModelAdapter
 from casp_pl.models.load import ModelSource
-from casp_pl.models.stored_blocks import LentBlock, StoredBlocks, refuse_meta
+from casp_pl.models.soundness import require_materialized
+from casp_pl.models.stored_blocks import LentBlock, StoredBlocks
 from casp_pl.models.streamed import load_streamed
 from casp_pl.models.streams import first_block_batches, run_blocks
 from casp_pl.models.weight_files import tensor_files
@@ -123,8 +124,9 @@ def test_a_broken_shard_is_named(folder: Path) -> None:
 
 def test_a_meta_tensor_is_named() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
-    with pytest.raises(IntegrityError, match=r"block\.1\.weight was never read"):
-        refuse_meta(module, "block.")
+    module[0].register_buffer("angles", torch.empty(3, device="meta"), persistent=False)
+    with pytest.raises(InputError, match=r"block\.1\.weight was never filled.*3 tensors"):
+        require_materialized(module, "block.")
 
 
 def test_a_model_without_files_cannot_be_streamed() -> None:

@@ -14,7 +14,7 @@ from casp_pl.quantizers import RTNQuantizer
 def _step(backend: str | None, *, checkpointing: bool = False) -> tuple[Tensor, list[Tensor]]:
     """Output and gradients of a tiny compressed model."""
     adapter = adapt(load_model("tiny")[0])
-    blocks = round_to_nearest(adapter, RTNQuantizer(group_size=16), 4)
+    blocks = list(round_to_nearest(adapter, RTNQuantizer(group_size=16), 4))
     ids = torch.randint(0, 200, (2, 9), generator=torch.Generator().manual_seed(1))
     with adapter.with_blocks(blocks):
         adapter.blocks.requires_grad_(True)

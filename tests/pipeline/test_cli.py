@@ -49,7 +49,7 @@ def test_every_benchmark_parses(overlay: Path) -> None:
         (["--low_rank.keep_ratio", "1.5"], 2, ["keep_ratio", "1.5"]),
         (["--low_rank.keep_ratio", "0.01"], 2, ["rank 0"]),
         (["--trainer.strategy", "dpd"], 2, ["dpd"]),
-        (["--trainer.devices", "2", "--trainer.strategy", "fsdp"], 2, ["trainer.strategy", "fsdp", "ddp"]),
+        (["--trainer.devices", "2", "--trainer.strategy", "deepspeed"], 2, ["trainer.strategy", "deepspeed", "ddp"]),
         (["--model.source", "no/such/model/here"], 3, ["model.source", "no/such/model/here"]),
         (["--config", "no_such.yaml"], 3, ["no_such.yaml"]),
         (["--data.samples", "0"], 2, ["data.samples"]),

@@ -31,6 +31,9 @@ from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import TrainerFactory, as_loader
 from casp_pl.quantizers import RTNQuantizer
 
+pytestmark = pytest.mark.filterwarnings(  # the command line silences these as well (console/logs.py)
+    r"ignore:Found \d+ module\(s\) in eval mode", "ignore:.*does not have many workers"
+)
 NAN = float("nan")
 Pairs = list[tuple[BlockBatch, Tensor]]
 
@@ -42,7 +45,7 @@ def adapter() -> ModelAdapter:
 
 @pytest.fixture(scope="module")
 def quantized(adapter: ModelAdapter) -> list[nn.Module]:
-    return round_to_nearest(adapter, RTNQuantizer(group_size=16), 3)
+    return list(round_to_nearest(adapter, RTNQuantizer(group_size=16), 3))
 
 
 @pytest.fixture
@@ -84,7 +87,7 @@ def break_sample(pairs: Pairs, number: int) -> None:
 def tune(
     blocks: list[nn.Module], pairs: Pairs, held: list[Any], trainers: TrainerFactory
 ) -> tuple[list[nn.Module], dict[str, float]]:
-    make = partial(BlockwiseModule, train=pairs, held_back=held, epochs=1, lr=1e-2)
+    make = partial(BlockwiseModule, train=pairs, held_back=held, epochs=1, lr=2e-4)
     return _tune_window(make, blocks, trainers, {"fraction": 0.0})
 
 
@@ -92,7 +95,7 @@ def test_one_broken_batch_costs_block_tuning_a_restart(
     window: Any, quantized: list[nn.Module], trainers: TrainerFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
     pairs, held = window()
-    break_sample(pairs, 2)
+    break_sample(pairs, 0)
     with caplog.at_level(logging.WARNING):
         (block,), losses = tune(quantized[:1], pairs, held, trainers)
     assert "block tuning (blocks 0 to 0): the loss is NaN" in caplog.text
@@ -207,7 +210,7 @@ def test_a_sample_that_the_original_cannot_compute_is_left_out(
 ) -> None:
     settings, adapter, batches = run_that_breaks(recipe, tmp_path, 160)
     with RunDirectory.open(tmp_path / "run", {}) as run, RunProgress({"calibration": 1.0}, enabled=False) as progress:
-        measurement = Measurement(run, settings.evaluation, None, trainers)
+        measurement = Measurement(run, settings.evaluation, None, settings.scoring, trainers)
 
         def sound_batches() -> RunBatches:
             compression = CompressionRun(settings, run, adapter, measurement, trainers, progress)
@@ -220,7 +223,7 @@ def test_a_sample_that_the_original_cannot_compute_is_left_out(
         assert skipped["id"] not in {name for batch in batches.held_back for name in batch["sample_ids"]}
         assert len(names(after)) == 159
         statistics = run.read_tensors("calibration.safetensors")[0]
-        assert all(tensor.isfinite().all() for name, tensor in statistics.items() if name != "attention_sparsity")
+        assert all(tensor.isfinite().all() for name, tensor in statistics.items() if "sparsity" not in name)
         settings.data.attach(settings.data._processor)  # as a later process of the same run begins
         assert settings.data.counts["skipped"] == []
         assert names(sound_batches()) == names(after)

@@ -11,7 +11,6 @@ from casp_pl.models.adapter import ModelAdapter, adapt
 from casp_pl.models.load import load_model
 from casp_pl.pipeline.footprint import BlockShape, stage_memory
 from casp_pl.pipeline.planning import BlockCosts, Workload, block_costs_from_rates, effective_rate, stage_seconds
-from casp_pl.pipeline.streamed_footprint import streamed_footprint
 
 WORK = Workload(
     blocks=2,
@@ -94,29 +93,6 @@ def test_memory_holds_the_model_and_grows_with_batch_and_data(adapter: ModelAdap
     assert memory(wide)["end to end"] - memory(WORK)["end to end"] > 2 * (25_000 - 250) * 1e4, "of two blocks"
     assert memory(long)["quantize"] - memory(WORK)["quantize"] > 9_990_000 * 3 * 48 * 4
     assert memory(long)["end to end"] == memory(WORK)["end to end"]
-
-
-def test_streaming_holds_one_block_and_puts_activations_where_they_are_wanted(adapter: ModelAdapter) -> None:
-    shape = replace(BlockShape.of(adapter), blocks=80)
-
-    def footprint(blocks: int, on_disk: bool) -> tuple[int, int]:
-        found = streamed_footprint(
-            replace(shape, blocks=blocks),
-            replace(WORK, tokens=100_000),
-            stored=torch.float16,
-            working=torch.bfloat16,
-            activations_on_disk=on_disk,
-            widest_linear=(96, 48),
-            kept_bytes=1e3,
-        )
-        return found.memory, found.disk
-
-    assert footprint(80, False)[0] == footprint(8, False)[0], "memory does not depend on the depth"
-    in_memory, on_disk = footprint(80, False), footprint(80, True)
-    a_token = 2 * 48 * 4 + (48 + 64 + 48 + 96) * 2
-    moved = 100_100 * a_token
-    assert on_disk[1] - in_memory[1] == moved
-    assert in_memory[0] - on_disk[0] == pytest.approx(1.2 * (moved - 2 * 250 * a_token), rel=1e-6)
 
 
 def test_rates_are_measured() -> None:

@@ -1,0 +1,119 @@
+"""One fit by 1, 2 and 4 processes of one thread each: seconds of every stage, and whether the results are the same.
+
+usage: python -m benchmarks.processes [--model tiny | embedded] [--blocks 4] [--processes 1 2] [--strategies ddp fsdp2]
+                                      [--recipe configs/llava_aqlm.yaml] [--out runs/bench/processes]
+                                      [--set data.samples 64 ...]
+
+The embedded model is cut to its first blocks. Processes talk by gloo. Codes, plan and losses are compared with those of
+the first row. More processes than cores say nothing about time.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from casp_pl.models import adapt, load_model
+
+STAGES = ("calibration", "quantize", "block tuning", "end to end")
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+FEW = ["--data.samples", "48", "--data.fine_tuning_samples", "64"]
+FEW += ["--evaluation.questions", "24", "--evaluation.text_tokens", "768"]
+
+
+def first_blocks(blocks: int, folder: Path) -> Path:
+    """The embedded model with its first blocks alone, as a Hugging Face directory."""
+    model, processor = load_model("embedded")
+    decoder = adapt(model).decoder
+    decoder.layers = decoder.layers[:blocks]
+    decoder.config.num_hidden_layers = model.config.text_config.num_hidden_layers = blocks
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def fit(arguments: list[str], folder: Path, processes: int, strategy: str) -> Path:
+    """Run one fit from the beginning; its directory."""
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, "-m", "casp_pl", "fit", *arguments, "--run_dir", str(folder)]
+    command += ["--trainer.devices", str(processes), "--trainer.strategy", strategy if processes > 1 else "auto"]
+    log = folder.with_suffix(".log")
+    with log.open("w", encoding="utf-8") as file:
+        done = subprocess.run(command, env=os.environ | ONE_THREAD, stdout=file, stderr=file, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command[1:])} ended with {done.returncode}, see {log}")
+    return folder
+
+
+def same_codes(one: Path, other: Path) -> tuple[int, int]:
+    """Equal codes after quantization, and all."""
+    same = total = 0
+    for path in sorted(one.glob("blocks/*.safetensors")):
+        theirs = load_file(other / path.relative_to(one))
+        for name, tensor in load_file(path).items():
+            if name.endswith("codes"):
+                same, total = same + int((tensor == theirs[name]).sum()), total + tensor.numel()
+    return same, total
+
+
+def worst_loss(one: Path, other: Path) -> float:
+    """Largest relative difference of a loss of training or validation."""
+    mine, theirs = (EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}) for run in (one, other))
+    mine.Reload(), theirs.Reload()
+    worst = 0.0
+    for tag in mine.Tags()["scalars"]:
+        if tag.startswith(("block_tuning", "end_to_end")):
+            for a, b in zip(mine.Scalars(tag), theirs.Scalars(tag), strict=True):
+                worst = max(worst, abs(a.value - b.value) / abs(a.value))
+    return worst
+
+
+def row(name: str, run: Path, first: Path) -> str:
+    """One line of the table."""
+    ours, theirs = (json.loads((path / "report.json").read_text())["work_seconds"] for path in (run, first))
+    times = " | ".join(f"{ours[stage]:.1f}" for stage in STAGES)
+    plans = [(path / "plan.json").read_bytes() for path in (run, first)]
+    same, total = same_codes(first, run)
+    ratio = theirs["quantize"] / ours["quantize"]
+    equal = f"{plans[0] == plans[1]} | {100 * same / total:.3f} % | {worst_loss(first, run):.1e}"
+    return f"| {name} | {times} | {ratio:.2f} | {equal} |"
+
+
+def main() -> None:
+    """Print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("tiny", "embedded"), default="embedded")
+    parser.add_argument("--blocks", type=int, default=4, help="of the embedded model")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--strategies", nargs="+", default=["ddp"])
+    parser.add_argument("--recipe", default="configs/llava_aqlm.yaml")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench/processes"))
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY VALUE", help="further settings of the recipe")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    arguments = ["--config", options.recipe, "--trainer.precision", "32-true"]
+    if options.model == "tiny":
+        arguments += ["--config", "configs/models/tiny.yaml"]
+    else:
+        arguments += ["--model.source", str(first_blocks(options.blocks, options.out / "model")), *FEW]
+    pairs = zip(options.set[::2], options.set[1::2], strict=True)
+    arguments += [item for key, value in pairs for item in (f"--{key}", value)]
+    columns = ["processes", *(f"{stage} s" for stage in STAGES), "quantize, times as fast", "plan", "codes", "loss"]
+    print(f"| {' | '.join(columns)} |")
+    print("|" + "---|" * len(columns), flush=True)
+    first = None
+    for count in options.processes:
+        for strategy in options.strategies if count > 1 else ["alone"]:
+            run = fit(arguments, options.out / f"{strategy}-{count}", count, strategy)
+            first = run if first is None else first
+            print(row(f"{count} {strategy}", run, first), flush=True)
+
+
+if __name__ == "__main__":
+    main()

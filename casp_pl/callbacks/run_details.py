@@ -52,9 +52,10 @@ def loss_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     curves: dict[str, list[tuple[int, float]]] = {}
     for tag in events.Tags()[SCALARS]:
         if tag.startswith(_LOSSES):
-            curve = curves[tag] = []
+            curve: list[tuple[int, float]] = []
             for event in events.Scalars(tag):
                 if curve and event.step < curve[-1][0]:
                     curve.clear()
                 curve.append((event.step, event.value))
+            curves[tag] = curve
     return curves

@@ -201,7 +201,7 @@ def test_the_chosen_rank_is_marked_where_it_is(page):
         marks = chart.findall("./svg/g/path[@class='mark']")
         places = [float(re.match(r"M([\d.]+)", mark.get("d")).group(1)) for mark in marks]
         assert len(places) == BLOCKS
-        left, right = 50.0, 328.0  # where 1 and 4096 are
+        left, right = 50.0, 308.0  # where 1 and 4096 are
         expected = [left + (512 + 32 * block - 1) / 4095 * (right - left) for block in range(BLOCKS)]
         assert places == pytest.approx(expected, abs=0.06)
 

@@ -1,6 +1,6 @@
 """Charts as small SVG elements: sized by the page, coloured by its style sheet, described for screen readers.
 
-Everything is laid out on a canvas 340 wide, about the width of a phone, so that text is as large there as it is here.
+Everything is laid out on a canvas 320 wide, about the width of a phone, so that text is as large there as it is here.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ HEAT_COLOURS = 24
 LINE_COLOURS = 12
 """Steps of the ramp of ordered `Lines`: CSS classes r0 .. r11."""
 
-_WIDTH = 340.0
+_WIDTH = 320.0
 _RIGHT = 8.0  # margin
 _MOST_TIPS = 700  # values of a table that each have their own tip: more would make the page heavy
 _MOST_DOTS = 40  # points of a line that are shown one by one

@@ -117,7 +117,11 @@ def test_divided_training_is_that_of_one_process(strategy: str, alone: Path, div
     assert max(mine["end_to_end/train_kl"]) > 1.001 * min(mine["end_to_end/train_kl"]), "the steps change something"
     one, other = tensors(alone), tensors(divided / strategy)
     assert one.keys() == other.keys()
-    torch.testing.assert_close(logits(divided / strategy), logits(alone), rtol=0, atol=1e-5)
+    for name, tensor in one.items():  # sums in another order: a number between two of float16 may go to the other one
+        torch.testing.assert_close(other[name].float(), tensor.float(), rtol=2**-10, atol=1e-6, msg=name)
+    unequal = sum(int((other[name] != tensor).sum()) for name, tensor in one.items() if tensor.dtype == torch.float16)
+    assert unequal <= 1e-3 * sum(tensor.numel() for tensor in one.values() if tensor.dtype == torch.float16)
+    torch.testing.assert_close(logits(divided / strategy), logits(alone), rtol=0, atol=5e-3)
 
 
 @pytest.mark.slow
@@ -140,9 +144,11 @@ def test_a_killed_process_stops_the_other_and_the_stage_goes_on(
     while not _recorded(folder) and first.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     second.send_signal(signal.SIGKILL)
-    assert first.wait(60) not in (0, None)
+    first.communicate(timeout=60)
+    assert first.returncode not in (0, None)
     assert _recorded(folder), "the kill came too late to prove anything"
-    second.wait(60)
+    for process in (first, second):
+        process.communicate(timeout=60)  # closes what they wrote to
     finish_together(start_together(command))
     whole, resumed = tensors(divided / "fsdp2"), tensors(folder)
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []

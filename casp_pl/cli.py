@@ -64,6 +64,7 @@ _OWN_ARGUMENTS = {
     "predict": ("image", "question", "chat", "models", "max_new_tokens"),
 }
 _ALLOWED_CLASSES = ("casp_pl.", "lightning.", "torch.")
+_SOON = 0.05  # seconds
 
 
 class _StopRun(BaseException):
@@ -364,5 +365,15 @@ def _thread_failed(failed: threading.ExceptHookArgs) -> None:
     _LOG.warning("%s in a thread: %s", failed.exc_type.__name__, failed.exc_value)
 
 
-def _stop(number: int, _: FrameType | None) -> None:
-    raise _StopRun(number)
+def _stop(number: int, frame: FrameType | None) -> None:
+    if not _is_in_finalizer(frame):
+        raise _StopRun(number)
+    # Python drops what a finalizer raises, and the run would go on: once more when it is over
+    signal.signal(signal.SIGALRM, lambda _, later: _stop(number, later))
+    signal.setitimer(signal.ITIMER_REAL, _SOON)
+
+
+def _is_in_finalizer(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    return frame is not None

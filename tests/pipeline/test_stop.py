@@ -1,0 +1,27 @@
+"""A signal that arrives while a finalizer runs is not lost."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from casp_pl.cli import _stop, _StopRun
+
+
+def test_a_stop_inside_a_finalizer_comes_after_it() -> None:
+    class Finalized:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)}
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        with pytest.raises(_StopRun):
+            Finalized().__del__()
+            time.sleep(1)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)

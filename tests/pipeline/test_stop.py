@@ -15,12 +15,15 @@ def test_a_stop_inside_a_finalizer_comes_after_it() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.2)
 
+    def work() -> None:
+        Finalized()  # dropped at once
+        time.sleep(1)
+
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)}
     signal.signal(signal.SIGTERM, _stop)
     try:
         with pytest.raises(_StopRun):
-            Finalized().__del__()
-            time.sleep(1)
+            work()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():

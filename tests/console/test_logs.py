@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -20,7 +21,10 @@ for verbose in (True, False):
 
 
 def test_noise_is_shown_only_when_verbose():
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    # a command that ran in this process may have set these for the processes that it starts
+    quieting = ("TQDM_DISABLE", "TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS", "TOKENIZERS_PARALLELISM")
+    fresh = {name: value for name, value in os.environ.items() if name not in quieting}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True, env=fresh)
     assert done.stdout == ""
     verbose, quiet, _ = done.stderr.split("-----\n")
     assert all(

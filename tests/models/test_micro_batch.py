@@ -63,7 +63,7 @@ def _allocate_too_much(sender: Any) -> None:
     limit = psutil.Process().memory_info().vms + (64 << 20)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
-        torch.empty(256 << 20, dtype=torch.uint8)
+        torch.empty(64 << 30, dtype=torch.uint8)  # more than a large process could have free
     except RuntimeError as error:
         sender.send(is_out_of_memory(error))
 

@@ -75,7 +75,7 @@ def test_every_command_parses(page: Path, tmp_path: Path, monkeypatch: pytest.Mo
         if words[0] in HARNESSES:
             continue  # their own parsers read the rest
         words = [word for word in words if word != "my.yaml"]
-        build_parser().parse_args(words)
+        assert build_parser().parse_args(words).subcommand == words[0]
 
 
 def test_messages_of_the_troubleshooting_page_exist() -> None:

@@ -23,10 +23,10 @@ _GREY = "#777777"
 
 
 # OpenBLAS may call finite 3 x 3 matrices invalid, because of lanes that it does not use
-_spurious = np.errstate(invalid="ignore")
+_quiet_about_lanes = np.errstate(invalid="ignore")
 
 
-@_spurious
+@_quiet_about_lanes
 def draw_pictures(report: CompressionReport, details: RunDetails) -> dict[str, Figure]:
     """Every picture that there are figures for, by name; the example images are the last."""
     figures = {picture.name: draw_picture(picture) for picture in report_pictures(report, details)}
@@ -34,7 +34,7 @@ def draw_pictures(report: CompressionReport, details: RunDetails) -> dict[str, F
     return figures if examples is None else figures | {"examples": examples}
 
 
-@_spurious
+@_quiet_about_lanes
 def draw_picture(picture: Picture) -> Figure:
     """All charts of a picture, three in a row at most."""
     columns = min(len(picture.charts), _IN_A_ROW)
@@ -49,7 +49,7 @@ def draw_picture(picture: Picture) -> Figure:
     return figure
 
 
-@_spurious
+@_quiet_about_lanes
 def png_bytes(figure: Figure) -> bytes:
     """The figure as PNG; the same figure gives the same bytes."""
     buffer = io.BytesIO()

@@ -148,7 +148,7 @@ def _by_input(run: Callable[..., None]) -> Callable[..., None]:
 
 
 def _as_they_are(codes: Tensor) -> Tensor:
-    return codes
+    return codes.contiguous()  # once, not at every call
 
 
 def _reason(error: Exception) -> str:

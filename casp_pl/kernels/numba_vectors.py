@@ -4,7 +4,8 @@ The entries of two codebooks, or the patterns of E8P, lie in a core's first cach
 that a code stands for, where a look-up of products brings one. A decoded vector serves four tokens.
 
 numba does not keep vectors in registers by itself, so the innermost loops are written in LLVM's own language, which has
-vectors on every CPU. A thread owns rows and adds in one order: results are the same for any number of threads.
+vectors on every CPU. The loops around them look alike: numba cannot keep one in its cache that is given its kernel. A
+thread owns rows and adds in one order, so results are the same for any number of threads.
 
 Importing this module compiles nothing; the first call does, and numba keeps the result in a cache on disk.
 

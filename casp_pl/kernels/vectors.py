@@ -42,17 +42,18 @@ class E8PRows:
 
     Args:
         codes: uint8 (O, G, 2), the low byte first; at least 4 rows.
+        scale: points are multiplied with it.
         loops: of this machine.
     """
 
-    def __init__(self, codes: Tensor, loops: VectorLoops) -> None:
+    def __init__(self, codes: Tensor, scale: float, loops: VectorLoops) -> None:
         self._codes, self._loops, self._tables = codes.contiguous(), loops, e8p_byte_tables()
+        self._weights = torch.full((1, len(codes)), scale * QUARTER)
 
-    def multiply(self, x: Tensor, scale: float) -> Tensor:
-        """Products with the points times `scale` in float32: x (N, 8 G) -> (N, O)."""
+    def multiply(self, x: Tensor) -> Tensor:
+        """Products with the scaled points in float32: x (N, 8 G) -> (N, O)."""
         sums = torch.empty(len(x), len(self._codes))
-        weights = torch.full((1, len(self._codes)), scale * QUARTER)
-        self._loops.e8p(x.float().view(len(x), -1, GROUP_LENGTH), self._tables, self._codes, weights, sums)
+        self._loops.e8p(x.float().view(len(x), -1, GROUP_LENGTH), self._tables, self._codes, self._weights, sums)
         return sums
 
 

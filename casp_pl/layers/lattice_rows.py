@@ -7,15 +7,15 @@ Letters: O out, P padded width, N tokens.
 
 from collections.abc import Callable
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from casp_pl.kernels.compiled import LookupLoop, VectorLoops
+from casp_pl.kernels.compiled import LookupLoop
 from casp_pl.kernels.lattice import (
     LATTICE_STAGES,
     QUARTER,
+    LatticeStage,
     decode_points,
     e8_residual,
     e8p_pairs,
@@ -26,6 +26,8 @@ from casp_pl.kernels.lookup import CodeRows
 from casp_pl.kernels.vectors import E8PRows
 
 __all__ = ["LatticeRows"]
+
+_E8P_BITS = 2  # a weight: a stage of E8P alone is packed as such a layer is
 
 
 class LatticeRows:
@@ -38,25 +40,29 @@ class LatticeRows:
     """
 
     def __init__(self, packed: Tensor, bits: int, loop: LookupLoop) -> None:
-        rows, first = packed.shape[0], 0
-        ones = torch.ones(1, rows, device=packed.device)
-        decoded = loop.vectors is not None and rows >= loop.vectors.least_rows
         self._products: list[Callable[[Tensor], Tensor]] = []
-        for stage, codes in zip(LATTICE_STAGES[bits], unpack_lattice(packed, bits), strict=True):
-            own, first = packed[..., first : first + stage.num_bytes], first + stage.num_bytes
-            if stage.kind == "e8p" and decoded:
-                points = E8PRows(own, cast(VectorLoops, loop.vectors))
-                self._products.append(partial(points.multiply, scale=1 / stage.scale))
-                continue
-            if stage.kind == "e8p":
-                pairs = pairs_of(decode_points(codes.view(-1), stage.points(packed.device)).view(rows, -1))
-                looked_up, codebook = CodeRows(pairs, loop), e8p_pairs(packed.device)
-            else:
-                looked_up, codebook = CodeRows(own[..., 0], loop), e8_residual(packed.device)
-            entries = codebook.float().unsqueeze(0) * (QUARTER / stage.scale)
-            self._products.append(partial(looked_up.multiply, codebooks=entries, weights=ones))
+        first = 0
+        for stage in LATTICE_STAGES[bits]:
+            own = packed[..., first : first + stage.num_bytes]
+            first += stage.num_bytes
+            self._products.append(_product(own, stage, loop))
 
     def multiply(self, x: Tensor) -> Tensor:
         """X Z^T: (N, P) -> (N, O) in float32."""
         products = [product(x) for product in self._products]
         return products[0] if len(products) == 1 else torch.stack(products).sum(dim=0)
+
+
+def _product(codes: Tensor, stage: LatticeStage, loop: LookupLoop) -> Callable[[Tensor], Tensor]:
+    """X (N, P) -> its products with the points of a stage (N, O); codes (O, G, bytes), uint8."""
+    rows, vectors = len(codes), loop.vectors
+    if stage.kind == "e8p" and vectors is not None and rows >= vectors.least_rows:
+        return E8PRows(codes, 1 / stage.scale, vectors).multiply
+    if stage.kind == "e8p":
+        numbers = unpack_lattice(codes, _E8P_BITS)[0]
+        points = decode_points(numbers.view(-1), stage.points(codes.device))
+        own, codebook = pairs_of(points.view(rows, -1)), e8p_pairs(codes.device)
+    else:
+        own, codebook = codes[..., 0], e8_residual(codes.device)
+    entries, ones = codebook.float().unsqueeze(0) * (QUARTER / stage.scale), torch.ones(1, rows, device=codes.device)
+    return partial(CodeRows(own, loop).multiply, codebooks=entries, weights=ones)

@@ -182,8 +182,9 @@ class BlockQuantization:
         start = time.perf_counter()
         # a name, not a position, seeds the linear: hash() differs between processes, a sum of bytes does not
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + sum(map(ord, plan.name)) + 7919 * plan.block)
-        settings: dict[str, Any] = {"bits": plan.bits, "bias": linear.bias, "generator": generator}
-        settings |= {"together": True} if together else {}
+        settings: dict[str, Any] = {
+            "bits": plan.bits, "bias": linear.bias, "generator": generator, "together": together,
+        }  # fmt: skip
         layer: QuantizedLinear | LowRankLinear
         if plan.rank is None:
             layer = quantizer.quantize(target, moment, **settings)

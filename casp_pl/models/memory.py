@@ -9,10 +9,10 @@ import torch
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.weight_files import tensor_sizes
 
-__all__ = ["StreamingMemory", "fits_in_memory", "free_memory", "has_room", "streaming_memory"]
+__all__ = ["PROCESS_BYTES", "StreamingMemory", "fits_in_memory", "free_memory", "has_room", "streaming_memory"]
 
 _COMFORT = 2.2  # a run that is not streamed holds the model and, for evaluation, dense copies of what is compressed
-_PROCESS_BYTES = 900 << 20  # Python with torch, lightning and transformers, before any weight
+PROCESS_BYTES = 900 << 20  # Python with torch, lightning and transformers, before any weight
 _COMPRESSED = 0.5  # bytes of a weight of two to four bits with its tables in float32
 _WIDE, _SINGLE = 8, 4  # bytes of a number in sums of moments, and in what is computed from them
 
@@ -87,7 +87,7 @@ def streaming_memory(
     held = (p.numel() * p.element_size() for p in adapter.outside_parameters())
     moment = widest * widest
     return StreamingMemory(
-        outside=_PROCESS_BYTES + sum(held),
+        outside=PROCESS_BYTES + sum(held),
         block=max(2, window + 1) * weights * adapter.model.dtype.itemsize
         + (int(_COMPRESSED * weights * len(adapter.blocks)) if whole_compressed else 0),
         moments=2 * moment * (_WIDE + _SINGLE) + 2 * moment * _WIDE,

@@ -42,7 +42,8 @@ def require_finite_weights(model: nn.Module, prefix: str = "") -> None:
     for name, tensor in model.state_dict().items():
         if _is_tensor(tensor) and tensor.is_floating_point():
             count = tensor.numel() - int(tensor.isfinite().sum())
-            broken |= {prefix + name: (count, tensor.numel())} if count else {}
+            if count:
+                broken[prefix + name] = count, tensor.numel()
     if broken:
         name, (count, total) = next(iter(broken.items()))
         raise NumericsError(

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from casp_pl.models.adapter import ModelAdapter
+from casp_pl.models.memory import PROCESS_BYTES
 from casp_pl.pipeline.planning import Workload
 
 __all__ = ["BlockShape", "stage_memory"]
 
-_PROCESS_BYTES = 700 << 20  # Python with torch, lightning and transformers, before any weight
 _HEAP_SLACK = 1.38  # what the heap takes for what is in it; fitted to whole runs with AQLM and GPTQ
 _FLOAT = 4
 _DOUBLE = 8
@@ -86,4 +86,4 @@ def stage_memory(shape: BlockShape, work: Workload, dtype: torch.dtype, kept_byt
         "end to end": 2 * codes + shape.blocks * kept + logits if work.steps else 0,
         "save": 2 * codes,
     }
-    return {name: _PROCESS_BYTES + int(_HEAP_SLACK * (shape.model_bytes + size)) for name, size in own.items()}
+    return {name: PROCESS_BYTES + int(_HEAP_SLACK * (shape.model_bytes + size)) for name, size in own.items()}

@@ -69,12 +69,10 @@ def quantize_low_rank(
     if rotate:
         inner = rotate_input_factor(inner, svd.S, generator)
     moment = second_moment.to(torch.float32)
-    shared: dict[str, Any] = {"together": True} if together else {}
-    first = quantizer.quantize(inner.to(torch.float32), moment, bits=bits, generator=generator, **shared)
+    shared: dict[str, Any] = {"bits": bits, "generator": generator, "together": together}
+    first = quantizer.quantize(inner.to(torch.float32), moment, **shared)
     outer, inner_moment = refit_output_factor(weight, second_moment, first.dequantize())
-    second = quantizer.quantize(
-        outer.to(torch.float32), inner_moment.to(torch.float32), bits=bits, bias=bias, generator=generator, **shared
-    )
+    second = quantizer.quantize(outer.to(torch.float32), inner_moment.to(torch.float32), bias=bias, **shared)
     return LowRankLinear(input_factor=first, output_factor=second)
 
 

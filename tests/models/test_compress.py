@@ -35,8 +35,10 @@ class Recorder(RTNQuantizer):
         bits: int,
         bias: Tensor | None = None,
         generator: torch.Generator | None = None,
+        together: bool = False,
     ) -> UniformLinear:
         assert generator is not None
+        assert not together
         self.calls.append((weight.clone(), second_moment.clone(), generator.initial_seed()))
         return super().quantize(weight, second_moment, bits=bits, bias=bias)
 

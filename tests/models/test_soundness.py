@@ -9,12 +9,16 @@ from torch import nn
 from casp_pl.errors import InputError, NumericsError
 from casp_pl.models.soundness import require_finite_weights
 
+NAN = float("nan")
 
-def test_a_whole_model_passes(model: Any) -> None:
+
+def test_a_whole_model_passes_as_it_is(model: Any) -> None:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     require_finite_weights(model)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("value", [NAN, float("-inf")])
 def test_broken_weights_are_named_and_counted(model: Any, value: float) -> None:
     layers = model.model.language_model.layers
     layers[1].mlp.up_proj.weight[3, 5:7] = value
@@ -34,3 +38,6 @@ def test_integers_are_never_broken() -> None:
     module = nn.Module()
     module.register_buffer("codes", torch.arange(5, dtype=torch.uint8))
     require_finite_weights(module)
+    module.register_buffer("scale", torch.tensor(NAN))
+    with pytest.raises(NumericsError, match="scale: 1 of 1"):
+        require_finite_weights(module)

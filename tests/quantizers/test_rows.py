@@ -45,7 +45,9 @@ def test_rows_are_the_same_whoever_searches_them(
     start_together: Callable[..., list[subprocess.Popen[bytes]]],
     finish_together: Callable[..., None],
 ) -> None:
-    finish_together(start_together(["-c", ROWS], count))
+    processes = start_together(["-c", ROWS], count)
+    finish_together(processes)
+    assert [process.returncode for process in processes] == [0] * count, "ROWS asserts"
 
 
 def test_a_single_process_has_all_rows() -> None:

@@ -91,33 +91,33 @@ def build_parser(recipes: Mapping[str, LightningArgumentParser] | None = None) -
     subcommands = parser.add_subcommands(required=True)
     for name, recipe in (recipe_parsers() if recipes is None else recipes).items():
         subcommands.add_subcommand(name, recipe, help=COMMANDS[name][1])
-    explain = _new_parser("Why a linear got its rank and bits.")
+    explain = _add_plain(subcommands, "explain", "Why a linear of a run got its rank and bits.")
     explain.add_argument("module", type=str, help="name of a linear, or its end: layers.3.self_attn.q_proj")
     explain.add_argument("--run_dir", type=Path, required=True, help="runs/NAME, after calibration")
-    explain.add_argument("--verbose", action="store_true", help="show tracebacks")
-    subcommands.add_subcommand("explain", explain, help="why a linear of a run got its rank and bits")
-    verify = _new_parser("Check a run or model directory.")
+    verify = _add_plain(subcommands, "verify", "Check hashes and structure of a run or model directory.")
     verify.add_argument("directory", type=Path, help="runs/NAME or runs/NAME/model")
-    verify.add_argument("--verbose", action="store_true", help="show tracebacks")
-    subcommands.add_subcommand("verify", verify, help="check hashes and structure of a run or model directory")
-    report = _new_parser("Make the report of a run again from what it left, without computing anything.")
+    report = _add_plain(subcommands, "report", "Make report.html, report.md and the pictures of a run again.")
     report.add_argument("directory", type=Path, help="runs/NAME, of a finished run or of one that was stopped")
-    report.add_argument("--verbose", action="store_true", help="show tracebacks")
-    subcommands.add_subcommand("report", report, help="make report.html, report.md and the pictures of a run again")
-    export = _new_parser("Write a compressed model in the layout of another tool.")
+    export = _add_plain(subcommands, "export", "Write a compressed model in the layout of another tool.")
     export.add_argument("directory", type=Path, help="runs/NAME or runs/NAME/model")
     export.add_argument("--format", choices=EXPORT_FORMATS, required=True, help="the layout")
     export.add_argument("--out", type=Path, required=True, help="a new directory")
     export.add_argument(
         "--dtype", choices=EXPORT_DTYPES, help="of everything but codes; default: float16 where that loses nothing"
     )
-    export.add_argument("--verbose", action="store_true", help="show tracebacks")
-    subcommands.add_subcommand("export", export, help="write a compressed model in the layout of another tool")
     return parser
 
 
 def _new_parser(text: str, **settings: Any) -> LightningArgumentParser:
     return LightningArgumentParser(description=text, exit_on_error=False, allow_abbrev=False, **settings)
+
+
+def _add_plain(subcommands: Any, name: str, text: str) -> LightningArgumentParser:
+    """A subcommand that takes no recipe."""
+    parser = _new_parser(text)
+    parser.add_argument("--verbose", action="store_true", help="show tracebacks")
+    subcommands.add_subcommand(name, parser, help=text[0].lower() + text[1:].removesuffix("."))
+    return parser
 
 
 def _recipe_parser(name: str, text: str) -> LightningArgumentParser:

@@ -6,9 +6,10 @@ conversion mapping is applied to the tensors of one block at a time.
 
 import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -101,30 +102,33 @@ class StoredBlocks:
         own = f"{self._prefix}{number}."
         tensors: dict[str, Tensor] = {}
         open_converters: dict[str, Any] = {}
-        for file in sorted({source.file for source in self._sources[number]}):
-            with weight_file(file) as reader:
-                for source in self._sources[number]:
-                    if source.file != file:
-                        continue
-                    tensor = reader.get_tensor(source.key)
-                    name = source.name.removeprefix(own)
-                    if tensor.is_floating_point():
-                        tensor = tensor.to(dtypes[name])
-                    if source.pattern is None:
-                        tensors[name] = tensor
-                    else:
-                        converter = open_converters.setdefault(source.name, self._converter(source.pattern))
-                        converter.add_tensor(source.name, source.key, source.pattern, tensor)
+        for source, tensor in self._stored(number):
+            name = source.name.removeprefix(own)
+            if tensor.is_floating_point():
+                tensor = tensor.to(dtypes[name])
+            if source.pattern is None:
+                tensors[name] = tensor
+                continue
+            if source.name not in open_converters:
+                open_converters[source.name] = self._converter(source.pattern)
+            open_converters[source.name].add_tensor(source.name, source.key, source.pattern, tensor)
         for name, converter in open_converters.items():
             made = converter.convert(name, model=self._model, config=self._model.config)
             for target, value in made.items():
                 tensors[target.removeprefix(own)] = value[0] if isinstance(value, list) else value
         return tensors
 
+    def _stored(self, number: int) -> Iterator[tuple[_Source, Tensor]]:
+        """The tensors of a block as they are stored, file by file; in a file, in the order of `_sources`."""
+        by_file = sorted(self._sources[number], key=lambda source: source.file)
+        for file, sources in groupby(by_file, key=lambda source: source.file):
+            with weight_file(file) as reader:
+                for source in sources:
+                    yield source, reader.get_tensor(source.key)
+
     def _read_through(self, number: int) -> None:
-        for source in self._sources[number]:
-            with weight_file(source.file) as reader:
-                reader.get_tensor(source.key)
+        for _ in self._stored(number):
+            pass
 
     def _converter(self, pattern: str) -> Any:
         return copy.deepcopy(next(c for c in self._converters if pattern in c.source_patterns))

@@ -19,6 +19,7 @@ from casp_pl.models.micro_batch import in_halves
 
 __all__ = [
     "BlockBatch",
+    "autocast_to",
     "first_block_batches",
     "linear_inputs",
     "model_inputs",
@@ -138,7 +139,7 @@ def _same(value: Any, other: Any) -> bool:
     return value is other or (plain and value == other)
 
 
-def _autocast_to(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[None]:
+def autocast_to(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[None]:
     """Inside, matrices are multiplied in this dtype; with None nothing changes."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
@@ -161,7 +162,7 @@ def model_inputs(
 def run_block(block: nn.Module, batch: BlockBatch) -> Tensor:
     """The block's output (B, T, I), on the device of the block; inputs that were kept elsewhere are moved there."""
     inputs = batch.hidden.to(batch.real.device)
-    with _autocast_to(batch.autocast, inputs.device):
+    with autocast_to(batch.autocast, inputs.device):
         output = block(inputs, **batch.arguments_of(block))
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden

@@ -1,7 +1,6 @@
 """Samples on which the original model itself breaks down: activations that are NaN or infinite."""
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ MAX_BROKEN_SHARE = 0.01
 def broken_samples(
     adapter: ModelAdapter,
     batches: Iterable[dict[str, Any]],
-    precision: AbstractContextManager[Any],
     keep: Keep = in_memory,
 ) -> set[str]:
     """Ids of the samples of this process whose final hidden states are not all finite.
@@ -32,14 +30,11 @@ def broken_samples(
     Args:
         adapter: the original model.
         batches: those of this process.
-        precision: what the stages compute in.
         keep: keeps what the batches are between blocks.
     """
     counted = [batch for batch in batches if is_counted(batch)]
-    with precision:
-        states = original_states(adapter, counted, keep)
-        broken = [_broken_rows(hidden, batch) for hidden, batch in zip(states, counted, strict=True)]
-    return set().union(*broken)
+    states = original_states(adapter, counted, keep)
+    return set().union(*(_broken_rows(hidden, batch) for hidden, batch in zip(states, counted, strict=True)))
 
 
 def refuse_too_many_broken(broken: Sequence[str], total: int) -> None:

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
 from casp_pl.models.adapter import ModelAdapter
+from casp_pl.models.streams import autocast_to
 from casp_pl.modules.parameters import root_mean_square, trainable_parameters
 from casp_pl.processes import of_all, sum_of_all
 
@@ -125,8 +126,7 @@ class Student(nn.Module):
 
     def forward(self, batch: Mapping[str, Any], *arguments: Any) -> Any:
         """What `compute` returns."""
-        device = self.adapter.head.weight.device.type
-        with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
+        with autocast_to(self.autocast, self.adapter.head.weight.device):
             self._join_vision(batch)
             return self.compute(self.adapter, batch, *arguments)
 

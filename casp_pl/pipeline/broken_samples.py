@@ -10,6 +10,7 @@ from casp_pl.checkpoint import RunDirectory
 from casp_pl.data import CalibrationData
 from casp_pl.models.activations import Keep, in_memory
 from casp_pl.models.adapter import ModelAdapter
+from casp_pl.models.streams import autocast_to
 from casp_pl.modules.finite import broken_samples, refuse_too_many_broken
 from casp_pl.processes import is_first, of_all
 
@@ -55,9 +56,8 @@ class BrokenSamples:
 
     def search(self, batches: Iterable[dict[str, Any]]) -> bool:
         """Leave out the broken samples among these batches of this process; see `leave_out`."""
-        kind = self.adapter.device.type
-        precision = torch.autocast(kind, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
-        return self.leave_out(broken_samples(self.adapter, batches, precision, self.keep))
+        with autocast_to(self.autocast, self.adapter.device):
+            return self.leave_out(broken_samples(self.adapter, batches, self.keep))
 
     def leave_out(self, ids: Iterable[str]) -> bool:
         """Leave out the samples that any process has found to be broken; whether there were any.

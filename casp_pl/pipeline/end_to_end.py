@@ -9,7 +9,6 @@ from itertools import chain, islice
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor, nn
 
 from casp_pl.callbacks import Advance, BestState, CodebookUpdate, StageCheckpoint
@@ -19,6 +18,7 @@ from casp_pl.data.loaders import StatefulLoader
 from casp_pl.errors import ConfigError
 from casp_pl.models.activations import Keep
 from casp_pl.models.adapter import ModelAdapter
+from casp_pl.models.streams import autocast_to
 from casp_pl.models.surgery import round_to_storage
 from casp_pl.modules import EndToEndModule
 from casp_pl.modules.end_to_end import teacher_states
@@ -128,9 +128,8 @@ class EndToEndStage:
 
     def _teacher(self, trainer: pl.Trainer, held_back: Batches) -> dict[str, Tensor]:
         """What the original gives for the batches that are still to come, without samples on which it breaks down."""
-        autocast, device = self.trainers.autocast, self.adapter.device.type
-        divided = torch.autocast(device, dtype=autocast, enabled=autocast is not None)
         while True:
+            divided = autocast_to(self.trainers.autocast, self.adapter.device)
             with trainer.precision_plugin.forward_context() if self.wrapping is None else divided:
                 batches = _Steps(self.settings.data.train_dataloader(), self.checkpoint.step, self.steps)
                 teacher = teacher_states(self.adapter, chain(batches, held_back), self.keep)

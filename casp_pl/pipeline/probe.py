@@ -20,7 +20,7 @@ from casp_pl.kernels import head_divergence
 from casp_pl.layers import build_layer
 from casp_pl.models.adapter import ModelAdapter, adapt
 from casp_pl.models.compress import BlockQuantization, collect_moments
-from casp_pl.models.streams import BlockBatch, first_block_batches, run_blocks, run_blocks_seeing
+from casp_pl.models.streams import BlockBatch, autocast_to, first_block_batches, run_blocks, run_blocks_seeing
 from casp_pl.modules import BlockwiseModule
 from casp_pl.modules.end_to_end import target_mask
 from casp_pl.pipeline.planning import BlockCosts
@@ -173,8 +173,7 @@ def _head(probe: ModelAdapter, batches: Sequence[dict[str, Any]], autocast: torc
     tokens = max(1, sum(int(target_mask(batch).sum()) for batch in batches) // len(batches))
     teacher = torch.randn(tokens, weight.shape[1], device=weight.device, dtype=weight.dtype)
     student = teacher.clone().requires_grad_()
-    kind = weight.device.type
-    with torch.autocast(kind, autocast or torch.bfloat16, enabled=autocast is not None):
+    with autocast_to(autocast, weight.device):
         return min(_repeated(lambda: head_divergence(student, teacher, weight).backward()))  # type: ignore[no-untyped-call]
 
 

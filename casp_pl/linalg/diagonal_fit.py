@@ -32,7 +32,7 @@ def best_row_factors(weight: Tensor, approx: Tensor, moment: Tensor) -> Tensor:
 
 def best_column_factors(weight: Tensor, approx: Tensor, moment: Tensor) -> Tensor:
     """The solution t (I,) of ((V^T V) * H) t = diag(V^T W H), in float64. Arguments as above."""
-    left = ((approx.T @ approx) * moment).to(torch.float64)
+    left = (approx.T @ approx).mul_(moment).to(torch.float64)
     right = (approx * (weight @ moment)).sum(dim=0, dtype=torch.float64)
     if not left.diagonal().any():
         return torch.ones_like(right)

@@ -15,6 +15,8 @@ from casp_pl.linalg.orthogonal import transform_columns, transform_rows
 
 __all__ = ["incoherent_moment", "incoherent_weight", "random_signs"]
 
+_STRIP = 1024  # rows or columns that are transformed at once
+
 
 def random_signs(size: int, generator: torch.Generator, *, device: torch.device) -> Tensor:
     """Signs (size,), float32: +1 or -1 with equal probability."""
@@ -31,6 +33,12 @@ def incoherent_weight(weight: Tensor, su: Tensor, sv: Tensor, width: int) -> Ten
 def incoherent_moment(second_moment: Tensor, su: Tensor, width: int) -> Tensor:
     """H~ (P, P) of a second moment (I, I), signs su (I,) and width P; symmetric to the last bit."""
     surplus = width - len(second_moment)
-    padded = F.pad(second_moment * su * su[:, None], (0, surplus, 0, surplus))
-    mixed = transform_columns(transform_rows(padded))
-    return (mixed + mixed.T) / 2
+    mixed = F.pad(second_moment, (0, surplus, 0, surplus))
+    signs = F.pad(su, (0, surplus))
+    del second_moment  # and in strips: whole, a transform would take three more of its size
+    mixed.mul_(signs).mul_(signs[:, None])
+    for rows in torch.split(mixed, _STRIP):
+        rows.copy_(transform_rows(rows))
+    for columns in torch.split(mixed, _STRIP, dim=1):
+        columns.copy_(transform_columns(columns))
+    return (mixed + mixed.T).div_(2)

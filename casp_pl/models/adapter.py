@@ -6,7 +6,7 @@ Names are Hugging Face module names. How the parts are found is in `models/layou
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +40,7 @@ class ModelAdapter:
         low_rank_names: the linears that become low-rank products (CASP: W_q and W_k). What follows them in the block,
             their biases, norms of queries and keys and rotary embeddings, works on the product as on the original.
         stored: the original's blocks where they stay on disk; None where they are in memory.
+        read_outside: of a model whose blocks stay on disk, everything outside them, read again: a model without blocks.
     """
 
     model: Any
@@ -48,6 +49,7 @@ class ModelAdapter:
     linear_groups: tuple[tuple[str, ...], ...] = LLAMA_GROUPS
     low_rank_names: tuple[str, ...] = LLAMA_GROUPS[0][:2]
     stored: StoredBlocks | None = None
+    read_outside: Callable[[], nn.Module] | None = None
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -73,6 +75,23 @@ class ModelAdapter:
         with self.with_blocks([]) as model:
             parameters = list(model.parameters())
         yield from parameters
+
+    @contextmanager
+    def blocks_alone(self) -> Iterator[None]:
+        """Inside, a model whose blocks stay on disk holds no weights outside them either; they are read again after it.
+
+        Embeddings, head and vision tower are a quarter of what the work on one block of a 7B model takes. Where
+        something fails inside, the run ends, and nothing is read.
+        """
+        if self.read_outside is None:
+            yield
+            return
+        put_away = list(self.outside_parameters())
+        for parameter in put_away:
+            parameter.data = parameter.data.new_empty(0)
+        yield
+        for parameter, read in zip(put_away, self.read_outside().parameters(), strict=True):
+            parameter.data = read.data.to(parameter.device)
 
     @property
     def device(self) -> torch.device:

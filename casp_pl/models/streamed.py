@@ -45,7 +45,7 @@ def load_streamed(directory: Path, factory: Any, *, dtype: torch.dtype, device: 
     decoder.layers = nn.ModuleList(lent)
     require_materialized(model)
     model.to(device).eval().requires_grad_(False)
-    return replace(adapter, stored=stored)
+    return replace(adapter, stored=stored, read_outside=lambda: _load_without_blocks(directory, factory, dtype)[0])
 
 
 def _reader(stored: StoredBlocks, number: int) -> Any:

@@ -76,39 +76,43 @@ def quantize_blocks(
             block_done(number, _recall(run, adapter, number)[1])
         return
     teacher = student = first_block_batches(adapter, batches, autocast, keep)
-    originals = adapter.originals()
-    for number in numbers:
-        original = next(originals)  # zip would hold on to the one before
-        name = block_name("blocks", number)
-        if run.has(name):
-            teacher = run_blocks(original, teacher, keep)
-            block, reports = _recall(run, adapter, number)
-            if linear_done is not None:
-                for report in reports:
-                    linear_done(report)
-        else:
-            teacher, references = run_blocks_seeing(original, teacher, adapter.group_heads, keep)
-            finished = LinearFiles(run, number, adapter.device)
-            block, reports = quantization.compress_block(
-                adapter, original, plan.of_block(number), quantizer, references, student, finished, linear_done
-            )
-            del references
-            round_to_storage(block)
-            block.requires_grad_(False)
-            save_block(run, name, block, linears=[asdict(report) for report in reports])
-            finished.discard()
-        del original
-        block_done(number, reports)
-        if number + 1 < len(numbers):
-            student = run_through(block, student, keep)
-        del block
-        release_memory()
+    with adapter.blocks_alone():
+        originals = adapter.originals()
+        for number in numbers:
+            original = next(originals)  # zip would hold on to the one before
+            name = block_name("blocks", number)
+            if run.has(name):
+                teacher = run_blocks(original, teacher, keep)
+                block, reports = _recall(run, adapter, number, linear_done)
+            else:
+                teacher, references = run_blocks_seeing(original, teacher, adapter.group_heads, keep)
+                finished = LinearFiles(run, number, adapter.device)
+                block, reports = quantization.compress_block(
+                    adapter, original, plan.of_block(number), quantizer, references, student, finished, linear_done
+                )
+                del references
+                round_to_storage(block)
+                block.requires_grad_(False)
+                save_block(run, name, block, linears=[asdict(report) for report in reports])
+                finished.discard()
+            del original
+            block_done(number, reports)
+            if number + 1 < len(numbers):
+                student = run_through(block, student, keep)
+            del block
+            release_memory()
 
 
-def _recall(run: RunDirectory, adapter: ModelAdapter, number: int) -> tuple[nn.Module, list[LinearReport]]:
-    """A quantized block, and what was reported of its linears."""
+def _recall(
+    run: RunDirectory, adapter: ModelAdapter, number: int, linear_done: LinearDone | None = None
+) -> tuple[nn.Module, list[LinearReport]]:
+    """A quantized block, and what was reported of its linears; `linear_done` is told of them again."""
     block, notes = load_block(run, block_name("blocks", number), adapter, number)
-    return block, [LinearReport(**report) for report in notes["linears"]]
+    reports = [LinearReport(**report) for report in notes["linears"]]
+    if linear_done is not None:
+        for report in reports:
+            linear_done(report)
+    return block, reports
 
 
 def run_through(block: nn.Module, batches: Sequence[BlockBatch], keep: Keep = in_memory) -> list[BlockBatch]:
@@ -135,31 +139,32 @@ def tune_blocks(
     """Fine-tune window after window of blocks towards the original's outputs; files tuned/NNN.safetensors."""
     count = len(train)
     teacher = student = first_block_batches(adapter, [*train, *held_back], trainers.autocast, keep)
-    originals = adapter.originals()
-    for first in range(0, len(adapter.blocks), window):
-        numbers = range(first, min(first + window, len(adapter.blocks)))
-        held_back_targets: list[list[Tensor]] = []
-        for _ in numbers:
-            teacher = run_blocks(next(originals), teacher, keep)
-            held_back_targets.append([batch.hidden for batch in teacher[count:]])
-        names = [block_name("tuned", number) for number in numbers]
-        if all(run.has(name) for name in names):
-            loaded = [load_block(run, name, adapter, number) for name, number in zip(names, numbers, strict=True)]
-            tuned, losses = [block for block, _ in loaded], loaded[-1][1]
-        else:
-            pairs = [(batch, target.hidden) for batch, target in zip(student[:count], teacher[:count], strict=True)]
-            held = list(zip(student[count:], zip(*held_back_targets, strict=True), strict=True))
-            window_of = partial(BlockwiseModule, train=pairs, held_back=held, first=first, **tuning)
-            before = [quantized[number] for number in numbers]
-            tuned, losses = _tune_window(partial(window_of, seed=seed * 1000 + first), before, trainers, update)
-            for name, block in zip(names, tuned, strict=True):
-                round_to_storage(block)
-                block.eval().requires_grad_(False)
-                save_block(run, name, block, **losses)
-        window_done(numbers, losses)
-        release_memory()
-        for block in tuned if numbers[-1] + 1 < len(adapter.blocks) else ():
-            student = run_through(block, student, keep)
+    with adapter.blocks_alone():
+        originals = adapter.originals()
+        for first in range(0, len(adapter.blocks), window):
+            numbers = range(first, min(first + window, len(adapter.blocks)))
+            held_back_targets: list[list[Tensor]] = []
+            for _ in numbers:
+                teacher = run_blocks(next(originals), teacher, keep)
+                held_back_targets.append([batch.hidden for batch in teacher[count:]])
+            names = [block_name("tuned", number) for number in numbers]
+            if all(run.has(name) for name in names):
+                loaded = [load_block(run, name, adapter, number) for name, number in zip(names, numbers, strict=True)]
+                tuned, losses = [block for block, _ in loaded], loaded[-1][1]
+            else:
+                pairs = [(batch, target.hidden) for batch, target in zip(student[:count], teacher[:count], strict=True)]
+                held = list(zip(student[count:], zip(*held_back_targets, strict=True), strict=True))
+                window_of = partial(BlockwiseModule, train=pairs, held_back=held, first=first, **tuning)
+                before = [quantized[number] for number in numbers]
+                tuned, losses = _tune_window(partial(window_of, seed=seed * 1000 + first), before, trainers, update)
+                for name, block in zip(names, tuned, strict=True):
+                    round_to_storage(block)
+                    block.eval().requires_grad_(False)
+                    save_block(run, name, block, **losses)
+            window_done(numbers, losses)
+            release_memory()
+            for block in tuned if numbers[-1] + 1 < len(adapter.blocks) else ():
+                student = run_through(block, student, keep)
 
 
 def _tune_window(

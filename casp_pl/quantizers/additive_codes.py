@@ -11,6 +11,8 @@ from casp_pl.quantizers.lazy_passes import SPAN, feedback_pass, sweep_pass
 
 __all__ = ["conditional_metrics", "diagonal_blocks", "feedback_codes", "sweep_codes"]
 
+_GROUPS = 128  # whose columns are solved for at once, in memory of their own
+
 
 def diagonal_blocks(matrix: Tensor, length: int) -> Tensor:
     """The D x D blocks on the diagonal of a matrix (I, I) -> (G, D, D)."""
@@ -30,8 +32,13 @@ def conditional_metrics(factor: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """
     blocks = diagonal_blocks(factor, length)
     columns = factor.view(len(factor), -1, length).transpose(0, 1)
-    lower = torch.linalg.solve_triangular(blocks, columns, upper=False, left=False)
-    return blocks @ blocks.mT, lower.transpose(0, 1).reshape(factor.shape)
+    lower = torch.empty_like(factor)
+    into = lower.view(len(factor), -1, length)
+    for start in range(0, len(blocks), _GROUPS):
+        own = slice(start, start + _GROUPS)
+        solved = torch.linalg.solve_triangular(blocks[own], columns[own], upper=False, left=False)
+        into[:, own] = solved.transpose(0, 1)
+    return blocks @ blocks.mT, lower
 
 
 def feedback_codes(

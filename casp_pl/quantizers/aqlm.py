@@ -16,6 +16,7 @@ from casp_pl.layers.additive import AdditiveLinear
 from casp_pl.linalg.cholesky import safe_cholesky
 from casp_pl.linalg.codebook_cg import CodebookFit, decoded_fit, fit_codebooks
 from casp_pl.linalg.kmeans import assign_entries, metric_kmeans
+from casp_pl.linalg.moments import in_units
 from casp_pl.processes import RowShare
 from casp_pl.quantizers.additive_codes import conditional_metrics, feedback_codes, sweep_codes
 from casp_pl.quantizers.additive_formats import DEFAULT_FORMATS, AdditiveFormat, choose_format, parse_formats
@@ -200,18 +201,22 @@ class _Inputs(NamedTuple):
 
 
 def _prepare(second_moment: Tensor, length: int, damping: float) -> _Inputs:
-    moment = second_moment.to(torch.float64)
-    moment = (moment + moment.T) / 2
-    unit = float(moment.diagonal().mean())
-    moment = moment / unit if unit > 0 else moment
+    moment = in_units(second_moment)
     factor, jitter = safe_cholesky(moment, damping)
-    moment = moment + jitter * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    surplus = -len(moment) % length
-    edges = (0, surplus, 0, surplus)
-    padding = torch.zeros(len(moment) + surplus, dtype=moment.dtype, device=moment.device)
-    padding[len(moment) :] = _PADDING_COST
-    factor = (F.pad(factor, edges) + padding.sqrt().diag()).to(torch.float32)
-    return _Inputs((F.pad(moment, edges) + padding.diag()).to(torch.float32), *conditional_metrics(factor, length))
+    moment.diagonal().add_(jitter)
+    moment = _padded(moment.to(torch.float32), length, _PADDING_COST)
+    factor = _padded(factor.to(torch.float32), length, math.sqrt(_PADDING_COST))
+    return _Inputs(moment, *conditional_metrics(factor, length))
+
+
+def _padded(matrix: Tensor, length: int, value: float) -> Tensor:
+    """A square matrix with as many rows and columns as make whole groups; only the new diagonal is not 0."""
+    surplus = -len(matrix) % length
+    if not surplus:
+        return matrix
+    padded = F.pad(matrix, (0, surplus, 0, surplus))
+    padded.diagonal()[len(matrix) :] = value
+    return padded
 
 
 def _row_norms(weight: Tensor, width: int) -> Tensor:

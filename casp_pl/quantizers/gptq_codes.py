@@ -157,12 +157,13 @@ def error_feedback(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     Returns:
         U_ij / U_ii (I, I) unit upper triangular, and R_ii^2 (I,), relative to their mean; both in float64.
     """
-    lower, _ = safe_cholesky(moment.flip(0, 1), damping)
-    factor = lower.flip(0, 1)  # R, upper triangular
-    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-    inverse = torch.linalg.solve_triangular(factor, identity, upper=True)
+    moment = moment.flip(0, 1)  # in the place of what it was made of, as everything here: a gigabyte each at I = 11008
+    factor, _ = safe_cholesky(moment, damping)
+    factor = factor.flip(0, 1)  # R, upper triangular
     costs = factor.diagonal().square()
-    return inverse / inverse.diagonal().unsqueeze(1), costs / costs.mean()
+    inverse = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    torch.linalg.solve_triangular(factor, inverse, upper=True, out=inverse)
+    return inverse.div_(inverse.diagonal().clone().unsqueeze(1)), costs / costs.mean()
 
 
 class _State(NamedTuple):

@@ -51,21 +51,16 @@ class LatticeSearch(NamedTuple):
 
 
 def prepare_moment(moment: Tensor, damping: float) -> LatticeMoment:
-    """Factorise H~ (P, P), float64, once for all rows.
+    """Factorise H~ (P, P), float64, once for all rows; its diagonal is damped in place.
 
     Raises:
         NumericsError: it is far from positive definite.
     """
     factor, jitter = safe_cholesky(moment, damping)
+    moment.diagonal().add_(jitter)
+    sweep, moment = diagonal_blocks(moment, GROUP_LENGTH).to(torch.float32), moment.to(torch.float32)
     feedback, lower = conditional_metrics(factor, GROUP_LENGTH)
-    damped = moment + jitter * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    return LatticeMoment(
-        moment=damped.to(torch.float32),
-        lower=lower.to(torch.float32),
-        feedback=feedback.to(torch.float32),
-        sweep=diagonal_blocks(damped, GROUP_LENGTH).to(torch.float32),
-        jitter=jitter,
-    )
+    return LatticeMoment(moment, lower.to(torch.float32), feedback.to(torch.float32), sweep, jitter)
 
 
 def encode_rows(weight: Tensor, moment: LatticeMoment, search: LatticeSearch) -> tuple[Tensor, Tensor]:

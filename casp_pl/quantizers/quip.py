@@ -14,6 +14,7 @@ from casp_pl.kernels.lattice import GROUP_LENGTH, LATTICE_STAGES
 from casp_pl.layers.lattice import LatticeLinear
 from casp_pl.linalg.diagonal_fit import best_column_factors, best_row_factors
 from casp_pl.linalg.incoherence import incoherent_moment, incoherent_weight, random_signs
+from casp_pl.linalg.moments import in_units
 from casp_pl.processes import RowShare
 from casp_pl.quantizers.base import Quantizer
 from casp_pl.quantizers.lattice_codes import LatticeSearch, choose_step, encode_rows, prepare_moment
@@ -98,9 +99,9 @@ class QuIPSharpQuantizer(Quantizer):
         generator = torch.Generator().manual_seed(self.seed) if generator is None else generator
         weight = weight.detach().to(torch.float32)
         su, sv = (random_signs(n, generator, device=weight.device) for n in reversed(weight.shape))
-        moment, size = _in_units(second_moment.to(weight.device, torch.float64)), _root_mean_square(weight)
+        second_moment, size = second_moment.to(weight.device), _root_mean_square(weight)
         width = -(-len(su) // GROUP_LENGTH) * GROUP_LENGTH
-        prepared = prepare_moment(incoherent_moment(moment, su, width), self.damping)
+        prepared = prepare_moment(incoherent_moment(in_units(second_moment), su, width), self.damping)
         search = LatticeSearch(LATTICE_STAGES[bits], self.sweeps, self.candidate_runs, self.beam)
         mixed = incoherent_weight(weight / (size or 1.0), su, sv, width)
         step = GAUSSIAN_STEPS[bits]
@@ -110,18 +111,19 @@ class QuIPSharpQuantizer(Quantizer):
         codes = share.join(codes, 2)
         layer = LatticeLinear.from_codes(codes.transpose(1, 2), su, sv * (size / step), bits=bits, bias=bias)
         if self.fit_vectors:
-            damped = moment + prepared.jitter * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-            _fit_vectors(layer, weight, damped.to(torch.float32))
+            jitter = prepared.jitter
+            del prepared
+            _fit_vectors(layer, weight, _damped(second_moment, jitter))
         _balance(layer)
         layer.round_to_storage()
         return layer
 
 
-def _in_units(second_moment: Tensor) -> Tensor:
-    """Symmetric, with a mean diagonal of 1 where it has a positive one."""
-    moment = (second_moment + second_moment.T) / 2
-    unit = float(moment.diagonal().mean())
-    return moment / unit if unit > 0 else moment
+def _damped(second_moment: Tensor, jitter: float) -> Tensor:
+    """In units and float32, made once more: it would have been in the way while codes were searched."""
+    moment = in_units(second_moment)
+    moment.diagonal().add_(jitter)
+    return moment.to(torch.float32)
 
 
 def _root_mean_square(weight: Tensor) -> float:

@@ -65,6 +65,22 @@ def test_nothing_of_a_block_stays(stored_tiny: Path, batches: list[dict[str, Any
     assert not any(".layers." in name and "language" in name for name, _ in adapter.model.named_parameters())
 
 
+def test_what_lies_outside_the_blocks_is_put_away_and_read_again(
+    stored_tiny: Path, batches: list[dict[str, Any]]
+) -> None:
+    adapter = _open(stored_tiny)
+    before = {name: tensor.clone() for name, tensor in adapter.model.state_dict().items()}
+    parameters = list(adapter.outside_parameters())
+    states = first_block_batches(adapter, batches)
+    with adapter.blocks_alone():
+        assert sum(parameter.numel() for parameter in adapter.model.parameters()) == 0
+        expected = [block(states[0].hidden, **states[0].arguments) for block in adapter.originals()]
+    assert all(one is other for one, other in zip(parameters, adapter.outside_parameters(), strict=True))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter.model.state_dict().items())
+    again = [block(states[0].hidden, **states[0].arguments) for block in adapter.originals()]
+    assert all(torch.equal(one, other) for one, other in zip(expected, again, strict=True))
+
+
 def test_originals_look_at_the_attention_that_the_decoder_is_set_to(stored_tiny: Path) -> None:
     adapter = _open(stored_tiny)
     adapter.decoder.set_attn_implementation("eager")

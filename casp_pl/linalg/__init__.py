@@ -5,7 +5,7 @@ from casp_pl.linalg.finite import require_finite
 from casp_pl.linalg.losses import proxy_loss, relative_proxy_loss
 from casp_pl.linalg.products import add_products, full_width_products
 from casp_pl.linalg.propagation import PropagationTarget
-from casp_pl.linalg.whitening import WhitenedSVD, low_rank_factors, whitened_svd
+from casp_pl.linalg.whitening import WhitenedSVD, low_rank_factors, whitened_spectrum, whitened_svd
 
 __all__ = [
     "PropagationTarget",
@@ -17,5 +17,6 @@ __all__ = [
     "relative_proxy_loss",
     "require_finite",
     "safe_cholesky",
+    "whitened_spectrum",
     "whitened_svd",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from casp_pl.errors import NumericsError
-from casp_pl.linalg import add_products, full_width_products, relative_proxy_loss, whitened_svd
+from casp_pl.linalg import add_products, full_width_products, relative_proxy_loss, whitened_spectrum
 from casp_pl.models.activations import Keep, in_memory
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.branches import visible_pairs
@@ -169,7 +169,7 @@ class CalibrationModule(pl.LightningModule):
     def _measure(self, full_name: str, name: str, moment: Tensor) -> None:
         weight: Tensor = self._block.get_submodule(name).weight.detach()
         if name in self.adapter.low_rank_names:
-            self._spectra[full_name] = whitened_svd(weight, moment).S.float()
+            self._spectra[full_name] = whitened_spectrum(weight, moment).float()
         if self.measure_rounding:
             rounded = RTNQuantizer().quantize(weight, moment, bits=2).dequantize().detach()
             self._rounding[full_name] = float(relative_proxy_loss(weight, rounded, moment))

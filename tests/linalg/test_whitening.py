@@ -6,7 +6,7 @@ from torch import Tensor
 
 from casp_pl.errors import NumericsError
 from casp_pl.linalg.losses import proxy_loss
-from casp_pl.linalg.whitening import low_rank_factors, whitened_svd
+from casp_pl.linalg.whitening import low_rank_factors, whitened_spectrum, whitened_svd
 
 SHAPES = [(9, 13), (13, 9), (3, 12), (12, 12)]  # tall, wide, the W_k of grouped-query attention, square
 
@@ -25,6 +25,7 @@ def _problem(rows: int, columns: int, tokens: int = 60) -> tuple[Tensor, Tensor,
 def test_error_of_the_outputs_is_the_tail_energy(shape: tuple[int, int]) -> None:
     weight, inputs, moment = _problem(*shape)
     svd = whitened_svd(weight, moment, damping=0.0)
+    torch.testing.assert_close(whitened_spectrum(weight, moment, damping=0.0), svd.S, rtol=1e-10, atol=0.0)
     for rank in range(1, min(shape)):
         outer, inner = low_rank_factors(svd, rank)
         assert outer.shape == (shape[0], rank)

@@ -14,7 +14,8 @@ __all__ = ["PROCESS_BYTES", "StreamingMemory", "fits_in_memory", "free_memory", 
 _COMFORT = 2.2  # a run that is not streamed holds the model and, for evaluation, dense copies of what is compressed
 PROCESS_BYTES = 900 << 20  # Python with torch, lightning and transformers, before any weight
 _COMPRESSED = 0.5  # bytes of a weight of two to four bits with its tables in float32
-_WIDE, _SINGLE = 8, 4  # bytes of a number in sums of moments, and in what is computed from them
+_WIDE, _SINGLE = 8, 4  # bytes of a number in sums of moments, and in activations
+_MOMENTS = 4  # wide ones: two sums, or one in float32 beside the factors and inverses that a quantizer makes of it
 
 
 def free_memory(device: torch.device) -> int:
@@ -39,10 +40,11 @@ class StreamingMemory:
     """Bytes at the peak of a block-by-block compression, by what they are for.
 
     Attributes:
-        outside: the process itself, and the parts of the model outside its decoder blocks.
-        block: one block and the dense copies of its compressed linears, or those of a window; all compressed blocks if
-            they are fine-tuned together.
-        moments: both second moments of the widest linear, and what a quantizer derives from them.
+        outside: the parts of the model outside its decoder blocks; put away while blocks are quantized and tuned.
+        block: one block, whose linears are replaced one by one, or those of a window; all compressed blocks if they are
+            fine-tuned together.
+        moments: both second moments of the widest linear and what is derived from them; not while the rest of the model
+            is there.
         inputs: inputs of a block and of its linears for all samples; 0 where they lie on disk.
     """
 
@@ -53,8 +55,8 @@ class StreamingMemory:
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.outside + self.block + self.moments + self.inputs
+        """All that is there at once, with the process itself."""
+        return PROCESS_BYTES + max(self.outside, self.moments) + self.block + self.inputs
 
 
 def streaming_memory(
@@ -84,12 +86,11 @@ def streaming_memory(
     widest = max(columns for _, columns in shapes.values())
     hidden = shapes[adapter.linear_names[0]][1]
     read = sum(shapes[name][1] for name in adapter.group_heads)
-    held = (p.numel() * p.element_size() for p in adapter.outside_parameters())
-    moment = widest * widest
+    compressed = int(_COMPRESSED * weights)
     return StreamingMemory(
-        outside=PROCESS_BYTES + sum(held),
-        block=max(2, window + 1) * weights * adapter.model.dtype.itemsize
-        + (int(_COMPRESSED * weights * len(adapter.blocks)) if whole_compressed else 0),
-        moments=2 * moment * (_WIDE + _SINGLE) + 2 * moment * _WIDE,
+        outside=sum(parameter.nbytes for parameter in adapter.outside_parameters()),
+        block=(window + 1) * weights * adapter.model.dtype.itemsize
+        + compressed * (len(adapter.blocks) if whole_compressed else 1),
+        moments=_MOMENTS * widest * widest * _WIDE,
         inputs=0 if on_disk else tokens * (3 * hidden * _SINGLE + read * dtype.itemsize),
     )

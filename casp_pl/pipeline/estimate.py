@@ -1,12 +1,12 @@
 """The estimate of a recipe's run, and the weights of its progress bar."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from casp_pl.models.adapter import ModelAdapter
-from casp_pl.models.memory import StreamingMemory, streaming_memory
+from casp_pl.models.memory import StreamingMemory, free_memory, streaming_memory
 from casp_pl.pipeline.footprint import BlockShape, stage_memory
 from casp_pl.pipeline.planning import BlockCosts, Workload, block_costs_from_rates, effective_rate, stage_seconds
 from casp_pl.pipeline.prepare import Prepared
@@ -64,20 +64,23 @@ def memory_by_stage(
     stages = stage_memory(BlockShape.of(prepared.adapter), work, working_dtype(settings), block.kept_bytes)
     if not settings.model.streams(prepared.device, weight_bytes=weight_bytes):
         return stages
-    return dict.fromkeys(stages, streamed_memory(settings, prepared.adapter).total)
+    return dict.fromkeys(stages, streamed_memory(settings, prepared).total)
 
 
-def streamed_memory(settings: RunSettings, adapter: ModelAdapter) -> StreamingMemory:
-    """Memory of this recipe on a streamed model; activations that do not fit go to disk, so they are not asked for."""
+def streamed_memory(settings: RunSettings, prepared: Prepared) -> StreamingMemory:
+    """Memory of this recipe on a streamed model; with `auto`, activations that do not fit go to disk."""
     tuned, trained = settings.block_tuning.get("epochs", 0) > 0, settings.end_to_end.get("steps", 0) > 0
-    return streaming_memory(
-        adapter,
+    needed = streaming_memory(
+        prepared.adapter,
         settings.data.counts["image_tokens"] + settings.data.counts["text_tokens"],
         dtype=working_dtype(settings),
-        on_disk=settings.activations != "memory",
+        on_disk=settings.activations == "disk",
         window=settings.block_tuning.get("window", 1) if tuned else 0,
         whole_compressed=trained,
     )
+    if settings.activations == "auto" and needed.total > free_memory(prepared.device):
+        return replace(needed, inputs=0)
+    return needed
 
 
 def working_dtype(settings: RunSettings) -> torch.dtype:

@@ -6,8 +6,9 @@ A checkpoint of random bf16 weights in the shape of LLaVA-1.5 (CLIP-L/14 at 336 
 once: all 32 blocks at 7b (13.5 GB), at 13b only the blocks that are used. Then `casp_pl fit` runs in a process of its
 own for each quantizer, without evaluation and fine-tuning, on a view of the checkpoint with fewer blocks: what it holds
 at once does not depend on their number. A shard or a row that is there already is not made again. Memory is that of the
-process; "above" is what remains of it beside one block, both second moments of its widest linear, the inputs that are
-kept, and what lies outside the blocks.
+process; "above" is what remains of it beside one block, both second moments of its widest linear, and the inputs that
+are kept: the process itself, and what a quantizer makes of the moments. "h all" is calibration and quantization of all
+blocks of the real model, at the pace of these.
 """
 
 import argparse
@@ -135,12 +136,14 @@ def row(name: str, quantizer: str, report: dict[str, Any], checkpoint: Path, sha
     counts = report["data"]["calibration"]
     tokens = counts["image_tokens"] + counts["text_tokens"]
     widths = 3 * shape.hidden + 3 * shape.hidden + shape.intermediate
-    known = 2 * (checkpoint / "model-rest.safetensors").stat().st_size  # bf16 in files, float32 in memory
-    known += 2 * (checkpoint / "model-block-000.safetensors").stat().st_size
+    known = 2 * (checkpoint / "model-block-000.safetensors").stat().st_size  # bf16 in files, float32 in memory
     known += 2 * 8 * shape.intermediate**2 + 4 * tokens * widths
-    modules, blocks = report["modules"], len({module["block"] for module in report["modules"]})
-    stage = next(stage for stage in report["stages"] if stage["name"] == "quantized")
-    linear = sum(module["seconds"] for module in modules) / len(modules)
+    blocks = len({module["block"] for module in report["modules"]})
+    seconds: dict[str, float] = {}
+    for module in report["modules"]:
+        kind = module["name"].rsplit(".", 1)[-1].removesuffix("_proj")
+        seconds[kind] = seconds.get(kind, 0.0) + module["seconds"] / blocks
+    calibration, quantization = (report["work_seconds"][stage] / blocks for stage in ("calibration", "quantize"))
     peak = report["peak_memory_bytes"]
     return [
         name,
@@ -149,9 +152,10 @@ def row(name: str, quantizer: str, report: dict[str, Any], checkpoint: Path, sha
         str(tokens),
         f"{peak / GB:.2f}",
         f"{(peak - known) / GB:.2f}",
-        f"{linear:.1f}",
-        f"{stage['seconds'] / blocks:.0f}",
-        f"{stage['seconds'] / blocks * shape.blocks / 3600:.1f}",
+        ", ".join(f"{kind} {value:.0f}" for kind, value in seconds.items()),
+        f"{calibration:.0f}",
+        f"{quantization:.0f}",
+        f"{(calibration + quantization) * shape.blocks / 3600:.1f}",
     ]
 
 
@@ -163,9 +167,9 @@ HEADINGS = [
     "peak GB",
     "above GB",
     "s a linear",
-    "s a block",
+    "calibrate s a block",
+    "quantize s a block",
     "h all",
-    "s run",
 ]
 
 

@@ -126,7 +126,9 @@ def videos(folder: Path, rows: int, *, as_files: bool) -> Contender:
                 image.save(folder / name / f"{frame}.jpg")
     content = [{"video": name, "conversations": talk("<video>", number)} for number, name in enumerate(names)]
     (folder / "train.json").write_text(json.dumps(content))
-    damaged = [folder / name if as_files else folder / name / "1.jpg" for name in names]
+    damaged = [
+        folder / name if as_files else folder / name / "2.jpg" for name in names
+    ]  # one that is taken, of 4 in 16
     return Contender(LlavaJson, {"path": folder / "train.json", "image_folder": folder, "frames": 4}, damaged)
 
 

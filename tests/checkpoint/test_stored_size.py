@@ -131,3 +131,10 @@ def test_safetensors_header(tmp_path):
     notes = {"layers": json.dumps({"a": [1, 2]}), "notes": "x"}
     write_safetensors(tmp_path / "y.safetensors", tensors, notes)
     assert run_file_bytes(tensors, notes) == (tmp_path / "y.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("source", ["embedded", "embedded-text"])
+def test_the_outline_of_an_embedded_model_is_configured_as_the_model_is(source):
+    told, real = load_skeleton(ModelSource(source=source)).model.config, load_model(source)[0].config
+    assert told.to_json_string() == real.to_json_string()
+    assert "site-packages" not in real.to_json_string(), "where it was read stays out of what is saved"

@@ -126,9 +126,8 @@ def videos(folder: Path, rows: int, *, as_files: bool) -> Contender:
                 image.save(folder / name / f"{frame}.jpg")
     content = [{"video": name, "conversations": talk("<video>", number)} for number, name in enumerate(names)]
     (folder / "train.json").write_text(json.dumps(content))
-    damaged = [
-        folder / name if as_files else folder / name / "2.jpg" for name in names
-    ]  # one that is taken, of 4 in 16
+    used = "" if as_files else "2.jpg"  # one of the 4 of 16 frames that are taken
+    damaged = [folder / name / used for name in names]
     return Contender(LlavaJson, {"path": folder / "train.json", "image_folder": folder, "frames": 4}, damaged)
 
 

@@ -129,11 +129,13 @@ def _by_block(
 
 
 def _ranks(modules: Sequence[ModuleFigures]) -> Lines | None:
-    chosen: dict[str, list[Point]] = {}
+    """A linear that is a product in some blocks only has its full rank in the others."""
+    products = dict.fromkeys(module.linear for module in modules if module.rank is not None)
+    ranks: dict[str, list[Point]] = {name: [] for name in products}
     for module in modules:
-        if module.rank is not None:
-            chosen.setdefault(module.linear, []).append((module.block, module.rank))
-    return _lines("rank of the low-rank product", chosen)
+        if module.linear in ranks:
+            ranks[module.linear].append((module.block, module.rank or min(module.shape)))
+    return _lines("rank of the product (full: no product)", ranks)
 
 
 def _scores(blocks: Sequence[BlockFigures]) -> Lines | None:

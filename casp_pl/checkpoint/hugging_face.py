@@ -26,7 +26,8 @@ _LOG = logging.getLogger(__name__)
 def save_compressed(model: nn.Module, processor: Any, out_dir: Path | str, *, card: str) -> None:
     """Write a model directory that `from_pretrained` loads after `import casp_pl`; it is absent or complete.
 
-    float32 tensors that float16 holds exactly are stored so, and the config keeps float32: a reload is bit-equal.
+    float32 tensors that float16 or bfloat16 holds exactly are stored so, and the config keeps float32: a reload is
+    bit-equal.
 
     Args:
         model: a Hugging Face model whose linears were replaced by compressed layers.
@@ -45,7 +46,7 @@ def save_plain(
 ) -> None:
     """Write a model directory for other tools; it is absent or complete.
 
-    float32 tensors that float16 holds exactly are stored so, and the config keeps float32.
+    float32 tensors that float16 or bfloat16 holds exactly are stored so, and the config keeps float32.
 
     Args:
         model: a Hugging Face model that holds its tensors under the names in which the other tool reads them. What it

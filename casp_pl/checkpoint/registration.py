@@ -82,17 +82,19 @@ class CaspHfQuantizer(HfQuantizer):
 
 
 def compact_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict, with every float32 tensor that float16 holds exactly in float16; tied tensors stay tied."""
+    """The state dict, every float32 tensor in 16 bits where these hold it exactly; tied tensors stay tied."""
     stored: dict[tuple[Any, ...], Tensor] = {}
     compact = {}
     for name, tensor in model.state_dict().items():
         key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-        compact[name] = stored.setdefault(key, _halved(tensor)) if tensor.numel() else tensor
+        compact[name] = stored.setdefault(key, _in_16_bits(tensor)) if tensor.numel() else tensor
     return compact
 
 
-def _halved(tensor: Tensor) -> Tensor:
-    if tensor.dtype is not torch.float32:
-        return tensor
-    half = tensor.to(torch.float16)
-    return half if torch.equal(half.to(torch.float32), tensor) else tensor
+def _in_16_bits(tensor: Tensor) -> Tensor:
+    if tensor.dtype is torch.float32:
+        for dtype in (torch.float16, torch.bfloat16):
+            half = tensor.to(dtype)
+            if torch.equal(half.to(torch.float32), tensor):
+                return half
+    return tensor

@@ -51,14 +51,16 @@ class ModelSize:
         weights: model.safetensors, headers included.
         tensors: of these, the numbers: what reports call the size of a model.
         beside: config, processor and tokenizer.
-        undecided: how much smaller `weights` is if all float32 tensors whose values nobody has seen fit into float16;
-            0 where the size is exact.
+        undecided: how much smaller `weights` is if all float32 tensors whose values nobody has seen fit into 16 bits.
+        names_undecided: tensors of which nobody has seen whether they are stored as float16 or bfloat16; as many bytes
+            may the header be shorter.
     """
 
     weights: int
     tensors: int
     beside: int
     undecided: int
+    names_undecided: int
 
 
 def safetensors_bytes(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> int:
@@ -99,19 +101,22 @@ def model_size(
         _store_tables_in_half(layer)
     state = _without_aliases(model)
     changed = {id(tensor) for name, tensor in state.items() if name in trained}
-    stored, unseen = {}, 0
+    stored, unseen, unnamed = {}, 0, 0
     for name, tensor in _renamed(model, state).items():
         dtype = tensor.dtype
         if dtype is torch.float32 and id(tensor) not in changed:
-            fits = headers is None or _dtype_there(name, headers) is torch.float16
-            dtype = torch.float16 if fits else dtype
+            there = torch.float16 if headers is None else _dtype_there(name, headers)
+            fits = there in (torch.float16, torch.bfloat16)
+            dtype = there if there is not None and fits else dtype
             unseen += 0 if fits else tensor.nbytes
+            unnamed += there is torch.bfloat16  # zeros and ones, for example, go into float16
         stored[name] = StoredTensor(dtype, tuple(tensor.shape))
     return ModelSize(
         weights=safetensors_bytes(stored, {"format": "pt"}),
         tensors=sum(tensor.nbytes for tensor in stored.values()),
         beside=_beside(model, processor, specs),
         undecided=unseen // 2,
+        names_undecided=unnamed,
     )
 
 

@@ -83,6 +83,7 @@ def _embedded_text() -> Any:
 
     gguf = find_gguf()
     config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    config.dtype = "float32"
     return _on_meta(LlamaForCausalLM, config)
 
 

@@ -129,5 +129,9 @@ def _size_note(settings: RunSettings, size: ModelSize, plan_from: str) -> str:
     elif plan_from == "prediction" and measured_scores:
         reasons.append("calibration chooses which blocks get more bits: the file's header may differ by some bytes")
     if size.undecided:
-        reasons.append(f"float32 tensors that fit into float16 are stored so: up to {size.undecided} bytes less")
+        reasons.append(f"float32 tensors that fit into 16 bits are stored so: up to {size.undecided} bytes less")
+    if size.names_undecided:
+        reasons.append(
+            "bfloat16 tensors that fit into float16 are stored so: the file's header may be some bytes shorter"
+        )
     return "; ".join(reasons)

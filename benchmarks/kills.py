@@ -234,7 +234,9 @@ def next_kill(out: Path, number: int, processes: int, record: Record, draw: rand
     delay, victim = draw.uniform(0, rest), draw.randrange(processes)
     run = Run(out, f"{number:03d}", processes)
     record.starts += 1
-    if run.wait_for_lock() and not run.wait(delay):
+    # one that was killed when it was finished has only to say so, which may take longer than any delay that is drawn
+    over = any(kill.run == number and kill.stage == "finished" for kill in record.kills)
+    if run.wait_for_lock() and not run.wait(LONGEST if over else delay):
         run.kill(victim)
         killed = time.monotonic()
         stage = stage_of(run.folder)

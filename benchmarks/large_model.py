@@ -135,7 +135,7 @@ def row(name: str, quantizer: str, report: dict[str, Any], checkpoint: Path, sha
     """One line of the table."""
     counts = report["data"]["calibration"]
     tokens = counts["image_tokens"] + counts["text_tokens"]
-    widths = 3 * shape.hidden + 3 * shape.hidden + shape.intermediate
+    widths = 6 * shape.hidden + shape.intermediate  # three streams of hidden states, and what four groups read
     known = 2 * (checkpoint / "model-block-000.safetensors").stat().st_size  # bf16 in files, float32 in memory
     known += 2 * 8 * shape.intermediate**2 + 4 * tokens * widths
     blocks = len({module["block"] for module in report["modules"]})

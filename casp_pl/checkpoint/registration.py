@@ -82,7 +82,7 @@ class CaspHfQuantizer(HfQuantizer):
 
 
 def compact_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict, every float32 tensor in 16 bits where these hold it exactly; tied tensors stay tied."""
+    """The state dict, float32 tensors in float16, else bfloat16, where that is exact; tied tensors stay tied."""
     stored: dict[tuple[Any, ...], Tensor] = {}
     compact = {}
     for name, tensor in model.state_dict().items():

@@ -51,9 +51,10 @@ class ModelSize:
         weights: model.safetensors, headers included.
         tensors: of these, the numbers: what reports call the size of a model.
         beside: config, processor and tokenizer.
-        undecided: how much smaller `weights` is if all float32 tensors whose values nobody has seen fit into 16 bits.
-        names_undecided: tensors of which nobody has seen whether they are stored as float16 or bfloat16; as many bytes
-            may the header be shorter.
+        undecided: bytes by which `weights` is smaller if all float32 tensors whose values nobody has seen fit into 16
+            bits.
+        names_undecided: tensors that will be bfloat16 or float16, by values nobody has seen; the header may be as many
+            bytes shorter, and up to 8 by its padding. The size is exact where both are 0.
     """
 
     weights: int
@@ -91,7 +92,7 @@ def model_size(
     Args:
         model: the compressed model on the meta device; it stays as it is.
         processor: saved beside it; None for none.
-        headers: dtypes of the original's tensors by their names in its files; None where every value fits into float16.
+        headers: dtypes of the original's tensors by their names in its files; None where float16 holds every value.
         trained: names of the parameters that fine-tuning changes. Tables are rounded to float16 then, but norms and
             biases keep float32.
     """
@@ -106,10 +107,11 @@ def model_size(
         dtype = tensor.dtype
         if dtype is torch.float32 and id(tensor) not in changed:
             there = torch.float16 if headers is None else _dtype_there(name, headers)
-            fits = there in (torch.float16, torch.bfloat16)
-            dtype = there if there is not None and fits else dtype
-            unseen += 0 if fits else tensor.nbytes
-            unnamed += there is torch.bfloat16  # zeros and ones, for example, go into float16
+            if there is torch.float16 or there is torch.bfloat16:
+                dtype = there
+                unnamed += there is torch.bfloat16  # zeros and ones, for example, go into float16
+            else:
+                unseen += tensor.nbytes
         stored[name] = StoredTensor(dtype, tuple(tensor.shape))
     return ModelSize(
         weights=safetensors_bytes(stored, {"format": "pt"}),

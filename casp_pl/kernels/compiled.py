@@ -103,7 +103,7 @@ def lookup_loops() -> dict[str, LookupLoop]:
         loops["bytes"] = LookupLoop(_by_input(run_bytes), _tiles, tokens=16)
     if (vectors := _vector_loop(run)) is not None:
         loops["vectors"] = vectors
-    loops["floats"] = LookupLoop(_by_input(run), _as_they_are, tokens=2)
+    loops["floats"] = LookupLoop(_by_input(run), _laid_out, tokens=2)
     return loops
 
 
@@ -121,7 +121,7 @@ def _vector_loop(floats: Callable[..., None]) -> LookupLoop | None:
         fits = codebooks.shape[2] == _VECTOR and len(codes) >= LEAST_ROWS and span % len(codebooks) == 0
         (additive if fits else others)(x, codebooks, codes, weights, span, sums)
 
-    return LookupLoop(run, _as_they_are, tokens=16, vectors=VectorLoops(e8p, uniform, LEAST_ROWS))
+    return LookupLoop(run, _laid_out, tokens=16, vectors=VectorLoops(e8p, uniform, LEAST_ROWS))
 
 
 @cache
@@ -135,7 +135,7 @@ def _triton_loop() -> LookupLoop | None:
     except Exception as error:  # Triton may be missing, or its compiler, or may not know this GPU
         _LOG.info("code lookup is done by torch, which takes longer: Triton does not run here (%s)", _reason(error))
         return None
-    return LookupLoop(lookup, _as_they_are, tokens=8)  # not measured on a GPU
+    return LookupLoop(lookup, _laid_out, tokens=8)  # not measured on a GPU
 
 
 def _by_input(run: Callable[..., None]) -> Callable[..., None]:
@@ -147,8 +147,8 @@ def _by_input(run: Callable[..., None]) -> Callable[..., None]:
     return transposed
 
 
-def _as_they_are(codes: Tensor) -> Tensor:
-    return codes.contiguous()  # once, not at every call
+def _laid_out(codes: Tensor) -> Tensor:
+    return codes.contiguous()
 
 
 def _reason(error: Exception) -> str:

@@ -7,7 +7,11 @@ __all__ = ["in_units"]
 
 
 def in_units(second_moment: Tensor) -> Tensor:
-    """A copy (I, I) in float64, symmetric to the last bit, with a mean diagonal of 1 where it has a positive one."""
+    """A copy of H (I, I) in float64, symmetric to the last bit, its mean diagonal 1 where that is positive.
+
+    Args:
+        second_moment: H (I, I), any float dtype; stays as it is.
+    """
     moment = second_moment.to(torch.float64)
     moment = (moment + moment.T).div_(2)
     unit = float(moment.diagonal().mean())

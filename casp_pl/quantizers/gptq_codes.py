@@ -157,7 +157,7 @@ def error_feedback(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     Returns:
         U_ij / U_ii (I, I) unit upper triangular, and R_ii^2 (I,), relative to their mean; both in float64.
     """
-    moment = moment.flip(0, 1)  # in the place of what it was made of, as everything here: a gigabyte each at I = 11008
+    moment = moment.flip(0, 1)  # names are taken over, so that nothing is kept longer: a gigabyte each at I = 11008
     factor, _ = safe_cholesky(moment, damping)
     factor = factor.flip(0, 1)  # R, upper triangular
     costs = factor.diagonal().square()

@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -11,14 +11,21 @@ __all__ = ["MadeOfMoment"]
 T = TypeVar("T")
 
 
-class MadeOfMoment(Generic[T]):
-    """Keeps what was last made of a second moment, as long as that tensor lives and is not changed.
+class _Made(NamedTuple, Generic[T]):
+    moment: weakref.ref[Tensor]
+    state: Hashable
+    value: T
 
-    W_q, W_k and W_v read one input, and so do W_gate and W_up: their second moment, one tensor, is factorised once.
+
+class MadeOfMoment(Generic[T]):
+    """Keeps what was last made of each second moment, as long as that tensor lives and is not changed.
+
+    W_q, W_k and W_v read one input, and so do W_gate and W_up: their second moment, one tensor, is factorised once. A
+    low-rank W_q is two matrices, and the outer one reads another input: its moment comes between and goes again.
     """
 
     def __init__(self) -> None:
-        self._kept: tuple[weakref.ref[Tensor], Hashable, T] | None = None
+        self._kept: dict[int, _Made[T]] = {}
 
     def get(self, moment: Tensor, settings: Hashable, make: Callable[[], T]) -> T:
         """What `make` returned for this tensor and these settings, or returns now.
@@ -28,11 +35,15 @@ class MadeOfMoment(Generic[T]):
             settings: everything else that the result depends on.
             make: takes no argument.
         """
-        state = (None if moment.is_inference() else moment._version, settings)
-        if self._kept is None or self._kept[0]() is not moment or self._kept[1] != state:
-            self._kept = None  # two at a time would be one too many
-            self._kept = (weakref.ref(moment, self._forget), state, make())
-        return self._kept[2]
+        key, state = id(moment), (None if moment.is_inference() else moment._version, settings)
+        found = self._kept.get(key)
+        if found is None or found.moment() is not moment or found.state != state:
+            self._kept.pop(key, None)  # two of one moment at a time would be one too many
+            del found
+            reference = weakref.ref(moment, lambda gone: self._forget(key, gone))
+            found = self._kept[key] = _Made(reference, state, make())
+        return found.value
 
-    def _forget(self, _: object) -> None:
-        self._kept = None
+    def _forget(self, key: int, gone: weakref.ref[Tensor]) -> None:
+        if key in self._kept and self._kept[key].moment is gone:
+            del self._kept[key]

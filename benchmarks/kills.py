@@ -4,8 +4,8 @@ usage: python -m benchmarks.kills [--kills 200] [--processes 1] [--out runs/kill
 
 The model is the tiny LLaVA with four blocks. Two runs are left alone. Then a run is started, killed at a random moment
 after it has locked its directory, started again, killed again ... until it ends; then the next one begins, until there
-have been so many kills. Every finished run is compared with the first undisturbed one, tensor by tensor, bit by bit; nothing
-half-written may lie there, and `verify` has to find it whole.
+have been so many kills. Every finished run is compared with the first undisturbed one, tensor by tensor, bit by bit;
+nothing half-written may lie there, and `verify` has to find it whole.
 
 With `--processes 2` one random rank (DDP on gloo) is killed each time. The others have to end by themselves within a
 minute, with an exit code that is not 0.

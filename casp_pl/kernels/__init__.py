@@ -4,9 +4,10 @@ from casp_pl.kernels.additive import AdditiveIndex, dequantize_additive, dequant
 from casp_pl.kernels.divergence import head_divergence, head_divergence_reference
 from casp_pl.kernels.nearest import nearest_entries, nearest_entries_reference
 from casp_pl.kernels.packing import pack, packed_size, unpack
-from casp_pl.kernels.uniform import dequantize_uniform, uniform_steps
+from casp_pl.kernels.uniform import UniformCodes, dequantize_uniform
 
 __all__ = [
+    "UniformCodes",
     "AdditiveIndex",
     "dequantize_additive",
     "dequantize_additive_reference",
@@ -17,6 +18,5 @@ __all__ = [
     "nearest_entries_reference",
     "pack",
     "packed_size",
-    "uniform_steps",
     "unpack",
 ]

@@ -14,12 +14,14 @@ __all__ = [
     "LatticeLoops",
     "LookupLoop",
     "VectorLoops",
+    "WeightLoops",
     "additive_loops",
     "compiled_search",
     "lattice_loops",
     "lookup_loop",
     "lookup_loops",
     "search_path",
+    "weight_loops",
 ]
 
 _LOG = logging.getLogger(__name__)
@@ -58,6 +60,14 @@ class AdditiveLoops(NamedTuple):
     scatter: Callable[..., None]
 
 
+class WeightLoops(NamedTuple):
+    """The loops of `numba_dequantize`, taking tensors; `uniform` reads so many bytes ahead."""
+
+    uniform: Callable[..., None]
+    lattice: Callable[..., None]
+    ahead: int
+
+
 class LatticeLoops(NamedTuple):
     """The loops of `numba_lattice`, taking tensors."""
 
@@ -84,6 +94,18 @@ def lattice_loops(vectors: Tensor) -> LatticeLoops | None:
         return None
     candidates, nearest = _load("lattice", "candidates"), _load("lattice", "nearest")
     return None if candidates is None or nearest is None else LatticeLoops(candidates, nearest)
+
+
+def weight_loops(device: torch.device, dtype: torch.dtype) -> WeightLoops | None:
+    """The loops that write rows of a weight from packed codes, in float32; None where torch has to do it."""
+    if device.type != "cpu" or dtype == torch.float64 or torch.compiler.is_compiling():
+        return None
+    uniform, lattice = _load("dequantize", "uniform_weight"), _load("dequantize", "lattice_weight")
+    if uniform is None or lattice is None:
+        return None
+    from casp_pl.kernels.numba_dequantize import AHEAD
+
+    return WeightLoops(uniform, lattice, AHEAD)
 
 
 def lookup_loop(device: torch.device) -> LookupLoop | None:
@@ -194,6 +216,11 @@ def _smallest_arguments(name: str) -> list[Any]:
         if name == "candidates":
             return [torch.ones(8, 1), *patterns, 1, torch.empty(2, 1, dtype=torch.int64)]
         return [torch.ones(8, 1), torch.eye(8), *patterns, 1, torch.empty(1, dtype=torch.int64), torch.empty(8, 1)]
+    if name == "uniform_weight":
+        return [torch.zeros(9, dtype=torch.uint8), 1, torch.ones(1, 1), torch.ones(1, 1), 8, torch.empty(1, 8)]
+    if name == "lattice_weight":
+        tables = [torch.zeros(*shape, dtype=torch.int8) for shape in ((3, 256, 8), (256, 8))]
+        return [torch.zeros(1, 1, 2, dtype=torch.uint8), *tables, 1.0, torch.empty(1, 8)]
     if name.startswith("multiply"):
         x, scales, sums = torch.ones(1, 1, 8), torch.ones(1, 4), torch.empty(1, 4)
         codes = torch.zeros(4, 1, 2, dtype=torch.uint8)

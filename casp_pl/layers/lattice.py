@@ -14,7 +14,7 @@ from casp_pl.kernels.lookup import loop_for
 from casp_pl.layers.base import STORED_FLOAT_BITS, QuantizedLinear
 from casp_pl.layers.cache import CodesCache
 from casp_pl.layers.lattice_rows import LatticeRows
-from casp_pl.layers.lattice_weight import dequantize_lattice, lattice_points, lattice_quarters, multiply_lattice
+from casp_pl.layers.lattice_weight import dequantize_lattice, lattice_points, multiply_lattice
 from casp_pl.layers.product import rebuilt_linear, row_tiles
 
 __all__ = ["LatticeLinear"]
@@ -62,7 +62,6 @@ class LatticeLinear(QuantizedLinear):
         self.register_buffer("codes", codes)
         self.su = nn.Parameter(torch.zeros(in_features, device=device, dtype=dtype))
         self.sv = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
-        self._quarters: CodesCache[Tensor] = CodesCache()
         self._rows: CodesCache[LatticeRows] = CodesCache()
 
     @classmethod
@@ -117,7 +116,7 @@ class LatticeLinear(QuantizedLinear):
 
     def dequantize(self) -> Tensor:
         """The weight (O, I), differentiable with respect to su and sv."""
-        return dequantize_lattice(self._decoded(), self.su, self.sv, self.bits)
+        return dequantize_lattice(self.codes, self.su, self.sv)
 
     def multiply(self, x: Tensor) -> Tensor:
         """By transforming inputs and outputs: they are fewer than weights, and no gradient of a weight is needed.
@@ -127,12 +126,10 @@ class LatticeLinear(QuantizedLinear):
         width = GROUP_LENGTH * self.groups
         loop = loop_for(x, self.in_features)
         if loop is None:
-            quarters, tiles = self._decoded(), row_tiles(self.out_features, width, x.device)
+            tiles = row_tiles(self.out_features, width, x.device)
 
             def product(mixed: Tensor) -> Tensor:
-                return rebuilt_linear(
-                    mixed, lambda tile: lattice_points(quarters[:, tile], self.bits, x.dtype), tiles, ()
-                )
+                return rebuilt_linear(mixed, lambda tile: lattice_points(self.codes[tile], x.dtype), tiles, ())
 
             y = multiply_lattice(x, product, self.su, self.sv, width)
             return y if self.bias is None else y + self.bias
@@ -161,9 +158,5 @@ class LatticeLinear(QuantizedLinear):
         return {"bits": self.bits}
 
     def free_cache(self) -> None:
-        """Drops the decoded points, a byte for a weight and stage, and the rows for look-up, half as much."""
-        self._quarters.clear()
+        """Drops the rows for look-up, as large as the codes."""
         self._rows.clear()
-
-    def _decoded(self) -> Tensor:
-        return self._quarters.get(lambda: lattice_quarters(self.codes, self.bits), self.codes)

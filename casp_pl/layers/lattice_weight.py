@@ -14,7 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from casp_pl.kernels.lattice import LATTICE_STAGES, QUARTER, decode_points, unpack_lattice
+from casp_pl.kernels.compiled import weight_loops
+from casp_pl.kernels.lattice import (
+    GROUP_LENGTH,
+    LATTICE_STAGES,
+    QUARTER,
+    decode_points,
+    e8_residual,
+    unpack_lattice,
+)
+from casp_pl.kernels.vectors import e8p_byte_tables
 from casp_pl.linalg.orthogonal import transform_columns, transform_matrix, transform_rows
 
 __all__ = [
@@ -42,19 +51,18 @@ def dequantize_lattice_reference(quarters: Tensor, su: Tensor, sv: Tensor, bits:
     return sv[:, None] * (left.T @ points @ right)[:, : len(su)] * su
 
 
-def dequantize_lattice(quarters: Tensor, su: Tensor, sv: Tensor, bits: int) -> Tensor:
+def dequantize_lattice(packed: Tensor, su: Tensor, sv: Tensor) -> Tensor:
     """Weight of lattice codes, differentiable with respect to su and sv, once.
 
     Args:
-        quarters: of `lattice_quarters` (S, O, P).
+        packed: the codes (O, G, bits), uint8.
         su: signs and scales of the inputs (I,).
         sv: signs and scales of the outputs (O,).
-        bits: of the codes.
 
     Returns:
         The weight (O, I) in the dtype of su.
     """
-    weight: Tensor = _Dequantize.apply(su, sv, quarters, bits)  # type: ignore[no-untyped-call]
+    weight: Tensor = _Dequantize.apply(su, sv, packed)  # type: ignore[no-untyped-call]
     return weight
 
 
@@ -62,19 +70,19 @@ class _Dequantize(torch.autograd.Function):
     """Keeps only su and sv for the backward pass: to transform again costs less than a second dense weight."""
 
     @staticmethod
-    def forward(ctx: Any, su: Tensor, sv: Tensor, quarters: Tensor, bits: int) -> Tensor:
+    def forward(ctx: Any, su: Tensor, sv: Tensor, packed: Tensor) -> Tensor:
         ctx.save_for_backward(su, sv)
-        ctx.quarters, ctx.bits = quarters, bits
-        return _mixed_back(quarters, bits, su).mul_(sv[:, None]).mul_(su)
+        ctx.packed = packed
+        return _mixed_back(packed, su).mul_(sv[:, None]).mul_(su)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         su, sv = ctx.saved_tensors
-        product = _mixed_back(ctx.quarters, ctx.bits, su).mul_(gradient)
+        product = _mixed_back(ctx.packed, su).mul_(gradient)
         of_su = sv @ product if ctx.needs_input_grad[0] else None
         of_sv = product @ su if ctx.needs_input_grad[1] else None
-        return of_su, of_sv, None, None
+        return of_su, of_sv, None
 
 
 def multiply_lattice(x: Tensor, product: Callable[[Tensor], Tensor], su: Tensor, sv: Tensor, width: int) -> Tensor:
@@ -98,17 +106,24 @@ def multiply_lattice(x: Tensor, product: Callable[[Tensor], Tensor], su: Tensor,
     return transform_rows(product(mixed), inverse=True) * sv
 
 
-def lattice_points(quarters: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """Z (O, P) of quarters (S, O, P)."""
-    first, *others = zip(quarters, LATTICE_STAGES[bits], strict=True)
-    points: Tensor = first[0].to(dtype) * QUARTER
-    for own, stage in others:
-        points.add_(own, alpha=QUARTER / stage.scale)
+def lattice_points(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Z (O, P) of packed codes (O, G, bits), uint8."""
+    rows, groups, bits = packed.shape
+    (_, *finer) = LATTICE_STAGES[bits]
+    fine = 1 / finer[0].scale if finer else 0.0
+    if (loops := weight_loops(packed.device, dtype)) is not None:
+        points = torch.empty(rows, GROUP_LENGTH * groups)
+        loops.lattice(packed, e8p_byte_tables(), e8_residual(packed.device), fine, points)
+        return points.to(dtype)
+    first, *others = lattice_quarters(packed, bits)
+    points = first.to(dtype) * QUARTER
+    for own in others:
+        points.add_(own, alpha=QUARTER * fine)
     return points
 
 
-def _mixed_back(quarters: Tensor, bits: int, like: Tensor) -> Tensor:
+def _mixed_back(packed: Tensor, like: Tensor) -> Tensor:
     """U_O^T Z U_P, cut to the width and dtype of `like`: (O, I). It is computed in float32 or wider."""
-    points = lattice_points(quarters, bits, torch.promote_types(like.dtype, torch.float32))
+    points = lattice_points(packed, torch.promote_types(like.dtype, torch.float32))
     rows = transform_rows(points, inverse=True)[:, : len(like)]
     return transform_columns(rows, inverse=True).to(like.dtype)

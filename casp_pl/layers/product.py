@@ -25,8 +25,11 @@ WeightOfRows = Callable[[slice], Tensor]
 
 
 def row_tiles(out_features: int, in_features: int, device: torch.device) -> list[slice]:
-    """Rows that are rebuilt at once: all of them on a GPU, on a CPU so many as take 16 MiB in float32."""
-    most = max(64, _TILE_BYTES // (4 * in_features)) if device.type == "cpu" else out_features
+    """Rows that are rebuilt at once: all of them on a GPU, on a CPU so many as take 16 MiB in float32.
+
+    The first of a tile is a multiple of 8, so that packed codes begin with a whole byte there.
+    """
+    most = max(64, _TILE_BYTES // (4 * in_features) // 8 * 8) if device.type == "cpu" else out_features
     return [slice(start, min(start + most, out_features)) for start in range(0, out_features, most)]
 
 

@@ -12,7 +12,7 @@ from casp_pl.errors import ConfigError, IntegrityError
 from casp_pl.kernels.compiled import LookupLoop
 from casp_pl.kernels.lookup import loop_for
 from casp_pl.kernels.packing import pack, pack_wide, packed_size, unpack, unpack_wide
-from casp_pl.kernels.uniform import dequantize_uniform, uniform_steps
+from casp_pl.kernels.uniform import UniformCodes, dequantize_uniform
 from casp_pl.layers.base import STORED_FLOAT_BITS, QuantizedLinear
 from casp_pl.layers.cache import CodesCache
 from casp_pl.layers.product import rebuilt_linear, row_tiles
@@ -74,7 +74,8 @@ class UniformLinear(QuantizedLinear):
         packed = pack_wide(runs, self._group_bits).to(self.codes.device) if regrouped else None
         self.register_buffer("column_groups", packed)
         self.scales = nn.Parameter(torch.zeros(out_features, self.groups, device=device, dtype=dtype))
-        self._steps: CodesCache[tuple[Tensor, Tensor | None]] = CodesCache()
+        self._grid: CodesCache[Tensor] = CodesCache()
+        self._sorted: CodesCache[tuple[Tensor, Tensor]] = CodesCache()
         self._rows: CodesCache[UniformRows] = CodesCache()
         self._turned: CodesCache[tuple[Tensor, Tensor]] = CodesCache()
 
@@ -160,14 +161,18 @@ class UniformLinear(QuantizedLinear):
 
     def dequantize(self) -> Tensor:
         """The weight (O, I), differentiable with respect to the scales."""
-        return self._weight(slice(0, self.out_features))
+        codes, columns = self._in_groups()
+        weight = self._weight(codes, slice(0, self.out_features))
+        return weight if columns is None else weight.index_select(1, columns.argsort())
 
     def multiply(self, x: Tensor) -> Tensor:
         """By look-up for a few tokens that no gradient is wanted of, else by way of the dense weight."""
         loop = loop_for(x, self.in_features)
         if loop is None:
             tiles = row_tiles(self.out_features, self.in_features, self.codes.device)
-            return rebuilt_linear(x, self._weight, tiles, (self.scales,), self.bias)
+            codes, columns = self._in_groups()
+            x = x if columns is None else x.index_select(-1, columns)  # tokens are fewer than rows of a weight
+            return rebuilt_linear(x, lambda tile: self._weight(codes, tile), tiles, (self.scales,), self.bias)
         rows = self._rows.get(lambda: self._arrange(loop), *self._code_tensors)
         scales, offsets = self._turned.get(self._turn, *self._code_tensors, self.scales)
         return self.output_of(rows.multiply(x.reshape(-1, self.in_features), scales, offsets), x)
@@ -194,19 +199,29 @@ class UniformLinear(QuantizedLinear):
         return {"bits": self.bits, "group_size": self.group_size, **regrouped}
 
     def free_cache(self) -> None:
-        """Drops the unpacked codes in both layouts, and scales and zero points in that of look-up."""
-        for cache in (self._steps, self._rows, self._turned):
+        """Drops what is made of codes, zero points and scales; the largest are as large as the codes."""
+        for cache in (self._grid, self._sorted, self._rows, self._turned):
             cache.clear()
 
     @property
     def _group_bits(self) -> int:
         return max(1, (self.groups - 1).bit_length())
 
-    def _weight(self, tile: slice) -> Tensor:
-        """Rows of the weight (rows, I)."""
-        steps, positions = self._steps.get(self._count_steps, *self._code_tensors)
-        weight = dequantize_uniform(steps[tile], self.scales[tile], self.in_features)
-        return weight if positions is None else weight.index_select(1, positions)
+    def _weight(self, codes: Tensor, tile: slice) -> Tensor:
+        """Rows of the weight (rows, I) of packed codes."""
+        first, last = (row * self.in_features * self.bits // 8 for row in (tile.start, tile.stop))
+        last = len(codes) if tile.stop == self.out_features else last
+        zeros = self._grid.get(self.zeros_unpacked, self.zeros)[tile]
+        rows = UniformCodes(codes[first:last], zeros, self.bits, self.group_size, self.in_features)
+        return dequantize_uniform(rows, self.scales[tile])
+
+    def _in_groups(self) -> tuple[Tensor, Tensor | None]:
+        """Packed codes with the columns of a group side by side, and the column of x that each of them meets (I,)."""
+        return (self.codes, None) if self.column_groups is None else self._sorted.get(self._sort, *self._code_tensors)
+
+    def _sort(self) -> tuple[Tensor, Tensor]:
+        columns = self.column_groups_unpacked().argsort(stable=True)
+        return pack(self.codes_unpacked()[:, columns], self.bits), columns
 
     @property
     def _code_tensors(self) -> list[Tensor]:
@@ -223,11 +238,3 @@ class UniformLinear(QuantizedLinear):
         """Scales and zero points times scales (G, O)."""
         scales = self.scales.float().T.contiguous()
         return scales, self.zeros_unpacked().T * scales
-
-    def _count_steps(self) -> tuple[Tensor, Tensor | None]:
-        """Steps (O, G, D) with the columns sorted by group, and where each column went (I,)."""
-        codes = self.codes_unpacked()
-        if self.column_groups is None:
-            return uniform_steps(codes, self.zeros_unpacked(), self.group_size), None
-        columns = self.column_groups_unpacked().argsort(stable=True)
-        return uniform_steps(codes[:, columns], self.zeros_unpacked(), self.group_size), columns.argsort()

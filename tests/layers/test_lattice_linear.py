@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from casp_pl.errors import ConfigError, NumericsError
 from casp_pl.kernels.lattice import LATTICE_STAGES
 from casp_pl.layers import LatticeLinear, build_layer, materialized
-from casp_pl.layers.lattice_weight import dequantize_lattice, dequantize_lattice_reference, lattice_quarters
+from casp_pl.layers.lattice_weight import (
+    dequantize_lattice,
+    dequantize_lattice_reference,
+    lattice_points,
+    lattice_quarters,
+)
 from casp_pl.linalg.orthogonal import transform_matrix
 
 SHAPES = [(6, 16, 2), (5, 13, 3), (7, 40, 4), (3, 1, 2), (1, 24, 3)]
@@ -44,6 +49,25 @@ def test_computes_with_the_formula(shape: tuple[int, int, int]) -> None:
         torch.testing.assert_close(layer(x), nn.functional.linear(x, _formula(layer), layer.bias), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("bits", LATTICE_STAGES)
+def test_points_are_decoded_alike_by_torch_and_at_any_number_of_threads(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, codes = _random_layer((67, 48, bits))
+    stages = zip(LATTICE_STAGES[bits], codes, strict=True)
+    formula = sum(stage.points(codes.device)[own].flatten(1).double() / (4 * stage.scale) for stage, own in stages)
+    first, threads = lattice_points(layer.codes, torch.float32), torch.get_num_threads()
+    torch.testing.assert_close(first.double(), formula, rtol=1e-6, atol=1e-6)
+    try:
+        torch.set_num_threads(2)
+        assert all(torch.equal(lattice_points(layer.codes, torch.float32), first) for _ in range(400))
+    finally:
+        torch.set_num_threads(threads)
+    monkeypatch.setattr("casp_pl.layers.lattice_weight.weight_loops", lambda *_: None)
+    torch.testing.assert_close(lattice_points(layer.codes, torch.float32), first, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(lattice_points(layer.codes, torch.float64), formula, rtol=1e-14, atol=1e-14)
+
+
 def test_transforms_applied_to_the_activations_give_the_same_outputs() -> None:
     """y = sv * U_O^T Z U_P (su * x, padded with zeros): the weight is never formed."""
     layer, _ = _random_layer()
@@ -61,9 +85,9 @@ def test_gradients_pass_gradcheck(shape: tuple[int, int, int]) -> None:
     layer, _ = _random_layer(shape)
     quarters = lattice_quarters(layer.codes, layer.bits)
     vectors = [v.detach().double().requires_grad_() for v in (layer.su, layer.sv)]
-    assert torch.autograd.gradcheck(lambda su, sv: dequantize_lattice(quarters, su, sv, shape[2]), vectors)
+    assert torch.autograd.gradcheck(lambda su, sv: dequantize_lattice(layer.codes, su, sv), vectors)
     wanted = torch.autograd.grad(dequantize_lattice_reference(quarters, *vectors, shape[2]).square().sum(), vectors)
-    found = torch.autograd.grad(dequantize_lattice(quarters, *vectors, shape[2]).square().sum(), vectors)
+    found = torch.autograd.grad(dequantize_lattice(layer.codes, *vectors).square().sum(), vectors)
     torch.testing.assert_close(found, wanted)
 
 

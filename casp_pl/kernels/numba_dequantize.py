@@ -1,0 +1,87 @@
+"""Rows of a weight from the codes as they are packed, compiled by numba (optional package; extra `cpu`).
+
+Nothing that is larger than the codes is kept between two products: a weight is written once, tile by tile, and read by
+the matrix product while it lies in a cache. A thread owns rows, so results are the same for any number of threads.
+
+Importing this module compiles nothing; the first call does, and numba keeps the result in a cache on disk.
+
+Letters: O out, I in, G groups a row.
+"""
+
+import numpy as np
+from numba import njit, prange
+
+__all__ = ["AHEAD", "lattice_weight", "uniform_weight"]
+
+AHEAD = 8  # bytes behind the last code that `uniform_weight` may read
+_UNIT = 8  # codes that fill whole bytes, and coordinates of a lattice point
+_NARROW = 4  # bits; eight codes of so many fit into 32
+_FAST = {"contract", "nsz"}
+_QUARTER = np.float32(0.25)
+
+
+@njit(parallel=True, nogil=True, cache=True, fastmath=_FAST)
+def uniform_weight(packed, bits, zeros, scales, size, weight):  # type: ignore[no-untyped-def]
+    """weight[o, i] = (code[o, i] - zeros[o, g]) * scales[o, g], g = i // size.
+
+    Args:
+        packed: uint8, the codes (O, I) as one stream of bits, and AHEAD bytes more. 8 divides I.
+        bits: of a code, 1 to 8.
+        zeros: float32 (O, G).
+        scales: float32 (O, G).
+        size: columns of a group, a multiple of 8.
+        weight: float32 (O, I), written.
+    """
+    rows, columns = weight.shape
+    units, row_bytes = columns // _UNIT, columns // _UNIT * bits
+    narrow, wide = np.uint32((1 << bits) - 1), np.uint64((1 << bits) - 1)
+    for o in prange(rows):
+        own = weight[o]
+        for g in range(zeros.shape[1]):
+            zero, scale = zeros[o, g], scales[o, g]
+            for unit in range(g * size // _UNIT, min((g + 1) * size // _UNIT, units)):
+                at, first = o * row_bytes + unit * bits, unit * _UNIT
+                if bits <= _NARROW:
+                    word = np.uint32(0)
+                    for byte in range(4):
+                        word |= np.uint32(packed[at + byte]) << np.uint32(8 * byte)
+                    for j in range(_UNIT):
+                        code = np.int32((word >> np.uint32(bits * j)) & narrow)
+                        own[first + j] = (np.float32(code) - zero) * scale
+                else:
+                    long = np.uint64(0)
+                    for byte in range(8):
+                        long |= np.uint64(packed[at + byte]) << np.uint64(8 * byte)
+                    for j in range(_UNIT):
+                        code = np.int32((long >> np.uint64(bits * j)) & wide)
+                        own[first + j] = (np.float32(code) - zero) * scale
+
+
+@njit(parallel=True, nogil=True, cache=True, fastmath=_FAST)
+def lattice_weight(codes, tables, residual, fine, weight):  # type: ignore[no-untyped-def]
+    """Sums of the points of all stages, the first as it is, the second times `fine`.
+
+    Args:
+        codes: uint8 (O, G, B): two bytes of E8P, then none, one of the residual codebook or two of E8P.
+        tables: int8 (3, 256, 8), `e8p_byte_tables`.
+        residual: int8 (256, 8), in quarters.
+        fine: float32.
+        weight: float32 (O, 8 G), written.
+    """
+    rows, groups, size = codes.shape
+    patterns, flips, shifts = tables[0], tables[1], tables[2]
+    step = _QUARTER * fine
+    for o in prange(rows):
+        for g in range(groups):
+            own, code = weight[o, g * _UNIT : (g + 1) * _UNIT], codes[o, g]
+            pattern, flip, shift = patterns[code[0]], flips[code[1]], shifts[code[1]]
+            for j in range(_UNIT):
+                own[j] = np.float32(np.int8((pattern[j] ^ flip[j]) + shift[j])) * _QUARTER
+            if size == 3:
+                entry = residual[code[2]]
+                for j in range(_UNIT):
+                    own[j] += np.float32(entry[j]) * step
+            elif size == 4:
+                pattern, flip, shift = patterns[code[2]], flips[code[3]], shifts[code[3]]
+                for j in range(_UNIT):
+                    own[j] += np.float32(np.int8((pattern[j] ^ flip[j]) + shift[j])) * step

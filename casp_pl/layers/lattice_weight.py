@@ -116,10 +116,10 @@ def lattice_points(packed: Tensor, dtype: torch.dtype) -> Tensor:
         loops.lattice(packed, e8p_byte_tables(), e8_residual(packed.device), fine, points)
         return points.to(dtype)
     first, *others = lattice_quarters(packed, bits)
-    points = first.to(dtype) * QUARTER
+    total: Tensor = first.to(dtype) * QUARTER
     for own in others:
-        points.add_(own, alpha=QUARTER * fine)
-    return points
+        total.add_(own, alpha=QUARTER * fine)
+    return total
 
 
 def _mixed_back(packed: Tensor, like: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """What many tests share: one finished fit of the tiny model, and processes that work together."""
 
 import hashlib
+import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -82,6 +84,27 @@ def finish_together() -> Callable[..., None]:
                 process.communicate()
 
     return finish
+
+
+def _kill_self(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def killed_in() -> Callable[..., None]:
+    """killed_in(owner, name, function, *arguments): run in a child that is killed where it calls `owner.name`."""
+
+    def run(owner: object, name: str, function: Callable[..., object], *arguments: object) -> None:
+        def child() -> None:
+            setattr(owner, name, _kill_self)
+            function(*arguments)
+
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -75,6 +75,7 @@ class ModuleFigures:
         bits_total: everything stored, in bits per original weight.
         relative_proxy_loss: tr((W - Q) H (W - Q)^T) / tr(W H W^T) right after quantization.
         seconds: wall time of its quantization.
+        dead_columns: its inputs that were 0 in every calibration token.
     """
 
     name: str
@@ -85,6 +86,7 @@ class ModuleFigures:
     bits_total: float | None = None
     relative_proxy_loss: float | None = None
     seconds: float | None = None
+    dead_columns: int | None = None
 
     @property
     def linear(self) -> str:

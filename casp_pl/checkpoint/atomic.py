@@ -25,6 +25,7 @@ __all__ = [
     "METADATA_KEY",
     "atomic_path",
     "is_disk_full",
+    "make_directory",
     "remove_leftovers",
     "resource_error",
     "sync_directory",
@@ -127,8 +128,16 @@ def remove_leftovers(directory: Path, name: str = "") -> list[str]:
     return [path.name for path in found]
 
 
+def make_directory(directory: Path) -> None:
+    """Make a directory and the parents that are missing, so that they survive a power cut."""
+    missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync_directory(folder.parent)
+
+
 def sync_directory(directory: Path) -> None:
-    """Make renames in a directory survive a power cut."""
+    """Make renames in a directory, and new directories there, survive a power cut."""
     _sync(directory)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from casp_pl.checkpoint.atomic import remove_leftovers, resource_error, sync_directory, temporary_path
+from casp_pl.checkpoint.atomic import make_directory, remove_leftovers, resource_error, sync_directory, temporary_path
 from casp_pl.checkpoint.manifest import Manifest, describe
 from casp_pl.checkpoint.model_directory import CONFIG_NAME, is_compressed_model
 from casp_pl.errors import ResourceError
@@ -30,7 +30,7 @@ def write_directory(out_dir: Path | str, fill: Callable[[Path], None], *, size: 
     _check_target(target)
     temporary = temporary_path(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(target.parent)
         remove_leftovers(target.parent, target.name)
         temporary.mkdir()
         fill(temporary)

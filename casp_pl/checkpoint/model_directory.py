@@ -21,6 +21,7 @@ __all__ = [
     "CONFIG_NAME",
     "FORMAT_VERSION",
     "QUANT_METHOD",
+    "check_header",
     "check_layout",
     "check_weight_files",
     "checked_modules",
@@ -33,6 +34,7 @@ FORMAT_VERSION = 1
 CONFIG_NAME = "config.json"
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".h5", ".msgpack")
+_CODES = ("codes", "zeros", "column_groups")  # packed: of bytes every value is an entry, of wider numbers not
 _LOG = logging.getLogger(__name__)
 
 
@@ -84,7 +86,7 @@ def check_layout(directory: Path) -> None:
     if not weights:
         raise IntegrityError(f"{directory} holds no weights (no .safetensors file).")
     for path in weights:
-        _check_header(path)
+        check_header(path)
 
 
 def check_weight_files(directory: Path, files: Sequence[Path | str]) -> None:
@@ -119,9 +121,16 @@ def directory_problems(directory: Path) -> list[str]:
     return problems + [f"{path} is not in {MANIFEST_NAME}." for path in strangers]
 
 
-def _check_header(path: Path) -> None:
+def check_header(path: Path) -> None:
+    """Refuse a broken weight file, and codes that are stored as anything but bytes.
+
+    Raises:
+        IntegrityError: the message names the file and, of wrong codes, the tensor.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            file.keys()
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                if name.rsplit(".", 1)[-1] in _CODES and (kind := file.get_slice(name).get_dtype()) != "U8":
+                    raise IntegrityError(f"{path}: {name} is stored as {kind}, but codes are bytes (U8).")
     except (OSError, SafetensorError) as error:
         raise IntegrityError(f"{path} is no sound safetensors file: {error}.") from error

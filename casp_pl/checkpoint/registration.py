@@ -15,7 +15,13 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from casp_pl.checkpoint.model_directory import FORMAT_VERSION, QUANT_METHOD, check_weight_files, checked_modules
+from casp_pl.checkpoint.model_directory import (
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    check_header,
+    check_weight_files,
+    checked_modules,
+)
 from casp_pl.errors import IntegrityError
 from casp_pl.models.surgery import install_layers
 
@@ -65,6 +71,8 @@ class CaspHfQuantizer(HfQuantizer):
         directory = Path(str(getattr(model.config, "name_or_path", "")))
         if checkpoint_files and directory.is_dir():
             check_weight_files(directory, checkpoint_files)
+            for file in checkpoint_files:
+                check_header(Path(file))
         install_layers(model, self.quantization_config.modules)
 
     def is_serializable(self) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from casp_pl.checkpoint.atomic import remove_leftovers, write_json, write_safetensors
+from casp_pl.checkpoint.atomic import make_directory, remove_leftovers, write_json, write_safetensors
 from casp_pl.checkpoint.lock import hold_lock
 from casp_pl.checkpoint.manifest import MANIFEST_NAME, Manifest, describe
 from casp_pl.checkpoint.reading import read_json, read_safetensors
@@ -53,7 +53,10 @@ class RunDirectory:
             ResourceError: a file is in the way, or the place cannot be written.
         """
         place = Path(path).absolute()
-        existing = next(folder for folder in (place, *place.parents) if folder.exists())
+        try:
+            existing = next(folder for folder in (place, *place.parents) if folder.exists())
+        except PermissionError as error:
+            raise ResourceError(f"Cannot write {path}: {error.strerror}.\nGive another --run_dir.") from error
         if not existing.is_dir():
             raise ResourceError(f"Cannot create {path}: {existing} is a file.\nGive another --run_dir.")
         if not os.access(existing, os.W_OK | os.X_OK):
@@ -79,7 +82,7 @@ class RunDirectory:
             yield cls(root, Manifest.load(root), writable=False, together=True)
             return
         try:
-            root.mkdir(parents=True, exist_ok=True)
+            make_directory(root)
         except OSError as error:
             raise ResourceError(f"Cannot create {root}: {error.strerror}.\nGive another --run_dir.") from error
         with hold_lock(root / _LOCK_NAME):
@@ -109,7 +112,7 @@ class RunDirectory:
             raise ValueError(f"'{name}' is not a path inside the run directory")
         full = self.root / name
         if self._writable:
-            full.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(full.parent)
         return full
 
     def has(self, name: str) -> bool:
@@ -209,7 +212,7 @@ class RunDirectory:
             ResourceError: the disk is full or cannot be written.
         """
         own = self.root / _own_file(folder)
-        own.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(own.parent)
         write_safetensors(own, tensors, metadata)
         wait_for_all()
         self.record(folder)

@@ -39,7 +39,8 @@ __all__ = [
 class LinearReport:
     """What became of one linear: its relative proxy loss on the compressed prefix's inputs and its true cost.
 
-    Its seconds are those of its quantization alone, without the moments and targets of its group.
+    Its seconds are those of its quantization alone, without the moments and targets of its group. A dead column is an
+    input that was 0 in every calibration token.
     """
 
     name: str
@@ -47,6 +48,7 @@ class LinearReport:
     bits_codes: float
     bits_total: float
     seconds: float
+    dead_columns: int = 0
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,8 @@ class BlockQuantization:
             layer = quantize_low_rank(target, moment, plan.rank, quantizer, **settings)
         loss = relative_proxy_loss(linear.weight, layer.dequantize().detach(), moment)
         seconds = time.perf_counter() - start
-        return layer, LinearReport(plan.name, loss, layer.bits_per_weight_codes, layer.bits_per_weight, seconds)
+        dead = int((moment.diagonal() == 0).sum())
+        return layer, LinearReport(plan.name, loss, layer.bits_per_weight_codes, layer.bits_per_weight, seconds, dead)
 
 
 def _target(aim: PropagationTarget, weight: Tensor, together: bool) -> Tensor:

@@ -16,6 +16,7 @@ from casp_pl.kernels import head_divergence
 from casp_pl.models.activations import Keep, in_memory
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.branches import is_counted
+from casp_pl.models.soundness import require_materialized
 from casp_pl.models.streams import first_block_batches, model_inputs, run_blocks
 from casp_pl.modules.checkpointing import checkpointed
 from casp_pl.modules.compiling import CompiledBlocks
@@ -165,8 +166,11 @@ class EndToEndModule(pl.LightningModule):
         trainable_parameters(self.blocks)
 
     def configure_model(self) -> None:
-        """With `sharding`, build the divided copy, once."""
-        if self.sharding is None or self.student is not None:
+        """With `sharding`, build the divided copy, once. A tensor without values is refused, before anything is run."""
+        if self.sharding is None:
+            require_materialized(self.adapter.model)
+            return
+        if self.student is not None:
             return
         mesh = None if self.device_mesh is None else self.device_mesh["data_parallel"]
         built = build_sharded(self.adapter, self.sharding, divergences, mesh, self.trainer.strategy.root_device)

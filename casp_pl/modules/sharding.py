@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
 from casp_pl.models.adapter import ModelAdapter
+from casp_pl.models.soundness import require_materialized
 from casp_pl.models.streams import autocast_to
 from casp_pl.modules.parameters import root_mean_square, trainable_parameters
 from casp_pl.processes import of_all, sum_of_all
@@ -178,11 +179,13 @@ def build_sharded(
         device: where it computes.
     """
     with adapter.with_blocks([]) as hollow:
+        require_materialized(hollow)
         model: Any = copy.deepcopy(hollow)
     twin = replace(adapter, model=model, decoder=model.get_submodule(adapter.decoder_name))
     sizes: dict[str, float] = {}
     for number in range(len(adapter.blocks)):
         block = sharding.read(number)
+        require_materialized(block, adapter.full_name(number, ""))
         trainable_parameters(block)
         trained = ((name, p) for name, p in block.named_parameters() if p.requires_grad)
         sizes |= {f"{number}.{name}": root_mean_square(parameter) for name, parameter in trained}

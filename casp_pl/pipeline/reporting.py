@@ -99,6 +99,7 @@ def _modules(plan: CompressionPlan, linears: list[LinearReport]) -> tuple[Module
                 bits_total=None if done is None else done.bits_total,
                 relative_proxy_loss=None if done is None else done.relative_proxy_loss,
                 seconds=None if done is None else done.seconds,
+                dead_columns=None if done is None else done.dead_columns,
             )
         )
     return tuple(figures)

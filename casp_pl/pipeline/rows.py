@@ -18,9 +18,9 @@ def show_block(progress: RunProgress, block: int, reports: Sequence[LinearReport
     error = max(report.relative_proxy_loss for report in reports)
     for report in reports:
         name = report.name.rsplit(".", 1)[-1]
-        progress.detail(
-            f"  {name}", *_cost(report.bits_total, report.relative_proxy_loss), time=duration(report.seconds)
-        )
+        figures = [*_cost(report.bits_total, report.relative_proxy_loss)]
+        figures += [f"{report.dead_columns} dead inputs"] if report.dead_columns else []
+        progress.detail(f"  {name}", *figures, time=duration(report.seconds))
     seconds = sum(report.seconds for report in reports)
     progress.row(f"block {block:2d}", *_cost(bits, error), time=duration(seconds))
 

@@ -17,7 +17,7 @@ from casp_pl.checkpoint import (
     write_safetensors,
     write_text,
 )
-from casp_pl.checkpoint.atomic import remove_leftovers
+from casp_pl.checkpoint.atomic import make_directory, remove_leftovers
 from casp_pl.errors import IntegrityError, ResourceError
 
 TENSORS = {
@@ -156,3 +156,16 @@ def test_nothing_goes_through_tmpdir(tmp_path, monkeypatch):
     write_text(tmp_path / "y", "y")
     assert (tmp_path / "y").read_text() == "y"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["x", "y"]
+
+
+def test_new_directories_are_synced_into_their_parents(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    make_directory(tmp_path / "a" / "b" / "c")
+    assert sorted(synced) == [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")]
+    synced.clear()
+    make_directory(tmp_path / "a" / "b" / "d")
+    assert synced == [str(tmp_path / "a" / "b")]
+    synced.clear()
+    make_directory(tmp_path / "a")
+    assert synced == []

@@ -4,10 +4,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from casp_pl.checkpoint import load_compressed, verify
 from casp_pl.errors import InputError, IntegrityError
+from casp_pl.kernels.additive import dequantize_additive_reference
+from casp_pl.layers import AdditiveLinear, UniformLinear
 
 
 @pytest.fixture
@@ -102,6 +105,11 @@ def lying_shape(directory):
     (directory / "manifest.json").unlink()
 
 
+def wider_codes(tensors):
+    """Numbers that no byte holds, where bytes belong."""
+    return tensors | {CODES: tensors[CODES].to(torch.int32) + 1000}
+
+
 UP = "model.language_model.layers.0.mlp.up_proj"
 CODES = "language_model.model.layers.0.mlp.up_proj.codes"
 DAMAGES = {
@@ -109,6 +117,9 @@ DAMAGES = {
     "header beyond the file": header_of(1 << 20),
     "lying shape": lying_shape,
     "too few codes": change_tensors(lambda tensors: tensors | {CODES: tensors[CODES][:-1].clone()}),
+    "codes out of range": change_tensors(wider_codes),
+    "negative codes": change_tensors(lambda tensors: tensors | {CODES: -tensors[CODES].to(torch.int16) - 1}),
+    "codes that are no integers": change_tensors(lambda tensors: tensors | {CODES: tensors[CODES].float()}),
     "no codes": change_tensors(lambda tensors: {name: value for name, value in tensors.items() if name != CODES}),
     "bit": flip_a_bit,
     "cut": cut,
@@ -143,12 +154,16 @@ def only_a_pickle(directory):
     pickle_beside(directory)
 
 
-@pytest.mark.parametrize("damage", [index_outside, only_a_pickle])
-def test_from_pretrained_refuses_unsafe_weights_as_well(copy, damage):
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [(index_outside, "refused"), (only_a_pickle, "refused"), (change_tensors(wider_codes), "codes are bytes")],
+    ids=["outside", "pickle", "codes"],
+)
+def test_from_pretrained_refuses_unsafe_weights_as_well(copy, damage, words):
     from transformers import AutoModelForImageTextToText
 
     damage(copy)
-    with pytest.raises(IntegrityError, match="refused"):
+    with pytest.raises(IntegrityError, match=words):
         AutoModelForImageTextToText.from_pretrained(copy)
 
 
@@ -159,3 +174,32 @@ def test_code_that_comes_along_is_ignored(copy, caplog):
     load_compressed(copy)
     assert "auto_map" in caplog.text
     assert "manifest.json" in caplog.text
+
+
+@pytest.mark.parametrize("byte", [0x00, 0xA7, 0xFF])
+def test_every_byte_of_packed_codes_is_an_entry(copy, byte):
+    """Whatever lies in the buffers of codes, the model computes what the formula of its layers gives."""
+    change_tensors(
+        lambda tensors: {
+            name: torch.full_like(value, byte) if value.dtype is torch.uint8 else value
+            for name, value in tensors.items()
+        }
+    )(copy)
+    model, _ = load_compressed(copy)
+    seen = set()
+    for layer in model.modules():
+        if not isinstance(layer, AdditiveLinear | UniformLinear):
+            continue
+        seen.add(type(layer))
+        codes = layer.codes_unpacked()
+        if isinstance(layer, AdditiveLinear):
+            assert int(codes.max()) < layer.entries
+            expected = dequantize_additive_reference(codes, layer.codebooks, layer.scales)[:, : layer.in_features]
+        else:
+            assert int(codes.max()) < 2**layer.bits
+            groups = torch.arange(layer.in_features) // layer.group_size
+            expected = (codes.float() - layer.zeros_unpacked().float()[:, groups]) * layer.scales[:, groups]
+        torch.testing.assert_close(layer.dequantize(), expected)
+        x = torch.ones(1, layer.in_features)
+        torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, expected, layer.bias), atol=1e-4, rtol=1e-4)
+    assert seen == {AdditiveLinear, UniformLinear}

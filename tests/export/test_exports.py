@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from casp_pl.checkpoint import load_compressed, save_compressed, verify
+from casp_pl.checkpoint.manifest import Manifest
 from casp_pl.cli import main
 from casp_pl.errors import ConfigError, ResourceError
 from casp_pl.export import export_model
@@ -277,3 +278,18 @@ def test_odd_widths_are_refused_by_gptq(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="31 x 48"):
         to_gptq(model, version=2)
+
+
+@pytest.mark.parametrize("moment", ["fsync", "rename"])
+def test_a_killed_export_leaves_no_directory(tmp_path, killed_in, moment):
+    source, _ = compressed(tmp_path, lambda linear, generator, _: uniform(linear, generator))
+    out = tmp_path / "out" / "dense"
+    out.parent.mkdir()
+    command = ["export", str(source), "--format", "dense", "--out", str(out)]
+    killed_in(os, moment, main, command)
+    assert not out.exists()
+    (leftover,) = (tmp_path / "out").iterdir()
+    assert leftover.name.startswith(".tmp")
+    assert main(command) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["dense"]
+    assert Manifest.load(out).problems(out) == {}

@@ -183,6 +183,17 @@ def test_bits_of_every_module_are_those_of_the_plan(adapter: ModelAdapter, batch
         assert report.bits_total > report.bits_codes
 
 
+def test_inputs_that_are_always_0_are_counted(adapter: ModelAdapter, batches: list[dict[str, Any]]) -> None:
+    block = adapter.blocks[0]
+    with torch.no_grad():
+        block.post_attention_layernorm.weight[3:6] = 0
+    streams = first_block_batches(adapter, batches)
+    seen = _seen(adapter, block, streams)
+    _, reports = BlockQuantization().compress_block(adapter, block, _plans(adapter, 0), Recorder(), seen, streams)
+    dead = {report.name.rsplit(".", 1)[-1]: report.dead_columns for report in reports}
+    assert dead == dict.fromkeys(BITS, 0) | {"gate_proj": 3, "up_proj": 3}
+
+
 def test_query_and_key_get_factors_of_their_own_weights(adapter: ModelAdapter, batches: list[dict[str, Any]]) -> None:
     streams, original = first_block_batches(adapter, batches), adapter.blocks[0]
     plans = _plans(adapter, 0, {"q_proj": 48, "k_proj": 32}, q_proj=8, k_proj=8)

@@ -77,3 +77,67 @@ def test_the_refusal_of_the_kernel_is_recognised() -> None:
     assert process.exitcode == 0
     assert receiver.poll()
     assert receiver.recv()
+
+
+class _Wide(nn.Module):
+    """A block with an inner layer of 64 MiB a sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(16, 1 << 16, bias=False), nn.Linear(1 << 16, 16, bias=False)
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner: torch.Tensor = self.down(self.up(x))
+        return inner
+
+
+class _Samples:
+    """A batch of the smallest kind."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def halves(self) -> tuple["_Samples", "_Samples"]:
+        middle = len(self.x) // 2
+        return _Samples(self.x[:middle]), _Samples(self.x[middle:])
+
+
+def _run_short_of_memory(sender: Any, samples: int, free: int) -> None:
+    torch.set_num_threads(1)  # the threads of the parent are not in a fork
+    block, x, sizes = _Wide(), torch.linspace(-1, 1, samples * 256 * 16).view(samples, 256, 16), []
+
+    def work(batch: _Samples) -> torch.Tensor:
+        result: torch.Tensor = block(batch.x)
+        sizes.append(len(batch))
+        return result
+
+    block(x[:1, :1])  # what the libraries set up at the first call
+    limit = psutil.Process().memory_info().vms + free
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    try:
+        y = in_halves(work, _Samples(x), torch.cat)
+    except ResourceError as error:
+        sender.send((sizes, str(error)))
+        return
+    sender.send((sizes, torch.equal(y, torch.cat([block(sample[None]) for sample in x]))))
+
+
+@pytest.mark.parametrize(
+    ("free", "sizes", "said"),
+    [(160 << 20, [2, 2], True), (96 << 20, [1, 1, 1, 1], True), (32 << 20, [], "single sample")],
+)
+def test_memory_that_really_runs_out_is_met_with_halves(free: int, sizes: list[int], said: bool | str) -> None:
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_run_short_of_memory, args=(sender, 4, free))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    done, result = receiver.recv()
+    assert done == sizes
+    assert result is True if said is True else str(said) in result

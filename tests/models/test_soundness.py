@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from casp_pl.errors import InputError, NumericsError
+from casp_pl.models import ModelAdapter
 from casp_pl.models.soundness import require_finite_weights
+from casp_pl.modules import EndToEndModule
 
 NAN = float("nan")
 
@@ -32,6 +34,12 @@ def test_a_tensor_on_meta_is_named(model: Any) -> None:
     model.model.language_model.layers[0].self_attn.o_proj = nn.Linear(64, 48, bias=False, device="meta")
     with pytest.raises(InputError, match=r"layers\.0\.self_attn\.o_proj\.weight was never filled.*1 tensors"):
         require_finite_weights(model)
+
+
+def test_nothing_is_trained_end_to_end_with_a_tensor_on_meta(adapter: ModelAdapter) -> None:
+    adapter.blocks[1].mlp.up_proj = nn.Linear(48, 96, bias=False, device="meta")
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.weight was never filled"):
+        EndToEndModule(adapter, {}).configure_model()
 
 
 def test_integers_are_never_broken() -> None:

@@ -1,6 +1,10 @@
 """Models read block by block against the same files loaded whole by transformers."""
 
 import json
+import os
+import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, MixtralConfig, MixtralForCausalLM
 
+from casp_pl.checkpoint import save_streamed
+from casp_pl.checkpoint.manifest import Manifest
 from casp_pl.errors import ConfigError, InputError, IntegrityError
 from casp_pl.models import ModelAdapter
 from casp_pl.models.load import ModelSource
@@ -161,3 +167,33 @@ def test_a_quantized_model_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(ConfigError, match="quantized already"):
         load_streamed(folder, AutoModelForImageTextToText, dtype=torch.float32, device=CPU)
+
+
+def _bytes_read() -> int:
+    """By all threads of this process so far."""
+    found = re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())
+    assert found is not None
+    return int(found[1])
+
+
+def test_the_next_block_is_read_while_one_is_in_use(stored_tiny: Path) -> None:
+    stored = _open(stored_tiny).stored
+    assert stored is not None
+    before = _bytes_read()
+    size = sum(tensor.nbytes for tensor in stored.read(0).state_dict().values())
+    stored._reader.shutdown(wait=True)
+    assert _bytes_read() - before >= 2 * size, "both blocks have the same shapes"
+
+
+@pytest.mark.parametrize("moment", ["fsync", "rename"])
+def test_a_killed_save_leaves_no_directory(
+    stored_tiny: Path, tmp_path: Path, killed_in: Callable[..., None], moment: str
+) -> None:
+    adapter, out = _open(stored_tiny), tmp_path / "model"
+    save = partial(save_streamed, adapter, list(adapter.originals()), None, out, card="")
+    killed_in(os, moment, save)
+    (leftover,) = tmp_path.iterdir()
+    assert leftover.name.startswith(".tmp")
+    save()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert Manifest.load(out).problems(out) == {}

@@ -149,6 +149,40 @@ def test_damaged_blocks_are_made_again(
     assert tensor_digests(run) == tensor_digests(finished_run)
 
 
+_DIES_BEFORE_THE_ENTRY = """
+import os, signal, sys
+from casp_pl.checkpoint import RunDirectory
+from casp_pl.cli import main
+
+record = RunDirectory._record
+
+def record_or_die(run, name):
+    if name == "blocks/001.safetensors":
+        os.kill(os.getpid(), signal.SIGKILL)
+    record(run, name)
+
+RunDirectory._record = record_or_die
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_sigkill_between_a_block_and_its_entry_leads_to_the_same_model(
+    finished_run: Path, recipe: list[str], tensor_digests: Callable[[Path], dict[str, str]], tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    (run / "blocks/001.safetensors").unlink()
+    command = ["fit", *recipe, "--run_dir", str(run)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run([sys.executable, "-c", _DIES_BEFORE_THE_ENTRY, *command], env=environment, timeout=300)
+    assert done.returncode == -signal.SIGKILL
+    assert (run / "blocks/001.safetensors").exists()
+    assert "blocks/001.safetensors" not in json.loads((run / "manifest.json").read_text())["artifacts"]
+    assert main(command) == 0
+    assert main(["verify", str(run)]) == 0
+    assert tensor_digests(run) == tensor_digests(finished_run)
+
+
 @pytest.mark.slow
 def test_a_run_that_is_stopped_again_and_again_ends_bit_identical(
     recipe: list[str], finished_run: Path, tensor_digests: Callable[[Path], dict[str, str]], tmp_path: Path

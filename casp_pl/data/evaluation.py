@@ -10,9 +10,10 @@ from casp_pl.data.collate import pad_right
 from casp_pl.data.loaders import FixedLoader, dealt_out, in_batches
 from casp_pl.data.questions import QuestionCollator, QuestionGroup, batch_groups, choose_questions, encode_questions
 from casp_pl.data.sample import Sample
+from casp_pl.data.selection import some_images
 from casp_pl.data.skipped import Skipped, refuse_too_many_skipped
 from casp_pl.data.sources import DataSource, EasyVQA, PydocProse
-from casp_pl.data.stream import SampleStream
+from casp_pl.data.stream import SampleStream, rows_to_choose_from
 from casp_pl.data.tokenize import Encoded, Processor, encode_windows, takes_images
 from casp_pl.errors import ConfigError, InputError
 from casp_pl.processes import rank_and_count
@@ -123,8 +124,13 @@ class EvaluationData(pl.LightningDataModule):
         if self.questions == 0 or not takes_images(self._processor):
             return []
         source = self.source if self.source is not None else EasyVQA()
-        stream = SampleStream(source, "test", check_images=False)
-        samples = choose_questions(list(stream), self.questions, self.seed)
+        rows = rows_to_choose_from(source, self.questions)
+        stream = SampleStream(source, "test", limit=rows, check_images=False)
+        if source.streams and self.questions is not None:
+            samples = some_images(stream, self.questions, self.seed)
+        else:
+            samples = list(stream)
+        samples = choose_questions(samples, self.questions, self.seed)
         if not samples:
             raise InputError("The evaluation source has no questions: give another, or set evaluation.questions to 0")
         groups, self._skipped = encode_questions(samples, self._processor)

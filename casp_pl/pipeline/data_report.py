@@ -9,6 +9,7 @@ from rich.console import Console
 
 from casp_pl.checkpoint.atomic import write_bytes
 from casp_pl.console import make_console, print_table
+from casp_pl.data import CalibrationData
 from casp_pl.data.contact_sheet import contact_sheet
 from casp_pl.data.counts import count_samples
 from casp_pl.data.images import ImageSource
@@ -35,6 +36,7 @@ def data(settings: RunSettings, *, out: Path | None = None) -> int:
         settings.data.setup()
     finally:  # where too much is skipped, what it is says more than the error
         _print_skipped(settings.data.skipped, console)
+    console.print(_looked_at(settings.data), soft_wrap=True)
     rows = [_row(name, samples) for name, samples in settings.data.parts.items()]
     print_table(_HEADER, rows, console)
     console.print(f"fingerprint: {settings.data.fingerprint}", soft_wrap=True)
@@ -45,6 +47,11 @@ def data(settings: RunSettings, *, out: Path | None = None) -> int:
         write_bytes(path, contact_sheet(entries))
         console.print(f"images: {path}", soft_wrap=True)
     return 0
+
+
+def _looked_at(data: CalibrationData) -> str:
+    rows = f"conversations are chosen from {data.counts['rows']:,} rows"
+    return f"{rows}: the source streams, and no more of it is read" if data.source and data.source.streams else rows
 
 
 def _row(name: str, samples: Sequence[Encoded]) -> list[str]:

@@ -1,6 +1,5 @@
 """Calibration and fine-tuning samples: conversations with text windows mixed in, a share of them held back."""
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from itertools import chain
@@ -10,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 
 from casp_pl.data.collate import Collator
+from casp_pl.data.contents import digest_of
 from casp_pl.data.counts import count_samples
 from casp_pl.data.loaders import FixedLoader, Share, StatefulLoader, deal, dealt_out, divided, in_batches
 from casp_pl.data.sample import Sample
@@ -208,11 +208,9 @@ class CalibrationData(pl.LightningDataModule):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the ids and tokens of all samples: kept, held back, and those for fine-tuning alone."""
-        digest = hashlib.sha256()
-        for sample in [*self._set_up()._kept, *self._held_back, *self._more]:
-            digest.update(f"{sample.id}:{sample.input_ids}\n".encode())
-        return digest.hexdigest()
+        """SHA-256 over ids, tokens and images of all samples: kept, held back, and those for fine-tuning alone."""
+        samples = [*self._set_up()._kept, *self._held_back, *self._more]
+        return digest_of(((sample.id, sample.input_ids), sample.images) for sample in samples)
 
     def _set_up(self) -> "CalibrationData":
         self.setup()

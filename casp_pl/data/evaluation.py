@@ -1,12 +1,13 @@
 """What every stage is judged on: the same test questions about images and the same windows of held-out text."""
 
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
 from casp_pl.data.collate import pad_right
+from casp_pl.data.contents import digest_of
 from casp_pl.data.loaders import FixedLoader, dealt_out, in_batches
 from casp_pl.data.questions import QuestionCollator, QuestionGroup, batch_groups, choose_questions, encode_questions
 from casp_pl.data.sample import Sample
@@ -119,6 +120,17 @@ class EvaluationData(pl.LightningDataModule):
         """The questions, in the order of their numbers."""
         self.setup()
         return [sample for group in self._groups or [] for sample in group.samples]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over all questions with their answers, tokens and images, and over the tokens of all windows."""
+        self.setup()
+        questions = (
+            ((sample.id, sample.turns, sample.answers, sample.category, group.prefix.input_ids, suffix), sample.images)
+            for group in self._groups or []
+            for sample, suffix in zip(group.samples, group.suffixes, strict=True)
+        )
+        return digest_of(chain(questions, ((window.input_ids, ()) for window in self._windows)))
 
     def _encode_questions(self) -> list[QuestionGroup]:
         if self.questions == 0 or not takes_images(self._processor):

@@ -127,6 +127,7 @@ class CalibrationData(pl.LightningDataModule):
             return
         if self._processor is None:
             raise RuntimeError("CalibrationData.attach(processor) comes before its loaders")
+        self._skipped = []
         generator = torch.Generator().manual_seed(self.seed)
         parts = zip(self._encode_conversations(generator), self._encode_text(generator), strict=True)
         kept, held_back, more = (conversations + texts for conversations, texts in parts)
@@ -254,13 +255,12 @@ class CalibrationData(pl.LightningDataModule):
         if count == 0:
             return [], [], []
         source = self.text_source if self.text_source is not None else PydocProse()
-        windows = choose_windows(
-            SampleStream(source, limit=self.rows, check_images=False),
-            self._processor,
-            length=self.text_length,
-            count=count,
-            generator=generator,
-        )
+        stream = SampleStream(source, limit=self.rows, check_images=False)
+        try:
+            windows = choose_windows(stream, self._processor, length=self.text_length, count=count, generator=generator)
+        finally:
+            self._skipped += stream.skipped
+        refuse_too_many_skipped(stream.skipped, stream.position)  # it need not have been read to its end
         return *hold_back([[window] for window in windows[:first]], self.holdout), windows[first:]
 
     def _texts(self, samples: int) -> int:

@@ -90,6 +90,7 @@ class EvaluationData(pl.LightningDataModule):
             return
         if self._processor is None:
             raise RuntimeError("EvaluationData.attach(processor) comes before its loaders")
+        self._skipped = []
         self._windows = self._encode_text()
         self._groups = self._encode_questions()
 
@@ -105,7 +106,7 @@ class EvaluationData(pl.LightningDataModule):
 
     @property
     def counts(self) -> dict[str, Any]:
-        """Questions, images and text tokens that are evaluated, and the questions skipped, with the reasons."""
+        """Questions, images and text tokens that are evaluated; the questions and texts skipped, with the reasons."""
         self.setup()
         groups = self._groups or []
         return {
@@ -145,9 +146,9 @@ class EvaluationData(pl.LightningDataModule):
         samples = choose_questions(samples, self.questions, self.seed)
         if not samples:
             raise InputError("The evaluation source has no questions: give another, or set evaluation.questions to 0")
-        groups, self._skipped = encode_questions(samples, self._processor)
-        refuse_too_many_skipped(self._skipped, len(samples))
-        self._skipped = stream.skipped + self._skipped
+        groups, unusable = encode_questions(samples, self._processor)
+        refuse_too_many_skipped(unusable, len(samples))
+        self._skipped += stream.skipped + unusable
         return groups
 
     def _encode_text(self) -> list[Encoded]:
@@ -162,6 +163,8 @@ class EvaluationData(pl.LightningDataModule):
                 f"evaluation.text_tokens is {self.text_tokens}, but the held-out text has only "
                 f"{len(windows) * self.window} tokens in windows of {self.window}: lower it"
             )
+        refuse_too_many_skipped(texts.skipped, texts.position)
+        self._skipped += texts.skipped
         return windows
 
 

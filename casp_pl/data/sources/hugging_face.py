@@ -18,7 +18,7 @@ from casp_pl.data.images import ImageSource, StoredImage
 from casp_pl.data.sample import IMAGE_MARK, Sample
 from casp_pl.data.skipped import Skipped
 from casp_pl.data.sources.base import DataSource, Row, Split
-from casp_pl.data.sources.conversations import make_sample, split_turns
+from casp_pl.data.sources.conversations import MalformedError, make_sample, split_turns
 from casp_pl.errors import ConfigError, InputError
 
 __all__ = ["HuggingFaceConversations", "HuggingFaceText"]
@@ -123,11 +123,12 @@ class HuggingFaceConversations(DataSource):
         self.streams = streaming and not _is_saved(name)
 
     def rows(self, split: Split, start: int = 0) -> Iterator[Row]:
-        """One sample per row, in the order of the data set; a row without an answer or with a lost image is skipped.
+        """One sample per row, in the order of the data set.
+
+        Skipped are rows without an answer, with a lost image, or that are no conversation.
 
         Raises:
-            InputError: the data set, its split or a column is missing, the hub cannot be reached, or a row is no
-                conversation.
+            InputError: the data set, its split or a column is missing, or the hub cannot be reached.
         """
         columns = [name for name in (self.conversations, self.question, self.answer, self.image) if name is not None]
         rows = _open(self.name, self.config, self.splits[split], columns, streaming=self.streaming)
@@ -135,11 +136,17 @@ class HuggingFaceConversations(DataSource):
             rows = _undecoded(rows, self.image)
             for number, row in enumerate(_from(rows, start), start=start):
                 again = None if self.streams else partial(_bytes_again, rows, number, self.image)
-                yield self._sample(row, f"{self.name}/{split}/{number}", again)
+                yield self._row(row, f"{self.name}/{split}/{number}", again)
+
+    def _row(self, row: dict[Any, Any], name: str, again: Callable[[int], bytes] | None) -> Row:
+        try:
+            return self._sample(row, name, again)
+        except MalformedError as error:
+            return Skipped(name, str(error))
 
     def _sample(self, row: dict[Any, Any], name: str, again: Callable[[int], bytes] | None) -> Row:
         if self.conversations is not None:
-            questions, answers = split_turns(row[self.conversations] or [], name)
+            questions, answers = split_turns(row[self.conversations] or [])
         else:
             answer = row[self.answer]
             answer = answer[0] if isinstance(answer, list) and answer else answer

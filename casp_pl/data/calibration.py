@@ -1,6 +1,6 @@
 """Calibration and fine-tuning samples: conversations with text windows mixed in, a share of them held back."""
 
-import hashlib
+import logging
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any, TypeAlias
@@ -9,25 +9,29 @@ import lightning.pytorch as pl
 import torch
 
 from casp_pl.data.collate import Collator
+from casp_pl.data.contents import digest_of
 from casp_pl.data.counts import count_samples
 from casp_pl.data.loaders import FixedLoader, Share, StatefulLoader, deal, dealt_out, divided, in_batches
+from casp_pl.data.sample import Sample
 from casp_pl.data.selection import (
     choose_windows,
     encode_conversations,
     group_by_image,
     hold_back,
     join_overlapping,
+    some_images,
     spread_over_images,
 )
 from casp_pl.data.skipped import Skipped, refuse_too_many_skipped
 from casp_pl.data.sources import DataSource, EasyVQA, PydocProse
-from casp_pl.data.stream import SampleStream
+from casp_pl.data.stream import SampleStream, rows_to_choose_from
 from casp_pl.data.tokenize import Counted, Encoded, Processor
 from casp_pl.errors import ConfigError, InputError
-from casp_pl.processes import rank_and_count
+from casp_pl.processes import is_first, rank_and_count
 
 __all__ = ["CalibrationData"]
 
+_LOG = logging.getLogger(__name__)
 _PAD_TO_MULTIPLE_OF = 16
 _Split: TypeAlias = tuple[list[Encoded], list[Encoded], list[Encoded]]
 """Kept, held back, and for fine-tuning alone."""
@@ -51,8 +55,8 @@ class CalibrationData(pl.LightningDataModule):
             than these cost only what training on them costs. None for the same ones.
         batch_size: samples per batch, of all processes together: a run's result does not depend on their number.
         max_length: longer conversations are cut to that many tokens.
-        rows: of each source only the first so many rows are read; None reads all, which sources of millions of rows
-            would take long for.
+        rows: of each source only the first so many rows are read. None reads all, or of one that streams
+            (`DataSource.streams`) the needed ones and 1,000 more to choose from.
         counted: whether fine-tuning learns from the answers of conversations only, or from all of their text.
         seed: decides which samples are taken and in which order training sees them.
     """
@@ -106,6 +110,7 @@ class CalibrationData(pl.LightningDataModule):
         self._held_back: list[Encoded] = []
         self._more: list[Encoded] = []
         self._skipped: list[Skipped] = []
+        self._rows_read = 0
 
     def attach(self, processor: Processor) -> None:
         """Use this processor (or tokenizer); what was set up with another one is forgotten."""
@@ -122,6 +127,7 @@ class CalibrationData(pl.LightningDataModule):
             return
         if self._processor is None:
             raise RuntimeError("CalibrationData.attach(processor) comes before its loaders")
+        self._skipped = []
         generator = torch.Generator().manual_seed(self.seed)
         parts = zip(self._encode_conversations(generator), self._encode_text(generator), strict=True)
         kept, held_back, more = (conversations + texts for conversations, texts in parts)
@@ -168,12 +174,16 @@ class CalibrationData(pl.LightningDataModule):
 
     @property
     def counts(self) -> dict[str, Any]:
-        """What really enters: samples, image and text tokens; how many are held back; what is skipped, and why."""
+        """What really enters: samples, image and text tokens; how many are held back; what is skipped, and why.
+
+        And among how many rows of the conversations the samples were chosen.
+        """
         kept = self._set_up()._kept
         return {
             **count_samples(kept),
             "fine_tuning_samples": len(kept) + len(self._more),
             "held_back_samples": len(self._held_back),
+            "rows": self._rows_read,
             "skipped": [{"id": skipped.id, "reason": skipped.reason} for skipped in self._skipped],
         }
 
@@ -199,11 +209,9 @@ class CalibrationData(pl.LightningDataModule):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the ids and tokens of all samples: kept, held back, and those for fine-tuning alone."""
-        digest = hashlib.sha256()
-        for sample in [*self._set_up()._kept, *self._held_back, *self._more]:
-            digest.update(f"{sample.id}:{sample.input_ids}\n".encode())
-        return digest.hexdigest()
+        """SHA-256 over ids, tokens and images of all samples: kept, held back, and those for fine-tuning alone."""
+        samples = [*self._set_up()._kept, *self._held_back, *self._more]
+        return digest_of(((sample.id, sample.input_ids), sample.images) for sample in samples)
 
     def _set_up(self) -> "CalibrationData":
         self.setup()
@@ -213,12 +221,7 @@ class CalibrationData(pl.LightningDataModule):
         first, count = (wanted - self._texts(wanted) for wanted in (self.samples, self.fine_tuning_samples))
         if count == 0:
             return [], [], []
-        source = self.source if self.source is not None else EasyVQA()
-        stream = SampleStream(source, limit=self.rows, check_images=False)
-        try:
-            samples = list(stream)
-        finally:
-            self._skipped = stream.skipped
+        samples = self._read_conversations(count)
         groups = spread_over_images(samples, count, generator, together=self.questions_per_image)
         pieces: list[list[Encoded]] = []
         unusable: list[Skipped] = []
@@ -226,7 +229,7 @@ class CalibrationData(pl.LightningDataModule):
             encoded, skipped = encode_conversations(group, self._processor, self.max_length, self.counted)
             pieces.append(encoded)
             unusable += skipped
-        self._skipped = stream.skipped + unusable
+        self._skipped += unusable
         refuse_too_many_skipped(unusable, sum(map(len, groups)))
         by_image = join_overlapping(group_by_image(list(chain.from_iterable(pieces[:first]))))
         kept, held_back = hold_back(by_image, self.holdout)
@@ -234,18 +237,30 @@ class CalibrationData(pl.LightningDataModule):
         more = [sample for sample in chain.from_iterable(pieces[first:]) if taken.isdisjoint(sample.images)]
         return kept, held_back, more
 
+    def _read_conversations(self, count: int) -> list[Sample]:
+        """All of them, or of a source that streams those of `count` images."""
+        source = self.source if self.source is not None else EasyVQA()
+        rows = rows_to_choose_from(source, count * self.questions_per_image, self.rows)
+        stream = SampleStream(source, limit=rows, check_images=False)
+        try:
+            samples = some_images(stream, count, self.seed) if source.streams else list(stream)
+        finally:
+            self._skipped, self._rows_read = stream.skipped, stream.position
+        if source.streams and is_first():
+            _LOG.info("conversations are chosen from the first %d rows of the stream", self._rows_read)
+        return samples
+
     def _encode_text(self, generator: torch.Generator) -> _Split:
         first, count = self._texts(self.samples), self._texts(self.fine_tuning_samples)
         if count == 0:
             return [], [], []
         source = self.text_source if self.text_source is not None else PydocProse()
-        windows = choose_windows(
-            SampleStream(source, limit=self.rows, check_images=False),
-            self._processor,
-            length=self.text_length,
-            count=count,
-            generator=generator,
-        )
+        stream = SampleStream(source, limit=self.rows, check_images=False)
+        try:
+            windows = choose_windows(stream, self._processor, length=self.text_length, count=count, generator=generator)
+        finally:
+            self._skipped += stream.skipped
+        refuse_too_many_skipped(stream.skipped, stream.position)  # it need not have been read to its end
         return *hold_back([[window] for window in windows[:first]], self.holdout), windows[first:]
 
     def _texts(self, samples: int) -> int:

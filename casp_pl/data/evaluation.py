@@ -1,18 +1,20 @@
 """What every stage is judged on: the same test questions about images and the same windows of held-out text."""
 
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
 from casp_pl.data.collate import pad_right
+from casp_pl.data.contents import digest_of
 from casp_pl.data.loaders import FixedLoader, dealt_out, in_batches
 from casp_pl.data.questions import QuestionCollator, QuestionGroup, batch_groups, choose_questions, encode_questions
 from casp_pl.data.sample import Sample
+from casp_pl.data.selection import some_images
 from casp_pl.data.skipped import Skipped, refuse_too_many_skipped
 from casp_pl.data.sources import DataSource, EasyVQA, PydocProse
-from casp_pl.data.stream import SampleStream
+from casp_pl.data.stream import SampleStream, rows_to_choose_from
 from casp_pl.data.tokenize import Encoded, Processor, encode_windows, takes_images
 from casp_pl.errors import ConfigError, InputError
 from casp_pl.processes import rank_and_count
@@ -88,6 +90,7 @@ class EvaluationData(pl.LightningDataModule):
             return
         if self._processor is None:
             raise RuntimeError("EvaluationData.attach(processor) comes before its loaders")
+        self._skipped = []
         self._windows = self._encode_text()
         self._groups = self._encode_questions()
 
@@ -103,7 +106,7 @@ class EvaluationData(pl.LightningDataModule):
 
     @property
     def counts(self) -> dict[str, Any]:
-        """Questions, images and text tokens that are evaluated, and the questions skipped, with the reasons."""
+        """Questions, images and text tokens that are evaluated; the questions and texts skipped, with the reasons."""
         self.setup()
         groups = self._groups or []
         return {
@@ -119,17 +122,33 @@ class EvaluationData(pl.LightningDataModule):
         self.setup()
         return [sample for group in self._groups or [] for sample in group.samples]
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over all questions with their answers, tokens and images, and over the tokens of all windows."""
+        self.setup()
+        questions = (
+            ((sample.id, sample.turns, sample.answers, sample.category, group.prefix.input_ids, suffix), sample.images)
+            for group in self._groups or []
+            for sample, suffix in zip(group.samples, group.suffixes, strict=True)
+        )
+        return digest_of(chain(questions, ((window.input_ids, ()) for window in self._windows)))
+
     def _encode_questions(self) -> list[QuestionGroup]:
         if self.questions == 0 or not takes_images(self._processor):
             return []
         source = self.source if self.source is not None else EasyVQA()
-        stream = SampleStream(source, "test", check_images=False)
-        samples = choose_questions(list(stream), self.questions, self.seed)
+        rows = rows_to_choose_from(source, self.questions)
+        stream = SampleStream(source, "test", limit=rows, check_images=False)
+        if source.streams and self.questions is not None:
+            samples = some_images(stream, self.questions, self.seed)
+        else:
+            samples = list(stream)
+        samples = choose_questions(samples, self.questions, self.seed)
         if not samples:
             raise InputError("The evaluation source has no questions: give another, or set evaluation.questions to 0")
-        groups, self._skipped = encode_questions(samples, self._processor)
-        refuse_too_many_skipped(self._skipped, len(samples))
-        self._skipped = stream.skipped + self._skipped
+        groups, unusable = encode_questions(samples, self._processor)
+        refuse_too_many_skipped(unusable, len(samples))
+        self._skipped += stream.skipped + unusable
         return groups
 
     def _encode_text(self) -> list[Encoded]:
@@ -144,6 +163,8 @@ class EvaluationData(pl.LightningDataModule):
                 f"evaluation.text_tokens is {self.text_tokens}, but the held-out text has only "
                 f"{len(windows) * self.window} tokens in windows of {self.window}: lower it"
             )
+        refuse_too_many_skipped(texts.skipped, texts.position)
+        self._skipped += texts.skipped
         return windows
 
 

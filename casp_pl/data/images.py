@@ -4,6 +4,7 @@ import struct
 import warnings
 import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -58,6 +59,10 @@ class LazyImage(ABC):
         """What messages call it."""
 
     @abstractmethod
+    def stored(self) -> Path | bytes:
+        """What it is a part of, as it is stored: a file, or the bytes of one."""
+
+    @abstractmethod
     def open(self) -> Image.Image:
         """The image, its header read and its pixels perhaps not yet.
 
@@ -77,20 +82,25 @@ class StoredImage(LazyImage):
 
     Attributes:
         name: what it is called; images of one name are one image.
-        data: the bytes of the file.
+        read: gives the bytes of the file. Where the row can be read again, they are not held.
     """
 
     name: str
-    data: bytes = field(repr=False, compare=False)
+    read: Callable[[], bytes] = field(repr=False, compare=False)
 
     def __str__(self) -> str:
         return self.name
 
+    def stored(self) -> bytes:
+        """The bytes of the file."""
+        return self.read()
+
     def open(self) -> Image.Image:
         """The image out of its bytes, in one of the formats that files may have."""
-        if not self.data:
+        data = self.read()
+        if not data:
             raise ImageRefusedError(self, "empty file")
-        return Image.open(BytesIO(self.data), formats=_FORMATS)
+        return Image.open(BytesIO(data), formats=_FORMATS)
 
 
 def load_image(path: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:

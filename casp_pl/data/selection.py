@@ -1,6 +1,9 @@
 """Which samples are taken: spread over the images, seeded, and never one image on both sides of a split."""
 
+import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from heapq import heappop, heappush
 from itertools import chain, islice, zip_longest
 from typing import TypeVar
 
@@ -29,6 +32,7 @@ __all__ = [
     "hold_back",
     "join_overlapping",
     "shuffled",
+    "some_images",
     "spread_over_images",
 ]
 
@@ -47,6 +51,31 @@ def group_by_image(samples: Sequence[S]) -> list[list[S]]:
     for sample in samples:
         groups.setdefault(sample.images or sample.id, []).append(sample)
     return list(groups.values())
+
+
+def some_images(samples: Iterable[Sample], count: int, seed: int) -> list[Sample]:
+    """All samples of `count` images, drawn with equal chances while the samples pass by, each of them held once.
+
+    An image has a number that its name and the seed make, and the lowest numbers win. So whatever has lost is let go at
+    once, and does not come back with a later sample.
+    """
+    kept: dict[object, list[Sample]] = {}
+    highest_first: list[tuple[int, object]] = []
+    for sample in samples:
+        key = sample.images or sample.id
+        if key in kept:
+            kept[key].append(replace(sample, images=kept[key][0].images))
+            continue
+        kept[key] = [sample]
+        heappush(highest_first, (-_drawn(sample, seed), key))
+        if len(kept) > count:
+            del kept[heappop(highest_first)[1]]
+    return list(chain.from_iterable(kept.values()))
+
+
+def _drawn(sample: Sample, seed: int) -> int:
+    name = " ".join(map(str, sample.images)) or sample.id
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest())
 
 
 def join_overlapping(groups: Sequence[Sequence[S]]) -> list[list[S]]:

@@ -22,11 +22,11 @@ def refuse_too_many_skipped(skipped: Sequence[Skipped], total: int) -> None:
     """More than 5 % of `total` left out is an error.
 
     Raises:
-        InputError: with both counts and the first sample left out.
+        InputError: with both counts and the first two samples left out.
     """
     if len(skipped) > MAX_SKIPPED_SHARE * total:
-        first = skipped[0]
+        named = zip(("first", "next"), skipped, strict=False)
         raise InputError(
             f"{len(skipped)} of {total} samples cannot be used (more than {MAX_SKIPPED_SHARE:.0%})\n"
-            f"The first is {first.id}: {first.reason}"
+            + "\n".join(f"The {place} is {sample.id}: {sample.reason}" for place, sample in named)
         )

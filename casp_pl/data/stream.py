@@ -1,4 +1,8 @@
-"""A source as a stream of usable samples: what is skipped is counted, and a stopped pass goes on where it was."""
+"""A source as a stream of usable samples: what is skipped is counted, and a stopped pass goes on where it was.
+
+Samples are chosen among all rows of a source, or of one that streams among its first ones: those that are needed, and
+as many more as `shuffle` of a stream of the package datasets has in its buffer unless it is told otherwise.
+"""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -10,7 +14,22 @@ from casp_pl.data.skipped import Skipped, refuse_too_many_skipped
 from casp_pl.data.sources import DataSource, Split
 from casp_pl.errors import ConfigError
 
-__all__ = ["SampleStream"]
+__all__ = ["SampleStream", "rows_to_choose_from"]
+
+_BUFFER = 1000
+
+
+def rows_to_choose_from(source: DataSource, needed: int | None, limit: int | None = None) -> int | None:
+    """How many of its first rows are looked at for `needed` of them; None for all.
+
+    Args:
+        source: the rows.
+        needed: None for all.
+        limit: what the user says, which counts before all else.
+    """
+    if limit is not None or needed is None or not source.streams:
+        return limit
+    return needed + _BUFFER
 
 
 class SampleStream:

@@ -35,6 +35,10 @@ class VideoFrame(LazyImage):
     def __str__(self) -> str:
         return f"{self.path}@{self.second:.3f}s"
 
+    def stored(self) -> Path:
+        """The file of the video."""
+        return self.path
+
     def open(self) -> Image.Image:
         """Seek and decode; only this frame stays in memory."""
         import av

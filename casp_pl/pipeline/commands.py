@@ -43,7 +43,7 @@ def fit(settings: RunSettings, *, override_memory: bool = False) -> int:
     """Compress, fine-tune, evaluate and save; goes on where an earlier run of the same recipe stopped."""
     RunDirectory.check_place(settings.run_dir)
     launch(settings.trainer)
-    prepared = prepare(settings)
+    prepared = prepare(settings, digest=True)
     estimate = planned_estimate(settings, prepared)
     _check_memory(estimate.memory_bytes, settings, override_memory)
     with RunDirectory.open(settings.run_dir, fingerprint(settings, prepared)) as run:

@@ -3,12 +3,14 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from rich.console import Console
 
 from casp_pl.checkpoint.atomic import write_bytes
 from casp_pl.console import make_console, print_table
+from casp_pl.data import CalibrationData, Mixture
 from casp_pl.data.contact_sheet import contact_sheet
 from casp_pl.data.counts import count_samples
 from casp_pl.data.images import ImageSource
@@ -35,8 +37,11 @@ def data(settings: RunSettings, *, out: Path | None = None) -> int:
         settings.data.setup()
     finally:  # where too much is skipped, what it is says more than the error
         _print_skipped(settings.data.skipped, console)
+    console.print(_looked_at(settings.data), soft_wrap=True)
     rows = [_row(name, samples) for name, samples in settings.data.parts.items()]
     print_table(_HEADER, rows, console)
+    if isinstance(settings.data.source, Mixture):
+        _print_shares(settings.data.source, list(chain(*settings.data.parts.values())), console)
     console.print(f"fingerprint: {settings.data.fingerprint}", soft_wrap=True)
     entries = _entries(settings.data.parts["calibration"], processor)
     if entries:
@@ -47,12 +52,33 @@ def data(settings: RunSettings, *, out: Path | None = None) -> int:
     return 0
 
 
+def _looked_at(data: CalibrationData) -> str:
+    rows = f"conversations are chosen from {data.counts['rows']:,} rows"
+    return f"{rows}: the source streams, and no more of it is read" if data.source and data.source.streams else rows
+
+
 def _row(name: str, samples: Sequence[Encoded]) -> list[str]:
     counts = count_samples(samples)
     total = max(1, counts["image_tokens"] + counts["text_tokens"])
     tokens = (counts["image_tokens"], counts["text_tokens"] - counts["counted_tokens"], counts["counted_tokens"])
     cells = [f"{counts[key]:,}" for key in ("samples", "conversations", "images")]
     return [name, *cells, *(f"{count:,} ({count / total:.1%})" for count in tokens)]
+
+
+def _print_shares(mixture: Mixture, samples: Sequence[Encoded], console: Console) -> None:
+    """What each source of a mixture has given, beside its weight; an id begins with the number of its source."""
+    rows = []
+    own = [[sample for sample in samples if sample.id.startswith(f"{n}/")] for n in range(len(mixture.sources))]
+    all_samples, all_tokens = sum(map(len, own)), sum(map(_tokens, own))
+    for number, (source, weight) in enumerate(zip(mixture.sources, mixture.weights, strict=True)):
+        count, tokens = len(own[number]), _tokens(own[number])
+        shares = (f"{count:,} ({count / max(1, all_samples):.1%})", f"{tokens:,} ({tokens / max(1, all_tokens):.1%})")
+        rows.append([f"{number} {type(source).__name__}", f"{weight:.1%}", *shares])
+    print_table(("source of the mixture", "weight", "samples", "tokens"), rows, console)
+
+
+def _tokens(samples: Sequence[Encoded]) -> int:
+    return sum(map(len, samples))
 
 
 def _print_skipped(skipped: Sequence[Skipped], console: Console) -> None:

@@ -1,15 +1,16 @@
 """What every command needs before it can start: model, processor, data on the right device."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from casp_pl.errors import ConfigError, InputError
 from casp_pl.models.adapter import ModelAdapter, adapt
+from casp_pl.models.digest import WeightDigest
 from casp_pl.models.skeleton import load_skeleton
 from casp_pl.models.soundness import require_finite_weights
 from casp_pl.pipeline.blocks import Batches
@@ -31,15 +32,27 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Prepared:
-    """The original model, ready to be measured and compressed."""
+    """The original model, ready to be measured and compressed.
+
+    Attributes:
+        adapter: the model.
+        processor: its processor.
+        device: where the recipe wants it.
+        weights: `WeightDigest` of all tensors; empty where nobody asked for it.
+    """
 
     adapter: ModelAdapter
     processor: Any
     device: torch.device
+    weights: str = ""
 
 
-def prepare(settings: RunSettings) -> Prepared:
+def prepare(settings: RunSettings, *, digest: bool = False) -> Prepared:
     """Load the model, tell the data its processor, check the settings that need the model.
+
+    Args:
+        settings: the recipe.
+        digest: take `Prepared.weights`; blocks on disk are read once for it and for the check of their values.
 
     Raises:
         ConfigError: no such device, or a budget that cannot be met.
@@ -48,14 +61,21 @@ def prepare(settings: RunSettings) -> Prepared:
     """
     pl.seed_everything(settings.seed, verbose=False)
     adapter, processor = settings.model.open(model_device(settings))
-    require_finite_weights(adapter.model)
+    weights = WeightDigest()
+
+    def check(part: nn.Module, prefix: str = "") -> None:
+        require_finite_weights(part, prefix)
+        if digest:
+            weights.add(part, prefix)
+
+    check(adapter.model)
     if adapter.stored is not None:
         precision = str(settings.trainer.get("precision"))
         if precision.endswith("-true") and precision != "32-true":
             raise ConfigError(f"trainer.precision: {precision} does not reach blocks on disk; set model.dtype instead.")
         for number, block in enumerate(adapter.originals()):
-            require_finite_weights(block, adapter.full_name(number, ""))
-    return _prepared(settings, adapter, processor)
+            check(block, adapter.full_name(number, ""))
+    return replace(_prepared(settings, adapter, processor), weights=weights.hexdigest() if digest else "")
 
 
 def prepare_outline(settings: RunSettings) -> tuple[Prepared, Mapping[str, torch.dtype] | None]:
@@ -127,28 +147,13 @@ def load_batches(settings: RunSettings, device: torch.device) -> RunBatches:
 
 
 def fingerprint(settings: RunSettings, prepared: Prepared) -> dict[str, Any]:
-    """What the artifacts of a run depend on: the recipe key by key, the model's weights, the samples."""
-    return {"recipe": settings.flat, "model": _weight_sum(prepared.adapter), "data": settings.data.fingerprint}
-
-
-def _weight_sum(adapter: ModelAdapter) -> str:
-    """The sum of all absolute values, exactly as written; the same whether the model is streamed or not."""
-    skeletons = [adapter.skeleton(number) for number in range(len(adapter.blocks))]
-    with adapter.with_blocks(skeletons) as model:
-        names = list(model.state_dict())
-    with adapter.with_blocks([]) as model:
-        sums = _sums(model.state_dict())
-    for number, block in enumerate(adapter.originals()):
-        sums |= {adapter.full_name(number, name): value for name, value in _sums(block.state_dict()).items()}
-    total = torch.zeros((), dtype=torch.float64)
-    for name in names:  # in this order, because the sum depends on it
-        total += sums.get(name, 0.0)
-    return float(total).hex()
-
-
-def _sums(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-    return {name: tensor.double().abs().sum().cpu() for name, tensor in floating.items()}
+    """What the artifacts of a run depend on: the recipe key by key, the weights, the samples, what it is judged on."""
+    return {
+        "recipe": settings.flat,
+        "model": prepared.weights,
+        "data": settings.data.fingerprint,
+        "evaluation": settings.evaluation.fingerprint,
+    }
 
 
 def on_device(batches: Iterable[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:

@@ -1,8 +1,19 @@
+import json
 from collections import Counter
 
 import pytest
 
-from casp_pl.data import EasyVQA, HuggingFaceText, LlavaJson, PydocProse, Sample, TextFiles, Turn
+from casp_pl.data import (
+    CalibrationData,
+    EasyVQA,
+    HuggingFaceText,
+    LlavaJson,
+    PydocProse,
+    Sample,
+    SampleStream,
+    TextFiles,
+    Turn,
+)
 from casp_pl.data.sources.pydoc_prose import prose_paragraphs
 from casp_pl.errors import ConfigError, InputError
 
@@ -46,6 +57,7 @@ def test_llava_json_reads_turns_and_strips_the_mark(llava_folder):
     assert second.image is None
 
 
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -57,20 +69,50 @@ def test_llava_json_reads_turns_and_strips_the_mark(llava_folder):
             "x7: 1 <image> marks in the text, but 2 images",
         ),
         (talk("Hi", "<image>", image="0.png", name="x7"), "x7: an <image> mark belongs in a question"),
-        (talk("<image>", "A bus.", image="../0.png", name="x7"), "x7: the image ../0.png lies outside"),
-        (talk("<image>", "A bus.", image="/0.png", name="x7"), "x7: the image /0.png lies outside"),
         (talk("Hi", "Hello", "Bye", name="x7"), "x7: the turns are"),
         ({"id": "x7"}, "x7: not a LLaVA conversation"),
         ({"id": "x7", "conversations": [{"from": "human"}, {"from": "gpt"}]}, "x7: not a LLaVA conversation"),
         (["x7"], "#0: not a LLaVA conversation"),
     ],
 )
-def test_llava_json_names_the_bad_sample(llava_folder, row, message):
+def test_llava_json_names_the_bad_sample(llava_folder, row, message, ending):
     images, write = llava_folder
-    with pytest.raises(InputError) as caught:
-        LlavaJson(path=write([row]), image_folder=images).load("train")
-    assert message in str(caught.value)
+    path = write([talk("Hi", "Ho"), row])
+    if ending == "jsonl":
+        path = path.with_suffix(".jsonl")
+        path.write_text(f"{json.dumps(talk('Hi', 'Ho'))}\n\n{json.dumps(row)}\n")
+    source = LlavaJson(path=path, image_folder=images)
+    good, bad = source.rows("train")
+    name, reason = message.split(": ", 1)
+    assert bad.id == f"{path.name}#1" + ("/x7" if name == "x7" else "")
+    assert bad.reason.startswith(f"{path}, {'line 3' if ending == 'jsonl' else 'row 1'}: {reason}")
+    with pytest.raises(InputError, match="1 of 2 samples cannot be used") as caught:
+        list(SampleStream(source))
+    assert f"The first is {bad.id}: {bad.reason}" in str(caught.value)
     assert str(caught.value).count("\n") < 3
+    assert source.load("train") == [good]
+
+
+@pytest.mark.parametrize("image", ["../0.png", "/0.png"])
+def test_an_image_outside_its_folder_ends_the_run(llava_folder, image):
+    images, write = llava_folder
+    with pytest.raises(InputError, match=f"x7: the image {image} lies outside"):
+        LlavaJson(path=write([talk("<image>", "A bus.", image=image, name="x7")]), image_folder=images).load("train")
+
+
+def test_malformed_rows_within_the_tolerance_are_skipped_and_told(tiny, llava_folder):
+    images, write = llava_folder
+    rows = [talk("<image>Hm?", f"{number}", image=f"{number}.png", name=f"{number}") for number in range(30)] * 2
+    rows[11], rows[40] = {"id": 4}, talk("<image>Hm?", "Ho", "Hm?", image="1.png")
+    path = write(rows).with_suffix(".jsonl")
+    lines = [json.dumps(row) for row in rows]
+    path.write_text("\n".join([*lines[:50], '{"id": ', *lines[51:]]))
+    data = CalibrationData(source=LlavaJson(path=path, image_folder=images), samples=30, text_ratio=0)
+    data.attach(tiny[1])
+    assert [entry["reason"].split(": ")[0] for entry in data.counts["skipped"]] == [
+        f"{path}, line {number}" for number in (12, 41, 51)
+    ]
+    assert data.counts["samples"] + data.counts["held_back_samples"] == 30
 
 
 def test_llava_json_bad_files(llava_folder, tmp_path):

@@ -141,8 +141,10 @@ def test_json_lists_in_pieces_are_what_json_says(tmp_path, monkeypatch, chunk):
         path = tmp_path / f"{name}.json"
         path.write_text(text, encoding="utf-8")
         expected = json.loads(text)
-        assert list(json_rows(path)) == expected
-        assert list(json_rows(path, 3)) == expected[3:]
+        assert [row.value for row in json_rows(path)] == expected
+        assert [(row.place, row.value) for row in json_rows(path, 3)] == [
+            (f"{path}, row {number}", value) for number, value in enumerate(expected)
+        ][3:]
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1, 2", "[1 2]", '[{"a": 1}', "[1, ]", "[}", '["a', "[1] 2"])
@@ -158,12 +160,30 @@ def test_json_lines(tmp_path):
     path.write_text('{"text": "one"}\n\n{"text": "two"}\n{"text": " "}\n{"text": "three"}\n')
     assert [sample.text for sample in TextFiles(path=path).load("train")] == ["one", "two", "three"]
     assert [row.text for row in TextFiles(path=tmp_path).rows("train", 2)] == ["three"]
-    assert list(json_rows(path, 1))[0] == {"text": "two"}
-    with pytest.raises(InputError, match=r"#0: no text in the column 'body', there is \['text'\]"):
-        TextFiles(path=path, column="body").load("train")
+    assert next(json_rows(path, 1)) == (f"{path}, line 3", {"text": "two"}, "")
+    with pytest.raises(InputError, match=r"#0: .*, line 1: no text in the column 'body', there is \['text'\]"):
+        list(SampleStream(TextFiles(path=path, column="body")))
     path.write_text('{"text": "one"}\n{"text": \n')
-    with pytest.raises(InputError, match=r"a\.jsonl, line 2"):
-        TextFiles(path=path).load("train")
+    with pytest.raises(InputError, match=r"a\.jsonl#1: .*a\.jsonl, line 2: not JSON"):
+        list(SampleStream(TextFiles(path=path)))
+
+
+def test_texts_that_are_read_in_part_are_held_to_the_same_tolerance(tiny, tmp_path):
+    def counts(broken, data):
+        lines = [json.dumps({"text": "ten plain words about nothing"} if n >= broken else n) for n in range(400)]
+        (tmp_path / "a.jsonl").write_text("\n".join(lines))
+        data.attach(tiny[1])
+        return data.counts
+
+    source = TextFiles(path=tmp_path / "a.jsonl", test_path=tmp_path / "a.jsonl")
+    for make in (
+        lambda: CalibrationData(text_source=source, samples=8, text_ratio=1, text_length=24, holdout=0),
+        lambda: EvaluationData(text_source=source, questions=0, text_tokens=1600, window=32),
+    ):
+        (skipped,) = counts(1, make())["skipped"]
+        assert skipped["reason"].endswith("a.jsonl, line 1: no text in the column 'text', there is int")
+        with pytest.raises(InputError, match=r"samples cannot be used \(more than 5%\)\nThe first is .*\nThe next is"):
+            counts(20, make())
 
 
 def test_conversations_in_json_lines(tmp_path):

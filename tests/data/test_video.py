@@ -122,7 +122,8 @@ def test_videos_in_conversations(llava_folder, folder, file, tmp_path, tiny):
 def test_bad_video_rows_are_named(llava_folder, row, tmp_path):
     question = row.pop("question", "<video>\nWhat?")
     row["conversations"] = [{"from": "human", "value": question}, {"from": "gpt", "value": "It grows."}]
-    with pytest.raises(InputError, match=r"Sample train\.json#0: a video goes with one <video> mark"):
-        LlavaJson(path=llava_folder[1]([row]), image_folder=tmp_path).load("train")
+    (skipped,) = LlavaJson(path=llava_folder[1]([row]), image_folder=tmp_path).rows("train")
+    assert skipped.id == "train.json#0"
+    assert "train.json, row 0: a video goes with one <video> mark" in skipped.reason
     with pytest.raises(ConfigError, match="frames is 0"):
         LlavaJson(path=tmp_path, image_folder=tmp_path, frames=0)

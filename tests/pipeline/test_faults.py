@@ -177,7 +177,7 @@ def test_another_model_or_other_data_in_the_same_directory_end_with_2(
     options = [*recipe, *rows, "--model.source", str(tmp_path / "model"), "--data.fine_tuning_samples", "null"]
     parser = recipe_parsers()["fit"]
     settings = settings_from(parser, parser.parse_args(options))
-    with RunDirectory.open(tmp_path / "run", fingerprint(settings, prepare(settings))):
+    with RunDirectory.open(tmp_path / "run", fingerprint(settings, prepare(settings, digest=True))):
         pass
     command = ["fit", *options, "--run_dir", str(tmp_path / "run")]
     other = load_tiny(seed=1)[0]

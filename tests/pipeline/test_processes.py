@@ -16,6 +16,11 @@ from safetensors.torch import load_file
 SINGLE_THREAD = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
+# each process but the first has nothing to calibrate, train, validate or evaluate on
+FEW = ["--data.samples", "2", "--data.text_ratio", "0", "--data.holdout", "0.5", "--data.fine_tuning_samples", "null"]
+FEW += ["--data.questions_per_image", "1", "--evaluation.questions", "1", "--evaluation.text_tokens", "64"]
+
+
 def command(recipe: list[str], folder: Path, processes: int) -> list[str]:
     # bfloat16 rounds each process's share of a gradient: then only most of what training does is the same
     settings = ["--trainer.precision", "32-true", "--codebook_update.every", "2", "--data.batch_size", "5"]
@@ -74,6 +79,18 @@ def test_processes_make_what_one_makes(processes: int, recipe: list[str], alone:
     assert_equal_runs(alone, tmp_path / "run")
     assert_equal_losses(alone, tmp_path / "run")
     assert output.count("calibration ") == 1, "the other processes are silent"
+
+
+@pytest.mark.slow
+def test_fewer_samples_than_processes(recipe: list[str], tmp_path: Path) -> None:
+    fast = [word.replace("llava_aqlm", "llava_gptq") for word in recipe]
+    for processes in (1, 2):
+        finish([*fast, *FEW], tmp_path / f"{processes}", processes)
+    assert_equal_runs(tmp_path / "1", tmp_path / "2")
+    assert_equal_losses(tmp_path / "1", tmp_path / "2")
+    data = json.loads((tmp_path / "2" / "report.json").read_text())["data"]
+    assert (data["calibration"]["samples"], data["calibration"]["held_back_samples"]) == (1, 1)
+    assert (data["evaluation"]["questions"], data["evaluation"]["text_tokens"]) == (1, 64)
 
 
 @pytest.mark.slow

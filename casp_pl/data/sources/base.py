@@ -16,7 +16,14 @@ Row: TypeAlias = Sample | Skipped
 
 
 class DataSource(ABC):
-    """Samples of a data set, row by row. Images are named and opened only when they are used."""
+    """Samples of a data set, row by row. Images are named and opened only when they are used.
+
+    Attributes:
+        streams: whether images come with their rows, so that a look at all rows would fetch all images and hold them;
+            of such a source only as many rows are looked at as are needed (`casp_pl.data.stream`).
+    """
+
+    streams: bool = False
 
     @abstractmethod
     def rows(self, split: Split, start: int = 0) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""Questions, answers and images of one row as a sample; what does not fit together is refused with its name."""
+"""Questions, answers and images of one row as a sample; what does not fit together is refused with the reason."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,26 +7,30 @@ from casp_pl.data.images import ImageSource
 from casp_pl.data.sample import IMAGE_MARK, Sample, Turn
 from casp_pl.errors import InputError
 
-__all__ = ["image_file", "make_sample", "split_turns"]
+__all__ = ["MalformedError", "image_file", "make_sample", "split_turns"]
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
-def split_turns(conversation: Sequence[dict[str, str]], name: str) -> tuple[list[str], list[str]]:
+class MalformedError(ValueError):
+    """A row that is no sample; its source skips it and tells where it stands."""
+
+
+def split_turns(conversation: Sequence[dict[str, str]]) -> tuple[list[str], list[str]]:
     """Questions and answers of a conversation: {"from", "value"} with human and gpt, or {"role", "content"}.
 
     Raises:
-        InputError: the turns do not alternate, or something else is in them.
+        MalformedError: the turns do not alternate, or something else is in them.
     """
     try:
         roles = [part["from"] if "from" in part else part["role"] for part in conversation]
         texts = [part["value"] if "value" in part else part["content"] for part in conversation]
     except (KeyError, TypeError) as error:
-        raise InputError(f"Sample {name}: not a LLaVA conversation ({type(error).__name__}: {error})") from error
+        raise MalformedError(f"not a LLaVA conversation ({type(error).__name__}: {error})") from error
     if not roles or [_ROLES.get(role) for role in roles] != ["user", "assistant"] * (len(roles) // 2):
-        raise InputError(f"Sample {name}: the turns are {roles[:6]}, not human, gpt, human, gpt, ...")
+        raise MalformedError(f"the turns are {roles[:6]}, not human, gpt, human, gpt, ...")
     if not all(isinstance(text, str) for text in texts):
-        raise InputError(f"Sample {name}: not a LLaVA conversation (a turn that is no text)")
+        raise MalformedError("not a LLaVA conversation (a turn that is no text)")
     return texts[::2], texts[1::2]
 
 
@@ -43,13 +47,13 @@ def make_sample(
         marks: how many marks there must be; None where they may also be left out, for images in front.
 
     Raises:
-        InputError: the number of marks is not that of the images, or an answer has one.
+        MalformedError: the number of marks is not that of the images, or an answer has one.
     """
     found = sum(text.count(IMAGE_MARK) for text in [*questions, *answers])
     if found != (marks if marks is not None else found and len(images)):
-        raise InputError(f"Sample {name}: {found} {IMAGE_MARK} marks in the text, but {len(images)} images")
+        raise MalformedError(f"{found} {IMAGE_MARK} marks in the text, but {len(images)} images")
     if any(IMAGE_MARK in answer for answer in answers):
-        raise InputError(f"Sample {name}: an {IMAGE_MARK} mark belongs in a question, one is in an answer")
+        raise MalformedError(f"an {IMAGE_MARK} mark belongs in a question, one is in an answer")
     turns = [Turn(question, answer) for question, answer in zip(questions, answers, strict=True)]
     if len(images) == 1 and IMAGE_MARK in questions[0]:  # as LLaVA itself does, wherever in the question it stands
         turns[0] = Turn(questions[0].replace(IMAGE_MARK, "").strip(), answers[0])

@@ -5,8 +5,9 @@ CSV, JSON, or images with a metadata file (imagefolder).
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from casp_pl.data.images import ImageSource, StoredImage
 from casp_pl.data.sample import IMAGE_MARK, Sample
 from casp_pl.data.skipped import Skipped
 from casp_pl.data.sources.base import DataSource, Row, Split
-from casp_pl.data.sources.conversations import make_sample, split_turns
+from casp_pl.data.sources.conversations import MalformedError, make_sample, split_turns
 from casp_pl.errors import ConfigError, InputError
 
 __all__ = ["HuggingFaceConversations", "HuggingFaceText"]
@@ -89,7 +90,8 @@ class HuggingFaceConversations(DataSource):
         image: the column of images, one or a list in each row; None for text alone.
         train_split: name of the split used for calibration.
         test_split: name of the split used for evaluation.
-        streaming: read rows as they are needed, instead of fetching all of the data set first.
+        streaming: read rows as they are needed, and no more rows than that, instead of fetching all of the data set
+            first; what `save_to_disk` wrote is here already, and any of its rows may be chosen.
     """
 
     def __init__(
@@ -118,23 +120,33 @@ class HuggingFaceConversations(DataSource):
         self.image = image
         self.splits = {"train": train_split, "test": test_split}
         self.streaming = streaming
+        self.streams = streaming and not _is_saved(name)
 
     def rows(self, split: Split, start: int = 0) -> Iterator[Row]:
-        """One sample per row, in the order of the data set; a row without an answer or with a lost image is skipped.
+        """One sample per row, in the order of the data set.
+
+        Skipped are rows without an answer, with a lost image, or that are no conversation.
 
         Raises:
-            InputError: the data set, its split or a column is missing, the hub cannot be reached, or a row is no
-                conversation.
+            InputError: the data set, its split or a column is missing, or the hub cannot be reached.
         """
         columns = [name for name in (self.conversations, self.question, self.answer, self.image) if name is not None]
         rows = _open(self.name, self.config, self.splits[split], columns, streaming=self.streaming)
         with _told(self.name, self.splits[split]):
-            for number, row in enumerate(_from(_undecoded(rows, self.image), start), start=start):
-                yield self._sample(row, f"{self.name}/{split}/{number}")
+            rows = _undecoded(rows, self.image)
+            for number, row in enumerate(_from(rows, start), start=start):
+                again = None if self.streams else partial(_bytes_again, rows, number, self.image)
+                yield self._row(row, f"{self.name}/{split}/{number}", again)
 
-    def _sample(self, row: dict[Any, Any], name: str) -> Row:
+    def _row(self, row: dict[Any, Any], name: str, again: Callable[[int], bytes] | None) -> Row:
+        try:
+            return self._sample(row, name, again)
+        except MalformedError as error:
+            return Skipped(name, str(error))
+
+    def _sample(self, row: dict[Any, Any], name: str, again: Callable[[int], bytes] | None) -> Row:
         if self.conversations is not None:
-            questions, answers = split_turns(row[self.conversations] or [], name)
+            questions, answers = split_turns(row[self.conversations] or [])
         else:
             answer = row[self.answer]
             answer = answer[0] if isinstance(answer, list) and answer else answer
@@ -144,21 +156,39 @@ class HuggingFaceConversations(DataSource):
         stored = [] if self.image is None else row[self.image]
         if stored is None and self.conversations is not None and not any(IMAGE_MARK in text for text in questions):
             stored = []  # a conversation without an image among others with one
-        images = [_image(image, self.name) for image in (stored if isinstance(stored, list) else [stored])]
+        stored = stored if isinstance(stored, list) else [stored]
+        images = [
+            _image(image, self.name, None if again is None else partial(again, place))
+            for place, image in enumerate(stored)
+        ]
         if None in images:
             return Skipped(name, f"no image in the column {self.image!r}")
         found = [image for image in images if image is not None]
         return make_sample(name, questions, answers, found, marks=None)
 
 
-def _image(stored: Any, name: str) -> ImageSource | None:
-    """A file of its own, or bytes, called by their hash: the same image in two rows is one image."""
+def _image(stored: Any, name: str, again: Callable[[], bytes] | None) -> ImageSource | None:
+    """A file of its own, or bytes, called by their hash: the same image in two rows is one image.
+
+    Where they can be read `again`, they are not kept.
+    """
     if isinstance(stored, dict) and stored.get("bytes") is None and stored.get("path"):
         return Path(stored["path"])
-    data = stored.get("bytes") if isinstance(stored, dict) else stored
+    data = _bytes_of(stored)
     if not isinstance(data, bytes):
         return None
-    return StoredImage(f"{name}#{hashlib.sha256(data).hexdigest()[:16]}", data)
+    return StoredImage(f"{name}#{hashlib.sha256(data).hexdigest()[:16]}", again or partial(bytes, data))
+
+
+def _bytes_of(stored: Any) -> Any:
+    return stored.get("bytes") if isinstance(stored, dict) else stored
+
+
+def _bytes_again(rows: Any, number: int, column: str | None, place: int) -> bytes:
+    """The bytes of an image of a row of a data set on disk."""
+    stored = rows[number][column]
+    data: bytes = _bytes_of(stored[place] if isinstance(stored, list) else stored)
+    return data
 
 
 def _undecoded(rows: Any, image: str | None) -> Any:
@@ -192,12 +222,17 @@ def _open(name: str, config: str | None, split: str, columns: Sequence[str], *, 
     return rows.select_columns(list(columns))
 
 
+def _is_saved(name: str) -> bool:
+    """Whether `save_to_disk` wrote that folder."""
+    return any((Path(name) / file).is_file() for file in _SAVED_TO_DISK)
+
+
 def _load(name: str, config: str | None, split: str, *, streaming: bool) -> Any:
     import datasets
 
     if not Path(name).is_dir():
         _check_hub(name)
-    elif any((Path(name) / file).is_file() for file in _SAVED_TO_DISK):
+    elif _is_saved(name):
         stored = datasets.load_from_disk(name)
         return stored[split] if isinstance(stored, datasets.DatasetDict) else stored
     return datasets.load_dataset(name, config, split=split, streaming=streaming)

@@ -4,35 +4,56 @@ import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from casp_pl.errors import InputError
 
-__all__ = ["json_rows"]
+__all__ = ["JsonRow", "json_rows"]
 
 _CHUNK = 1 << 20  # characters read at a time
 
 
-def json_rows(path: Path, start: int = 0) -> Iterator[Any]:
+class JsonRow(NamedTuple):
+    """A row, and where it stands.
+
+    Attributes:
+        place: file, and line or number of the row.
+        value: what is there.
+        problem: why there is nothing, of a line that is not JSON; else empty.
+    """
+
+    place: str
+    value: Any = None
+    problem: str = ""
+
+
+def json_rows(path: Path, start: int = 0) -> Iterator[JsonRow]:
     """The rows from number `start` on: the lines of a .jsonl file that are not blank, the elements of any other's list.
 
+    A line that is not JSON is a row with a problem. What stands behind a broken element of a list cannot be told.
+
     Raises:
-        InputError: no such file, or not what it should be; with the path, and the line or the number of the row.
+        InputError: no such file, not a list, or one that is broken; with the path, and the number of the row.
     """
     try:
         with path.open(encoding="utf-8") as file:
-            yield from _lines(file, path, start) if path.suffix == ".jsonl" else islice(_elements(file), start, None)
+            if path.suffix == ".jsonl":
+                yield from _lines(file, path, start)
+            else:
+                elements = islice(enumerate(_elements(file)), start, None)
+                yield from (JsonRow(f"{path}, row {number}", element) for number, element in elements)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"Cannot read {path}: {str(error).splitlines()[0]}") from error
 
 
-def _lines(file: TextIO, path: Path, start: int) -> Iterator[Any]:
+def _lines(file: TextIO, path: Path, start: int) -> Iterator[JsonRow]:
     filled = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
     for number, line in islice(filled, start, None):
+        place = f"{path}, line {number}"
         try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"Cannot read {path}, line {number}: {error}") from error
+            row = JsonRow(place, json.loads(line))
+        except (ValueError, RecursionError) as error:
+            row = JsonRow(place, problem=f"not JSON ({error})")
         yield row
 
 

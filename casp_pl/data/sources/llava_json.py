@@ -19,8 +19,8 @@ from casp_pl.data.images import ImageRefusedError
 from casp_pl.data.sample import IMAGE_MARK
 from casp_pl.data.skipped import Skipped
 from casp_pl.data.sources.base import DataSource, Row, Split
-from casp_pl.data.sources.conversations import image_file, make_sample, split_turns
-from casp_pl.data.sources.json_rows import json_rows
+from casp_pl.data.sources.conversations import MalformedError, image_file, make_sample, split_turns
+from casp_pl.data.sources.json_rows import JsonRow, json_rows
 from casp_pl.data.video import video_frames
 from casp_pl.errors import ConfigError, InputError
 
@@ -48,10 +48,13 @@ class LlavaJson(DataSource):
         self.frames = frames
 
     def rows(self, split: Split, start: int = 0) -> Iterator[Row]:
-        """One sample per conversation, in the order of the file; a video that cannot be opened is skipped.
+        """One sample per conversation, in the order of the file.
+
+        Skipped are rows that are no conversation, whose marks do not match their images, or whose video cannot be
+        opened.
 
         Raises:
-            InputError: a missing or malformed file, or a sample whose marks do not match its images.
+            InputError: a missing or malformed file, or an image outside its folder.
             ConfigError: the test split is wanted and `test_path` is not set.
         """
         path = self.path if split == "train" else self.test_path
@@ -60,23 +63,31 @@ class LlavaJson(DataSource):
         if not self.image_folder.is_dir():
             raise InputError(f"LlavaJson: the image folder {self.image_folder} does not exist")
         for number, row in enumerate(json_rows(path, start), start=start):
-            yield self._sample(row, f"{path.name}#{number}")
+            yield self._row(row, f"{path.name}#{number}")
+
+    def _row(self, row: JsonRow, name: str) -> Row:
+        if isinstance(row.value, dict) and isinstance(row.value.get("id"), str | int):
+            name = f"{name}/{row.value['id']}"
+        try:
+            if row.problem:
+                raise MalformedError(row.problem)
+            return self._sample(row.value, name)
+        except MalformedError as error:
+            return Skipped(name, f"{row.place}: {error}")
 
     def _sample(self, row: Any, name: str) -> Row:
-        if isinstance(row, dict) and isinstance(row.get("id"), str | int):
-            name = f"{name}/{row['id']}"
         try:
-            questions, answers = split_turns(row["conversations"], name)
+            questions, answers = split_turns(row["conversations"])
             images, video = row.get("image") or [], row.get("video")
             images = [images] if isinstance(images, str) else list(images)
             files = [image_file(self.image_folder, image, name) for image in images]
         except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"Sample {name}: not a LLaVA conversation ({type(error).__name__}: {error})") from error
+            raise MalformedError(f"not a LLaVA conversation ({type(error).__name__}: {error})") from error
         if video is None:
             return make_sample(name, questions, answers, files, marks=len(files))
         marks = sum(text.count(mark) for text in questions for mark in (IMAGE_MARK, _VIDEO_MARK))
         if files or marks != 1 or not isinstance(video, str):
-            raise InputError(f"Sample {name}: a video goes with one {_VIDEO_MARK} mark in a question, and no images")
+            raise MalformedError(f"a video goes with one {_VIDEO_MARK} mark in a question, and no images")
         try:
             frames = video_frames(image_file(self.image_folder, video, name), self.frames)
         except ImageRefusedError as error:

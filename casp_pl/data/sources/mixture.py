@@ -29,6 +29,7 @@ class Mixture(DataSource):
             raise ConfigError(f"Mixture: the weights {weights} must be above 0; leave out a source that is not wanted")
         self.sources = sources
         self.weights = [weight / sum(weights) for weight in weights]
+        self.streams = any(source.streams for source in sources)
 
     def rows(self, split: Split, start: int = 0) -> Iterator[Row]:
         """The rows in turns; the number of the source stands in front of each id.

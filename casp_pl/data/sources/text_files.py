@@ -5,6 +5,7 @@ from itertools import islice
 from pathlib import Path
 
 from casp_pl.data.sample import Sample
+from casp_pl.data.skipped import Skipped
 from casp_pl.data.sources.base import DataSource, Row, Split
 from casp_pl.data.sources.json_rows import json_rows
 from casp_pl.errors import ConfigError, InputError
@@ -29,10 +30,10 @@ class TextFiles(DataSource):
         self.column = column
 
     def rows(self, split: Split, start: int = 0) -> Iterator[Row]:
-        """One sample per file or line that is not blank, files by name.
+        """One sample per file or line that is not blank, files by name; a line without the column is skipped.
 
         Raises:
-            InputError: no such file, no text in the folder, a file that is not UTF-8, or a line without the column.
+            InputError: no such file, no text in the folder, or a file that is not UTF-8.
             ConfigError: the test split is wanted and `test_path` is not set.
         """
         path = self.path if split == "train" else self.test_path
@@ -44,20 +45,23 @@ class TextFiles(DataSource):
         files = sorted(file for file in path.rglob("*") if file.suffix in _ENDINGS) if path.is_dir() else [path]
         empty = True
         for file in files:
-            for name, text in self._lines(file) if file.suffix == ".jsonl" else [(str(file), _read(file))]:
-                if text.strip():
+            for row in self._lines(file) if file.suffix == ".jsonl" else [Sample(id=str(file), text=_read(file))]:
+                if isinstance(row, Skipped) or (row.text or "").strip():
                     empty = False
-                    yield Sample(id=name, text=text)
+                    yield row
         if empty:
             raise InputError(f"TextFiles: no text in {path}: give a .txt or .jsonl file or a folder that holds some")
 
-    def _lines(self, file: Path) -> Iterator[tuple[str, str]]:
-        for number, row in enumerate(json_rows(file)):
+    def _lines(self, file: Path) -> Iterator[Row]:
+        for number, (place, row, problem) in enumerate(json_rows(file)):
+            name = f"{file}#{number}"
             text = row.get(self.column) if isinstance(row, dict) else None
-            if not isinstance(text, str):
+            if isinstance(text, str):
+                yield Sample(id=name, text=text)
+            else:
                 keys = list(row) if isinstance(row, dict) else type(row).__name__
-                raise InputError(f"Sample {file}#{number}: no text in the column {self.column!r}, there is {keys}")
-            yield f"{file}#{number}", text
+                missing = f"no text in the column {self.column!r}, there is {keys}"
+                yield Skipped(name, f"{place}: {problem or missing}")
 
 
 def _read(file: Path) -> str:

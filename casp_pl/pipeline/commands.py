@@ -21,6 +21,7 @@ from casp_pl.errors import ConfigError, ResourceError
 from casp_pl.export import export_model
 from casp_pl.pipeline.block_files import BlockFiles
 from casp_pl.pipeline.chat import Models, open_conversations, read_questions
+from casp_pl.pipeline.divided import check_divided
 from casp_pl.pipeline.estimate import planned_estimate
 from casp_pl.pipeline.explain import ExplainSettings, explanation
 from casp_pl.pipeline.forecast import forecast_run
@@ -42,8 +43,10 @@ __all__ = ["explain", "export", "fit", "plan", "predict", "report", "test", "val
 def fit(settings: RunSettings, *, override_memory: bool = False) -> int:
     """Compress, fine-tune, evaluate and save; goes on where an earlier run of the same recipe stopped."""
     RunDirectory.check_place(settings.run_dir)
+    check_divided(settings)
     launch(settings.trainer)
     prepared = prepare(settings)
+    check_divided(settings, streams=prepared.adapter.stored is not None)
     estimate = planned_estimate(settings, prepared)
     _check_memory(estimate.memory_bytes, settings, override_memory)
     with RunDirectory.open(settings.run_dir, fingerprint(settings, prepared)) as run:
@@ -105,6 +108,7 @@ def _save(prepared: Prepared, blocks: BlockFiles, directory: Path, card: str) ->
 
 def plan(settings: RunSettings, *, json: bool = False, quick: bool = False) -> int:
     """Print what a fit will take and give, as tables or as JSON; writes nothing."""
+    check_divided(settings)
     forecast = forecast_run(settings, quick=quick)
     if json:
         print(dumps(forecast.to_json(), indent=1))

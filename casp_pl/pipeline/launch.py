@@ -14,7 +14,7 @@ from lightning.fabric.strategies.ddp import DDPStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from casp_pl.errors import ConfigError
-from casp_pl.pipeline.strategies import STRATEGIES
+from casp_pl.pipeline.strategies import STRATEGIES, several
 from casp_pl.processes import is_first
 
 __all__ = ["accelerator_type", "launch"]
@@ -39,7 +39,7 @@ def launch(trainer: Mapping[str, Any]) -> None:
     devices, nodes = trainer.get("devices"), int(trainer.get("num_nodes") or 1)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     strategy = trainer.get("strategy") or "auto"
-    if devices in (1, "1", None) and nodes == 1:
+    if not several(trainer):
         if started > 1:
             raise ConfigError(f"{started} processes were started, but trainer.devices is 1: set it to {started}.")
         return

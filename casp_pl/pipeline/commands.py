@@ -25,7 +25,7 @@ from casp_pl.pipeline.divided import check_divided
 from casp_pl.pipeline.estimate import planned_estimate
 from casp_pl.pipeline.explain import ExplainSettings, explanation
 from casp_pl.pipeline.forecast import forecast_run
-from casp_pl.pipeline.launch import launch
+from casp_pl.pipeline.launch import launched
 from casp_pl.pipeline.measure import Measurement
 from casp_pl.pipeline.model_card import model_card
 from casp_pl.pipeline.plan_text import print_forecast
@@ -44,7 +44,11 @@ def fit(settings: RunSettings, *, override_memory: bool = False) -> int:
     """Compress, fine-tune, evaluate and save; goes on where an earlier run of the same recipe stopped."""
     RunDirectory.check_place(settings.run_dir)
     check_divided(settings)
-    launch(settings.trainer)
+    with launched(settings.trainer):
+        return _fit_together(settings, override_memory=override_memory)
+
+
+def _fit_together(settings: RunSettings, *, override_memory: bool) -> int:
     prepared = prepare(settings)
     check_divided(settings, streams=prepared.adapter.stored is not None)
     estimate = planned_estimate(settings, prepared)

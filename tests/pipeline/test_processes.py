@@ -107,9 +107,14 @@ def test_a_killed_process_stops_the_other_and_the_run_goes_on_alone(
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_survivor_of_two_says_why_and_ends_with_5(
-    victim: int, recipe: list[str], start_together: Callable[..., list[subprocess.Popen[bytes]]], tmp_path: Path
+    victim: int,
+    recipe: list[str],
+    start_together: Callable[..., list[subprocess.Popen[bytes]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As under torchrun, where no process has started the other."""
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch tells of its lost store with frames of C++
     processes = start_together(command(recipe, tmp_path / "run", 2)[1:])
     wait_for_first_block(tmp_path / "run", processes[0])
     processes[victim].send_signal(signal.SIGKILL)

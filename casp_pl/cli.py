@@ -26,23 +26,23 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch.cli import LightningArgumentParser
 
 from casp_pl.callbacks import BitAllocation, CodebookUpdate, LowRankAllocation
-from casp_pl.checkpoint.atomic import is_disk_full, resource_error
 from casp_pl.console import setup_logging
 from casp_pl.data import CalibrationData
 from casp_pl.data.evaluation import EvaluationData
-from casp_pl.errors import CaspError, ConfigError, InputError, ResourceError
+from casp_pl.errors import ConfigError, InputError, StopRun
 from casp_pl.evaluation.scoring import AnswerRule
 from casp_pl.export import EXPORT_DTYPES, EXPORT_FORMATS
 from casp_pl.harness import HARNESSES, run_harness
 from casp_pl.models.compress import BlockQuantization
 from casp_pl.models.load import ModelSource
-from casp_pl.models.micro_batch import is_out_of_memory
 from casp_pl.modules import BlockwiseModule, CalibrationModule, EndToEndModule
 from casp_pl.pipeline import commands
 from casp_pl.pipeline.chat import Models
 from casp_pl.pipeline.data_report import data
 from casp_pl.pipeline.explain import ExplainSettings
+from casp_pl.pipeline.failures import Failure, failure_of
 from casp_pl.pipeline.settings import RunSettings
+from casp_pl.pipeline.watch import ToldByFirstError
 from casp_pl.quantizers import Quantizer
 
 __all__ = ["build_parser", "main", "recipe_parsers", "settings_from"]
@@ -65,14 +65,6 @@ _OWN_ARGUMENTS = {
 }
 _ALLOWED_PACKAGES = ("casp_pl", "lightning", "torch")
 _SOON = 0.05  # seconds
-
-
-class _StopRun(BaseException):
-    """SIGINT or SIGTERM: end at once, files stay whole, the run can go on later."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.exit_code = 128 + number
 
 
 def recipe_parsers() -> dict[str, LightningArgumentParser]:
@@ -230,18 +222,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     hook, threading.excepthook = threading.excepthook, threading.excepthook if verbose else _thread_failed
     try:
         return _run(arguments, verbose)
-    except CaspError as error:
-        return _fail(str(error), error.exit_code, verbose)
-    except _StopRun as stop:
-        return _fail(f"{stop}: what is finished is saved; the same command goes on from here.", stop.exit_code, verbose)
-    except Exception as error:
-        known = _resource_error(error)
-        if known is not None:
-            return _fail(str(known), known.exit_code, verbose)
-        # anything else is a bug of ours: say so in one line, the traceback on demand
-        reason = str(error).splitlines()[0] if str(error) else ""
-        message = f"Unexpected {type(error).__name__}: {reason}\nRun again with --verbose for the traceback."
-        return _fail(message, 1, verbose)
+    except ToldByFirstError as told:
+        return told.exit_code
+    except (Exception, StopRun) as error:
+        return _fail(failure_of(error), verbose)
     finally:
         threading.excepthook = hook
         for number, handler in previous.items():
@@ -331,21 +315,11 @@ def _known_keys(recipes: Mapping[str, LightningArgumentParser], arguments: Seque
     return list(recipes[command].get_defaults().keys())
 
 
-def _fail(message: str, code: int, verbose: bool) -> int:
+def _fail(failure: Failure, verbose: bool) -> int:
     if verbose:
         traceback.print_exc()
-    print("\n".join(message.splitlines()[:3]), file=sys.stderr)
-    return code
-
-
-def _resource_error(error: Exception) -> ResourceError | None:
-    """Memory that ran out and disks that are full, wherever it happened; None for any other error."""
-    if is_out_of_memory(error):
-        reason = (str(error).splitlines() or [""])[0][:200]
-        return ResourceError(f"Out of memory. {reason}\nLower data.batch_size, data.max_length or data.samples.")
-    if isinstance(error, OSError) and is_disk_full(error):
-        return resource_error(error, Path(error.filename or "a file of the run directory"))
-    return None
+    print("\n".join(failure.message.splitlines()[:3]), file=sys.stderr)
+    return failure.exit_code
 
 
 def _thread_failed(failed: threading.ExceptHookArgs) -> None:
@@ -355,7 +329,7 @@ def _thread_failed(failed: threading.ExceptHookArgs) -> None:
 
 def _stop(number: int, frame: FrameType | None) -> None:
     if not _is_in_finalizer(frame):
-        raise _StopRun(number)
+        raise StopRun(number)
     # Python drops what a finalizer raises, and the run would go on: once more when it is over
     signal.signal(signal.SIGALRM, lambda _, later: _stop(number, later))
     signal.setitimer(signal.ITIMER_REAL, _SOON)

@@ -1,6 +1,16 @@
 """Errors that end a run: each has the exit code that scripts read and a message of at most three lines."""
 
-__all__ = ["CaspError", "ConfigError", "InputError", "IntegrityError", "NumericsError", "ResourceError"]
+import signal
+
+__all__ = [
+    "CaspError",
+    "ConfigError",
+    "InputError",
+    "IntegrityError",
+    "NumericsError",
+    "ResourceError",
+    "StopRun",
+]
 
 
 class CaspError(Exception):
@@ -37,3 +47,13 @@ class IntegrityError(CaspError):
     """A file that is not what its manifest or its format says."""
 
     exit_code = 6
+
+
+class StopRun(BaseException):
+    """SIGINT or SIGTERM: end at once, files stay whole, the run can go on later."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(number).name}: what is finished is saved; the same command goes on from here."
+        )
+        self.exit_code = 128 + number

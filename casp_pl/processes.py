@@ -16,6 +16,8 @@ from casp_pl.errors import ResourceError
 __all__ = [
     "RowShare",
     "is_first",
+    "is_lost_connection",
+    "lost_process",
     "mean_of_all",
     "of_all",
     "process_count",
@@ -132,8 +134,18 @@ def _others_alive() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ResourceError(
-            f"Process {process_rank()} hears nothing of the others; one that has stopped said why. {reason}\n"
-            "What is finished is saved; the same command goes on from here."
-        ) from error
+        raise lost_process(error) from error
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether the backend (gloo, NCCL) raised it because another process cannot be reached."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
+
+
+def lost_process(error: BaseException) -> ResourceError:
+    """What to tell about the backend's error."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ResourceError(
+        f"Process {process_rank()} hears nothing of the others: one was killed or is out of reach. {reason}\n"
+        "What is finished is saved; the same command goes on from here."
+    )

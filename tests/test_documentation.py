@@ -19,7 +19,7 @@ from casp_pl.harness import HARNESSES
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUNNABLE = re.compile(r"<!-- runnable -->\n```(bash|yaml|python)\n(.*?)```", re.DOTALL)
-COMMAND = re.compile(r"^ *(?:\$ |srun )?(?:torchrun .*?-m|python -m) casp_pl ((?:[^\n\\]|\\\n)*)", re.MULTILINE)
+COMMAND = re.compile(r"^ *(?:\$ |srun .*)?(?:torchrun .*?-m|python -m) casp_pl ((?:[^\n\\]|\\\n)*)", re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?://)([^)#\s]+)(#[^)]*)?\)")
 
 

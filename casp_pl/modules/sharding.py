@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 Wrapping = Literal["fsdp", "fsdp2"]
+_PIXELS = ("pixel_values", "pixel_values_videos")
 _WRAPPED = "_fsdp_wrapped_module."
 
 
@@ -133,16 +134,18 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def _join_vision(self, batch: Mapping[str, Any]) -> None:
-        """A process without an image gives what the others need to gather the vision tower, by looking at a blank one.
+        """Every process calls the vision tower as often as the others, to gather it with them; blank images make up.
 
-        Where only some processes call a divided layer, all of them wait forever.
+        A tower sees all images (or tiles) of a batch at once, and likewise all frames of its videos. Where only some
+        processes call a divided layer, all of them wait forever.
         """
-        pixels = batch.get("pixel_values")
-        shapes = [shape for shape in of_all(None if pixels is None else tuple(pixels.shape[1:])) if shape]
-        if pixels is None and shapes:
-            head = self.adapter.head.weight
+        pixels = [batch[name] for name in _PIXELS if batch.get(name) is not None]
+        calls = of_all([tuple(image.shape[-3:]) for image in pixels])
+        most = max(calls, key=len)
+        head = self.adapter.head.weight
+        for shape in most[len(pixels) :]:
             tower: Any = getattr(self.model, "model", self.model).vision_tower
-            tower(torch.zeros(1, *shapes[0], dtype=head.dtype, device=head.device))
+            tower(torch.zeros(1, *shape, dtype=head.dtype, device=head.device))
 
 
 class ShardedStudent(NamedTuple):

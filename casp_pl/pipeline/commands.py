@@ -21,10 +21,11 @@ from casp_pl.errors import ConfigError, ResourceError
 from casp_pl.export import export_model
 from casp_pl.pipeline.block_files import BlockFiles
 from casp_pl.pipeline.chat import Models, open_conversations, read_questions
+from casp_pl.pipeline.divided import check_divided
 from casp_pl.pipeline.estimate import planned_estimate
 from casp_pl.pipeline.explain import ExplainSettings, explanation
 from casp_pl.pipeline.forecast import forecast_run
-from casp_pl.pipeline.launch import launch
+from casp_pl.pipeline.launch import launched
 from casp_pl.pipeline.measure import Measurement
 from casp_pl.pipeline.model_card import model_card
 from casp_pl.pipeline.plan_text import print_forecast
@@ -42,8 +43,14 @@ __all__ = ["explain", "export", "fit", "plan", "predict", "report", "test", "val
 def fit(settings: RunSettings, *, override_memory: bool = False) -> int:
     """Compress, fine-tune, evaluate and save; goes on where an earlier run of the same recipe stopped."""
     RunDirectory.check_place(settings.run_dir)
-    launch(settings.trainer)
+    check_divided(settings)
+    with launched(settings.trainer):
+        return _fit_together(settings, override_memory=override_memory)
+
+
+def _fit_together(settings: RunSettings, *, override_memory: bool) -> int:
     prepared = prepare(settings, digest=True)
+    check_divided(settings, streams=prepared.adapter.stored is not None)
     estimate = planned_estimate(settings, prepared)
     _check_memory(estimate.memory_bytes, settings, override_memory)
     with RunDirectory.open(settings.run_dir, fingerprint(settings, prepared)) as run:
@@ -105,6 +112,7 @@ def _save(prepared: Prepared, blocks: BlockFiles, directory: Path, card: str) ->
 
 def plan(settings: RunSettings, *, json: bool = False, quick: bool = False) -> int:
     """Print what a fit will take and give, as tables or as JSON; writes nothing."""
+    check_divided(settings)
     forecast = forecast_run(settings, quick=quick)
     if json:
         print(dumps(forecast.to_json(), indent=1))

@@ -15,7 +15,6 @@ from casp_pl.callbacks import Advance, BestState, CodebookUpdate, StageCheckpoin
 from casp_pl.checkpoint import RunDirectory
 from casp_pl.console import RunProgress
 from casp_pl.data.loaders import StatefulLoader
-from casp_pl.errors import ConfigError
 from casp_pl.models.activations import Keep
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.streams import autocast_to
@@ -48,9 +47,6 @@ class EndToEndStage:
         progress: shows the steps.
         broken: leaves out samples on which the original breaks down.
         keep: keeps activations.
-
-    Raises:
-        ConfigError: settings that a divided model cannot have.
     """
 
     def __init__(
@@ -85,8 +81,6 @@ class EndToEndStage:
         self.callbacks: list[pl.Callback] = [best, Advance(progress.advance, loop="train"), self.checkpoint]
         if self.arguments["update_codes"]:
             self.callbacks.insert(1, CodebookUpdate(**settings.codebook_update))
-        if self.wrapping is not None:
-            _check(settings, trainers, adapter, self.wrapping)
 
     def fit(self, blocks: BlockFiles, held_back: Batches) -> None:
         """Train the blocks of the stage before, and write them.
@@ -184,19 +178,3 @@ class _Steps:
         epoch, position = divmod(self.first, len(self.loader))
         self.loader.load_state_dict(self.loader.state_dict() | {"epoch": epoch, "position": position})
         return islice(chain.from_iterable(self.loader for _ in range(self.last)), len(self))
-
-
-def _check(settings: RunSettings, trainers: TrainerFactory, adapter: ModelAdapter, wrapping: Wrapping) -> None:
-    name = f"trainer.strategy {wrapping}"
-    if adapter.stored is not None:
-        raise ConfigError(f"{name} does not work with model.streaming: set it to false, or take ddp.")
-    if settings.end_to_end["update_codes"]:
-        raise ConfigError(f"{name} cannot change codes: set end_to_end.update_codes to false, or take ddp.")
-    if settings.end_to_end.get("compile_backend") is not None:
-        raise ConfigError(f"{name} does not compile blocks: set end_to_end.compile_backend to null, or take ddp.")
-    if settings.model.dtype != "float32":
-        raise ConfigError(f"{name} needs model.dtype float32, not {settings.model.dtype}; or take ddp.")
-    if str(trainers.working_precision) not in ("None", "32", "32-true", "bf16-mixed"):
-        raise ConfigError(
-            f"{name} computes in trainer.precision 32-true or bf16-mixed, not {trainers.working_precision}."
-        )

@@ -4,7 +4,8 @@ import ctypes
 import os
 import platform
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -14,13 +15,16 @@ from lightning.fabric.strategies.ddp import DDPStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from casp_pl.errors import ConfigError
-from casp_pl.pipeline.strategies import STRATEGIES
+from casp_pl.pipeline.strategies import STRATEGIES, several
+from casp_pl.pipeline.watch import watched
 from casp_pl.processes import is_first
 
-__all__ = ["accelerator_type", "launch"]
+__all__ = ["accelerator_type", "die_with_parent", "launched"]
 
 _BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # some of what processes say lies on the CPU everywhere
-_PATIENCE = timedelta(hours=2)  # with another process: the first one alone writes the model and the report
+_PATIENCE = timedelta(
+    hours=1
+)  # with another process: the longest that one works alone is a linear, or writing the model
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
 
@@ -30,16 +34,24 @@ def accelerator_type(trainer: Mapping[str, Any]) -> str:
     return "cuda" if chosen in ("gpu", "cuda") or (chosen == "auto" and torch.cuda.is_available()) else "cpu"
 
 
-def launch(trainer: Mapping[str, Any]) -> None:
-    """Start the run's other processes where `trainer` wants several, and join them; nothing for a single one.
+@contextmanager
+def launched(trainer: Mapping[str, Any]) -> Iterator[None]:
+    """Start the run's other processes where `trainer` wants several, and join them; inside, they work together.
 
     Raises:
         ConfigError: a strategy that does not exist here, or torchrun started more processes than `trainer` says.
+        ToldByFirstError: another process has failed, see `watched`.
     """
+    _launch(trainer)
+    with watched():
+        yield
+
+
+def _launch(trainer: Mapping[str, Any]) -> None:
     devices, nodes = trainer.get("devices"), int(trainer.get("num_nodes") or 1)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     strategy = trainer.get("strategy") or "auto"
-    if devices in (1, "1", None) and nodes == 1:
+    if not several(trainer):
         if started > 1:
             raise ConfigError(f"{started} processes were started, but trainer.devices is 1: set it to {started}.")
         return
@@ -52,5 +64,11 @@ def launch(trainer: Mapping[str, Any]) -> None:
         Fabric(accelerator=accelerator, devices=devices or 1, num_nodes=nodes, strategy=ddp).launch()
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from error
-    if not is_first() and platform.system() == "Linux":
-        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)  # not to outlive the process that started this one
+    if not is_first():
+        die_with_parent()
+
+
+def die_with_parent() -> None:
+    """Have the kernel end this process with the one that started it, whatever it waits for; on Linux only."""
+    if platform.system() == "Linux":
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)

@@ -15,7 +15,7 @@ from casp_pl.errors import InputError
 from casp_pl.evaluation import DecodeCost, ReferenceOutputs, measure_decoding
 from casp_pl.models.adapter import ModelAdapter, adapt
 from casp_pl.modules.evaluation import EvaluationModule
-from casp_pl.pipeline.launch import launch
+from casp_pl.pipeline.launch import launched
 from casp_pl.pipeline.measure import evaluation_module, stage_costs
 from casp_pl.pipeline.prepare import prepare
 from casp_pl.pipeline.settings import RunSettings
@@ -42,7 +42,11 @@ def side_by_side(settings: RunSettings, command: str) -> int:
         InputError: there is no compressed model, or nothing to evaluate.
     """
     directory = model_directory(settings)
-    launch(settings.trainer)
+    with launched(settings.trainer):
+        return _compare(settings, directory, command)
+
+
+def _compare(settings: RunSettings, directory: Path, command: str) -> int:
     prepared = prepare(settings)
     device = prepared.device
     stages = {"evaluate original": 1.0, "evaluate compressed": 1.0}

@@ -8,11 +8,21 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, St
 from casp_pl.modules.sharding import Wrapping
 from casp_pl.processes import process_count
 
-__all__ = ["STRATEGIES", "plain_strategy", "sharded_strategy", "wrapping_of"]
+__all__ = ["STRATEGIES", "chosen_wrapping", "plain_strategy", "several", "sharded_strategy", "wrapping_of"]
 
 _SHARDED: dict[str, Wrapping] = {"fsdp": "fsdp", "fsdp2": "fsdp2"}
 STRATEGIES = ("auto", "ddp", *_SHARDED)
 """Names for `trainer.strategy` with several processes."""
+
+
+def several(settings: Mapping[str, Any]) -> bool:
+    """Whether these settings of a Trainer ask for several processes."""
+    return settings.get("devices") not in (1, "1", None) or int(settings.get("num_nodes") or 1) > 1
+
+
+def chosen_wrapping(settings: Mapping[str, Any]) -> Wrapping | None:
+    """How the end-to-end stage is to divide the model, before the processes are started; None for not at all."""
+    return _SHARDED.get(str(settings.get("strategy"))) if several(settings) else None
 
 
 def wrapping_of(settings: Mapping[str, Any]) -> Wrapping | None:

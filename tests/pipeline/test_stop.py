@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from casp_pl.cli import _stop, _StopRun
+from casp_pl.cli import _stop
+from casp_pl.errors import StopRun
 
 
 def test_a_stop_inside_a_finalizer_comes_after_it() -> None:
@@ -22,7 +23,7 @@ def test_a_stop_inside_a_finalizer_comes_after_it() -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)}
     signal.signal(signal.SIGTERM, _stop)
     try:
-        with pytest.raises(_StopRun):
+        with pytest.raises(StopRun):
             work()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

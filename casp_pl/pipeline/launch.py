@@ -4,7 +4,7 @@ import ctypes
 import os
 import platform
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -15,9 +15,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from casp_pl.errors import ConfigError
 from casp_pl.pipeline.strategies import STRATEGIES
-from casp_pl.processes import is_first
+from casp_pl.processes import is_first, process_count
 
-__all__ = ["accelerator_type", "launch"]
+__all__ = ["accelerator_type", "launch", "processes_of", "sharing_processes"]
 
 _BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # some of what processes say lies on the CPU everywhere
 _PATIENCE = timedelta(hours=2)  # with another process: the first one alone writes the model and the report
@@ -30,13 +30,35 @@ def accelerator_type(trainer: Mapping[str, Any]) -> str:
     return "cuda" if chosen in ("gpu", "cuda") or (chosen == "auto" and torch.cuda.is_available()) else "cpu"
 
 
+def processes_of(trainer: Mapping[str, Any]) -> int:
+    """How many processes a run has: those that run, or before `launch` those that it will start."""
+    return process_count() if process_count() > 1 else _on_each(trainer) * _machines(trainer)
+
+
+def sharing_processes(trainer: Mapping[str, Any]) -> int:
+    """How many of them share one machine."""
+    return -(-processes_of(trainer) // _machines(trainer))
+
+
+def _machines(trainer: Mapping[str, Any]) -> int:
+    return int(trainer.get("num_nodes") or 1)
+
+
+def _on_each(trainer: Mapping[str, Any]) -> int:
+    """What `trainer.devices` says; one for what only Lightning can tell, such as auto."""
+    devices: Any = trainer.get("devices")
+    if isinstance(devices, Sequence) and not isinstance(devices, str):
+        return max(1, len(devices))
+    return max(1, int(devices)) if str(devices).isdigit() else 1
+
+
 def launch(trainer: Mapping[str, Any]) -> None:
     """Start the run's other processes where `trainer` wants several, and join them; nothing for a single one.
 
     Raises:
         ConfigError: a strategy that does not exist here, or torchrun started more processes than `trainer` says.
     """
-    devices, nodes = trainer.get("devices"), int(trainer.get("num_nodes") or 1)
+    devices, nodes = trainer.get("devices"), _machines(trainer)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     strategy = trainer.get("strategy") or "auto"
     if devices in (1, "1", None) and nodes == 1:

@@ -1,6 +1,6 @@
 """Figures of a model: answers to questions about images, perplexity, and the distance to the original model."""
 
-from casp_pl.evaluation.cost import DecodeCost, measure_decoding
+from casp_pl.evaluation.cost import DecodeCost, measure_decoding, resident_beside
 from casp_pl.evaluation.figures import StageFigures
 from casp_pl.evaluation.metrics import FlipRate, KLDivergence, Perplexity, VQAAccuracy
 from casp_pl.evaluation.paired import PairedAccuracy, PairedFigures
@@ -20,4 +20,5 @@ __all__ = [
     "VQAOutputs",
     "evaluate_vqa",
     "measure_decoding",
+    "resident_beside",
 ]

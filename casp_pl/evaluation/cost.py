@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DecodeCost", "measure_decoding", "tensor_bytes"]
+__all__ = ["DecodeCost", "measure_decoding", "resident_beside", "tensor_bytes"]
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -21,8 +21,8 @@ class DecodeCost:
     Attributes:
         tokens_per_second: new tokens a second after the prompt, the median of the repetitions.
         weights_bytes: weights and buffers as they lie in memory.
-        peak_memory_bytes: largest resident size of the process meanwhile, or on a GPU the largest allocation; None
-            where the system does not tell. The Python libraries are part of it.
+        peak_memory_bytes: largest resident size of the process meanwhile, or on a GPU the largest allocation, without
+            what it holds for other purposes; None where the system does not tell. The Python libraries are part of it.
     """
 
     tokens_per_second: float
@@ -35,7 +35,9 @@ class DecodeCost:
 
 
 @torch.no_grad()
-def measure_decoding(model: Any, *, prompt: int = 16, tokens: int = 32, repetitions: int = 3) -> DecodeCost:
+def measure_decoding(
+    model: Any, *, prompt: int = 16, tokens: int = 32, repetitions: int = 3, beside: int = 0
+) -> DecodeCost:
     """Decode greedily from a prompt of text, one token a step; the first repetition warms up and does not count.
 
     Args:
@@ -43,12 +45,25 @@ def measure_decoding(model: Any, *, prompt: int = 16, tokens: int = 32, repetiti
         prompt: tokens of the prompt.
         tokens: new tokens that are timed.
         repetitions: how often.
+        beside: bytes that the process has come to hold for other purposes, see `resident_beside`.
     """
     device = next(model.parameters()).device
     ids = torch.arange(prompt, device=device)[None] % model.get_input_embeddings().num_embeddings
+    _decode(model, ids, tokens)  # compiles what is compiled at first use
     restarted = _start_peak(device)
-    times = [_decode(model, ids, tokens) for _ in range(repetitions + 1)][1:]
-    return DecodeCost(tokens / statistics.median(times), tensor_bytes(model), _peak(device) if restarted else None)
+    times = [_decode(model, ids, tokens) for _ in range(repetitions)]
+    peak = _peak(device) - beside if restarted else None
+    return DecodeCost(tokens / statistics.median(times), tensor_bytes(model), peak)
+
+
+def resident_beside(model: nn.Module) -> int:
+    """Bytes that the process holds now and that are not this model's: its libraries, and what earlier work left.
+
+    0 on a GPU, where only allocations are counted, and where the system does not tell.
+    """
+    if next(model.parameters()).device.type == "cuda" or not _STATUS.is_file():
+        return 0
+    return max(0, _status("VmRSS") - tensor_bytes(model))
 
 
 def tensor_bytes(model: nn.Module) -> int:
@@ -90,5 +105,9 @@ def _start_peak(device: torch.device) -> bool:
 def _peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(name))
     return 1024 * int(line.split()[1])

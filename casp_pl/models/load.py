@@ -11,7 +11,7 @@ from casp_pl.errors import ConfigError, InputError
 from casp_pl.models.adapter import ModelAdapter, adapt
 from casp_pl.models.demo import load_demo, load_processor, load_tokenizer
 from casp_pl.models.hub import hub_directory
-from casp_pl.models.memory import fits_in_memory, has_room
+from casp_pl.models.memory import Memory, has_room
 from casp_pl.models.original import check_config, check_original
 from casp_pl.models.streamed import load_streamed
 from casp_pl.models.tiny import load_tiny
@@ -29,7 +29,7 @@ class ModelSource:
             `tiny` (random, for tests), or a directory or hub name of a model of the LLaVA family or LLaMA type.
         dtype: the type that everything is computed in; on a CPU float32 is by far the fastest.
         streaming: whether the decoder blocks stay on disk and are read one at a time; null does so where the model
-            does not fit into free memory comfortably. The results are the same.
+            does not fit into free memory comfortably (`streams`). The results are the same.
     """
 
     def __init__(
@@ -43,38 +43,35 @@ class ModelSource:
         self.dtype = dtype
         self.streaming = streaming
 
-    def open(self, device: torch.device) -> tuple[ModelAdapter, Any]:
-        """The adapter of the model on a device, streamed or in memory, and its processor.
+    def open(self, device: torch.device, *, streamed: bool = False) -> ModelAdapter:
+        """The adapter of the model on a device, in memory or streamed.
 
         Raises:
             InputError: the model cannot be found or read.
             IntegrityError: its files are broken or unsafe to read.
-            ConfigError: it cannot be streamed, but is to be.
         """
-        if self.source in _OWN and self.streaming:
-            raise ConfigError(f"model.streaming: '{self.source}' has no files to read from; set it to false.")
-        if self.source not in _OWN and self.streaming is not False:
-            directory = source_directory(self.source)
-            check_original(directory)
-            if self.streams(device):
-                factory, processor = factory_and_processor(self.source, directory)
-                dtype = getattr(torch, self.dtype)
-                return load_streamed(directory, factory, dtype=dtype, device=device), processor
-        model, processor = self.load()
-        return adapt(model.to(device)), processor
+        if not streamed:
+            return adapt(self.load()[0].to(device))
+        directory = source_directory(self.source)
+        check_original(directory)
+        factory, _ = factory_and_processor(self.source, directory)
+        return load_streamed(directory, factory, dtype=getattr(torch, self.dtype), device=device)
 
-    def streams(self, device: torch.device, *, weight_bytes: int | None = None) -> bool:
-        """Whether `open` leaves the decoder blocks of this model on disk.
+    def streams(self, weight_bytes: int, free: Memory) -> bool:
+        """Whether a run leaves the decoder blocks of this model on disk.
 
         Args:
-            device: where it is computed.
-            weight_bytes: of all weights in memory; None looks into its files, which are fetched first if need be.
+            weight_bytes: of all weights in memory.
+            free: for each process, before any weight is loaded.
+
+        Raises:
+            ConfigError: it is to be streamed, but cannot be.
         """
-        if self.source in _OWN or self.streaming is not None:
-            return bool(self.streaming)
-        if weight_bytes is not None:
-            return not has_room(weight_bytes, device)
-        return not fits_in_memory(source_directory(self.source), getattr(torch, self.dtype), device)
+        if self.source in _OWN:
+            if self.streaming:
+                raise ConfigError(f"model.streaming: '{self.source}' has no files to read from; set it to false.")
+            return False
+        return not has_room(weight_bytes, free) if self.streaming is None else self.streaming
 
     def load(self) -> tuple[Any, Any]:
         """A frozen model in evaluation mode and its processor (a tokenizer for a text model).

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from casp_pl.errors import InputError, IntegrityError
 
-__all__ = ["checked_weight_map", "has_safetensors", "tensor_files", "tensor_sizes", "weight_file"]
+__all__ = ["checked_weight_map", "has_safetensors", "tensor_files", "weight_file"]
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -43,19 +43,6 @@ def tensor_files(directory: Path) -> dict[str, Path]:
         raise InputError(f"{directory} holds no {_SINGLE} and no {_INDEX}: its weights cannot be read one by one.")
     with weight_file(directory / _SINGLE) as reader:
         return dict.fromkeys(reader.keys(), directory / _SINGLE)
-
-
-def tensor_sizes(directory: Path) -> dict[str, int]:
-    """Name of every tensor as it is stored -> its number of elements, from the headers alone."""
-    sizes = {}
-    for file in sorted(set(tensor_files(directory).values())):
-        with weight_file(file) as reader:
-            for name in reader.keys():  # noqa: SIM118 - not a mapping
-                elements = 1
-                for length in reader.get_slice(name).get_shape():
-                    elements *= length
-                sizes[name] = elements
-    return sizes
 
 
 def checked_weight_map(path: Path, index: Any) -> dict[str, str]:

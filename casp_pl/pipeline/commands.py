@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from json import dumps
 from pathlib import Path
 
-import psutil
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 
@@ -19,6 +18,7 @@ from casp_pl.checkpoint import verify as find_problems
 from casp_pl.console import RunProgress, make_console
 from casp_pl.errors import ConfigError, ResourceError
 from casp_pl.export import export_model
+from casp_pl.models.memory import Memory
 from casp_pl.pipeline.block_files import BlockFiles
 from casp_pl.pipeline.chat import Models, open_conversations, read_questions
 from casp_pl.pipeline.divided import check_divided
@@ -29,13 +29,14 @@ from casp_pl.pipeline.launch import launched
 from casp_pl.pipeline.measure import Measurement
 from casp_pl.pipeline.model_card import model_card
 from casp_pl.pipeline.plan_text import print_forecast
-from casp_pl.pipeline.prepare import Prepared, fingerprint, load_batches, prepare
+from casp_pl.pipeline.prepare import Prepared, fingerprint, load_batches, load_original, prepare_outline
 from casp_pl.pipeline.reporting import build_report, render_again
 from casp_pl.pipeline.run import CompressionRun
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.side_by_side import side_by_side
+from casp_pl.pipeline.stage_forecast import way_out
 from casp_pl.pipeline.trainers import TrainerFactory
-from casp_pl.processes import is_first, process_count, said_by_first
+from casp_pl.processes import is_first, said_by_first
 
 __all__ = ["explain", "export", "fit", "plan", "predict", "report", "test", "validate", "verify"]
 
@@ -49,10 +50,12 @@ def fit(settings: RunSettings, *, override_memory: bool = False) -> int:
 
 
 def _fit_together(settings: RunSettings, *, override_memory: bool) -> int:
-    prepared = prepare(settings, digest=True)
-    check_divided(settings, streams=prepared.adapter.stored is not None)
-    estimate = planned_estimate(settings, prepared)
-    _check_memory(estimate.memory_bytes, settings, override_memory)
+    outline, _ = prepare_outline(settings)
+    check_divided(settings, streams=outline.streamed)
+    estimate = planned_estimate(settings, outline)
+    if not override_memory:
+        _check_memory(estimate.memory, outline.free)
+    prepared = load_original(settings, outline, digest=True)
     with RunDirectory.open(settings.run_dir, fingerprint(settings, prepared)) as run:
         if is_first():
             write_text(run.path("config.yaml"), settings.recipe)
@@ -181,11 +184,13 @@ def export(directory: Path, out: Path, format: str, *, dtype: str | None = None)
     return 0
 
 
-def _check_memory(needed_each: int, settings: RunSettings, override: bool) -> None:
-    needed = needed_each * process_count() // int(settings.trainer.get("num_nodes") or 1)  # on one machine
-    free = psutil.virtual_memory().available
-    if needed > free and not override:
-        raise ResourceError(
-            f"The plan needs about {size(needed)} of memory, {size(free)} are free.\n"
-            "Lower data.samples, or start anyway with --override_memory."
-        )
+def _check_memory(needed: Mapping[str, Memory], free: Memory) -> None:
+    """Refuses before a weight is loaded; afterwards a machine that is too small would kill the process."""
+    for part, place in (("device", "memory"), ("host", "the host's memory")):
+        stage = max(needed, key=lambda name: getattr(needed[name], part))
+        wanted, there = getattr(needed[stage], part), getattr(free, part)
+        if wanted > there:
+            raise ResourceError(
+                f"The plan needs about {size(wanted)} of {place} a process ({stage}), {size(there)} are free.\n"
+                f"To need less: {way_out(stage)} Or start anyway with --override_memory."
+            )

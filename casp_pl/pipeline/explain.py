@@ -179,9 +179,11 @@ def _trade(plan: CompressionPlan, choices: BitChoices, levels: Sequence[int], nu
 
 
 def _measured(run: RunDirectory, entry: ModulePlan) -> list[str]:
-    if not run.has("report.json"):
-        return []
-    figures = next(item for item in run.read_json("report.json")["modules"] if item["name"] == entry.name)
+    """Figures of the finished linear; a report from before its quantization has none, or none of any linear."""
+    modules = run.read_json("report.json")["modules"] if run.has("report.json") else []
+    figures = next((item for item in modules if item["name"] == entry.name), None)
+    if figures is None or figures["relative_proxy_loss"] is None:
+        return ["measured after quantization: not yet; `fit` goes on from here and measures it."]
     return [
         f"measured after quantization: relative proxy loss {figures['relative_proxy_loss']:.2e},"
         f" {figures['bits_total']:.3f} bits a weight, everything counted."

@@ -1,7 +1,7 @@
 """What a run holds in memory at most, stage by stage, from shapes and counts.
 
-Every stage holds the process, the original model and what its own work needs; the heap takes somewhat more than what is
-in it. Letters: N tokens, I in, O out.
+Every stage holds the process, the original model, the batches and what its own work needs; the heap takes somewhat more
+than what is in it. Letters: N tokens, I in, O out.
 """
 
 from dataclasses import dataclass
@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from casp_pl.models.adapter import ModelAdapter
-from casp_pl.models.memory import PROCESS_BYTES
 from casp_pl.pipeline.planning import Workload
 
-__all__ = ["BlockShape", "stage_memory"]
+__all__ = ["BlockShape", "kept_activations", "stage_memory", "teacher_bytes"]
 
 _HEAP_SLACK = 1.38  # what the heap takes for what is in it; fitted to whole runs with AQLM and GPTQ
 _FLOAT = 4
@@ -32,6 +31,7 @@ class BlockShape:
         group_inputs: inputs of the linear groups of one block, together.
         model_bytes: of the original model's parameters.
         vocabulary: rows of the output head.
+        itemsize: bytes of a number that is computed with.
     """
 
     blocks: int
@@ -41,6 +41,7 @@ class BlockShape:
     group_inputs: int
     model_bytes: int
     vocabulary: int
+    itemsize: int
 
     @classmethod
     def of(cls, adapter: ModelAdapter) -> "BlockShape":
@@ -54,36 +55,57 @@ class BlockShape:
             group_inputs=sum(widths[group[0]][1] for group in adapter.linear_groups),
             model_bytes=sum(parameter.nbytes for parameter in adapter.model.parameters()),
             vocabulary=adapter.head.weight.shape[0],
+            itemsize=adapter.model.dtype.itemsize,
         )
 
 
-def stage_memory(shape: BlockShape, work: Workload, dtype: torch.dtype, kept_bytes: float) -> dict[str, int]:
-    """Bytes of the process by stage, at their largest.
+def stage_memory(
+    shape: BlockShape, work: Workload, dtype: torch.dtype, kept_bytes: float, codes: int
+) -> dict[str, int]:
+    """Bytes by stage, at their largest, without the process itself and without `kept_activations`.
 
     Args:
         shape: of the model.
-        work: what the recipe asks for.
+        work: what the recipe asks of this process.
         dtype: what blocks multiply matrices in.
         kept_bytes: see `BlockCosts.kept_bytes`.
+        codes: bytes of all compressed linears.
     """
-    all_tokens = work.tokens + work.held_back_tokens
-    codes = shape.blocks * shape.weights // 2  # at most 4 bits a weight, in memory until the end
     logits = 4 * min(work.batch_tokens, _LOGITS_AT_ONCE) * shape.vocabulary * _FLOAT
-    dense = shape.blocks * shape.weights * _FLOAT  # all compressed blocks, dequantized for an evaluation
+    dense = shape.blocks * shape.weights * shape.itemsize  # all compressed blocks, dequantized for an evaluation
     half = dtype.itemsize if dtype != torch.float32 else 0
     block = shape.weights * (_FLOAT + half)
     kept = work.batch_tokens * kept_bytes
-    streams = 3 * all_tokens * shape.hidden * _FLOAT
-    references = work.tokens * shape.group_inputs * dtype.itemsize
     moments = 3 * shape.widest**2 * _DOUBLE
+    window = 2 * codes * work.tuning_window // shape.blocks
     own = {
         "evaluate original": logits,
         "evaluate rtn": codes + dense + logits,
         "calibration": shape.blocks * shape.hidden**2 * _DOUBLE + 2 * shape.weights * half,
-        "quantize": codes + streams + references + moments + 2 * block,
+        "quantize": moments + 2 * block + codes // shape.blocks,
         "evaluate quantized": codes + dense + logits,
-        "block tuning": 2 * codes + streams + work.tuning_window * kept if work.tuning_epochs else 0,
-        "end to end": 2 * codes + shape.blocks * kept + logits if work.steps else 0,
-        "save": 2 * codes,
+        "block tuning": window + work.tuning_window * kept if work.tuning_epochs else 0,
+        "end to end": 2 * codes + shape.blocks * kept + logits + work.taught_bytes if work.steps else 0,
+        "save": codes,
     }
-    return {name: PROCESS_BYTES + int(_HEAP_SLACK * (shape.model_bytes + size)) for name, size in own.items()}
+    return {name: int(_HEAP_SLACK * (shape.model_bytes + work.batches_bytes + size)) for name, size in own.items()}
+
+
+def kept_activations(shape: BlockShape, work: Workload, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes by stage of what an `ActivationStore` is given and keeps at once; a stage without any is left out."""
+    state = shape.hidden * _FLOAT  # of a token between two blocks: of the original, of the compressed prefix, before it
+    all_tokens = work.tokens + work.held_back_tokens
+    kept = {
+        "calibration": work.tokens * state,
+        "quantize": work.tokens * (3 * state + shape.group_inputs * dtype.itemsize),
+    }
+    if work.tuning_epochs:
+        kept["block tuning"] = 3 * all_tokens * state
+    if work.steps:
+        kept["end to end"] = 2 * (work.taught_tokens + work.held_back_tokens) * state + teacher_bytes(shape, work)
+    return kept
+
+
+def teacher_bytes(shape: BlockShape, work: Workload) -> int:
+    """Bytes of the original's final states that end-to-end fine-tuning is held to; they lie in the host's memory."""
+    return work.counted_tokens * shape.hidden * _FLOAT if work.steps else 0

@@ -11,7 +11,6 @@ from casp_pl.allocation import CompressionPlan
 from casp_pl.checkpoint import RunDirectory
 from casp_pl.checkpoint.manifest import MANIFEST_NAME
 from casp_pl.checkpoint.stored_size import ModelSize, model_size
-from casp_pl.models.memory import free_memory
 from casp_pl.pipeline.bit_forecast import CurveEntry, GroupForecast, forecast_bits
 from casp_pl.pipeline.outline import compressed_outline
 from casp_pl.pipeline.prepare import Prepared, prepare_outline
@@ -34,7 +33,7 @@ class RunForecast:
         original_bytes: of the original's parameters, at 16 bits each.
         stages: in the order in which they run.
         seconds_from: where times come from.
-        memory_free: bytes that are available on this machine.
+        memory_free: bytes that each process can have, on the device that computes.
         disk_free: bytes that are free where the run directory lies.
         groups: by block or linear, as bits are given out.
         curve: size against predicted error, by rising size.
@@ -103,7 +102,7 @@ def forecast_run(settings: RunSettings, *, quick: bool = False) -> RunForecast:
         original_bytes=2 * sum(parameter.numel() for parameter in prepared.adapter.model.parameters()),
         stages=stages,
         seconds_from=seconds_from,
-        memory_free=free_memory(prepared.device),
+        memory_free=prepared.free.device,
         disk_free=disk_free(settings.run_dir),
         groups=groups,
         curve=curve,
@@ -111,12 +110,11 @@ def forecast_run(settings: RunSettings, *, quick: bool = False) -> RunForecast:
 
 
 def _plan(settings: RunSettings, prepared: Prepared) -> tuple[CompressionPlan, str]:
-    adapter = prepared.adapter
     if (settings.run_dir / MANIFEST_NAME).is_file():
         run = RunDirectory.read_only(settings.run_dir)
         if run.fingerprint.get("recipe") == settings.flat and run.has("plan.json"):
             return CompressionPlan.from_json(run.read_json("plan.json")), str(settings.run_dir / "plan.json")
-    return settings.bits.make_plan(adapter, settings.low_rank.choose(adapter, None), None), "prediction"
+    return prepared.predicted, "prediction"
 
 
 def _size_note(settings: RunSettings, size: ModelSize, plan_from: str) -> str:

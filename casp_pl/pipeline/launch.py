@@ -4,7 +4,7 @@ import ctypes
 import os
 import platform
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -17,9 +17,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from casp_pl.errors import ConfigError
 from casp_pl.pipeline.strategies import STRATEGIES, several
 from casp_pl.pipeline.watch import watched
-from casp_pl.processes import is_first
+from casp_pl.processes import is_first, process_count
 
-__all__ = ["accelerator_type", "die_with_parent", "launched"]
+__all__ = ["accelerator_type", "die_with_parent", "launched", "processes_of", "sharing_processes"]
 
 _BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # some of what processes say lies on the CPU everywhere
 _PATIENCE = timedelta(
@@ -32,6 +32,28 @@ def accelerator_type(trainer: Mapping[str, Any]) -> str:
     """`cuda` or `cpu`: what Lightning makes of `trainer.accelerator`."""
     chosen = trainer.get("accelerator") or "auto"
     return "cuda" if chosen in ("gpu", "cuda") or (chosen == "auto" and torch.cuda.is_available()) else "cpu"
+
+
+def processes_of(trainer: Mapping[str, Any]) -> int:
+    """How many processes a run has: those that run, or before `launch` those that it will start."""
+    return process_count() if process_count() > 1 else _on_each(trainer) * _machines(trainer)
+
+
+def sharing_processes(trainer: Mapping[str, Any]) -> int:
+    """How many of them share one machine."""
+    return -(-processes_of(trainer) // _machines(trainer))
+
+
+def _machines(trainer: Mapping[str, Any]) -> int:
+    return int(trainer.get("num_nodes") or 1)
+
+
+def _on_each(trainer: Mapping[str, Any]) -> int:
+    """What `trainer.devices` says; one for what only Lightning can tell, such as auto."""
+    devices: Any = trainer.get("devices")
+    if isinstance(devices, Sequence) and not isinstance(devices, str):
+        return max(1, len(devices))
+    return max(1, int(devices)) if str(devices).isdigit() else 1
 
 
 @contextmanager
@@ -48,7 +70,7 @@ def launched(trainer: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _launch(trainer: Mapping[str, Any]) -> None:
-    devices, nodes = trainer.get("devices"), int(trainer.get("num_nodes") or 1)
+    devices, nodes = trainer.get("devices"), _machines(trainer)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     strategy = trainer.get("strategy") or "auto"
     if not several(trainer):

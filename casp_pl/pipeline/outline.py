@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from casp_pl.allocation import CompressionPlan
+from casp_pl.layers import build_layer
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.surgery import install_layers
 from casp_pl.modules.parameters import trainable_parameters
 from casp_pl.quantizers import Quantizer
 from casp_pl.quantizers.low_rank import low_rank_spec
 
-__all__ = ["CompressedOutline", "compressed_outline", "plan_specs"]
+__all__ = ["CompressedOutline", "compressed_bytes", "compressed_outline", "plan_specs"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,12 @@ def compressed_outline(adapter: ModelAdapter, plan: CompressionPlan, quantizer: 
     trainable_parameters(blocks)
     trained = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     return CompressedOutline(model.requires_grad_(False), blocks, trained)
+
+
+def compressed_bytes(adapter: ModelAdapter, plan: CompressionPlan, quantizer: Quantizer) -> int:
+    """Bytes of all compressed linears in memory."""
+    layers = (build_layer(spec, device="meta") for spec in plan_specs(plan, adapter, quantizer).values())
+    return sum(tensor.nbytes for layer in layers for tensor in layer.state_dict().values())
 
 
 def plan_specs(plan: CompressionPlan, adapter: ModelAdapter, quantizer: Quantizer) -> dict[str, dict[str, Any]]:

@@ -34,6 +34,10 @@ class Workload:
         tuning_epochs: passes of the block tuning; 0 leaves it out.
         tuning_window: blocks that are tuned together.
         steps: optimizer steps of the end-to-end stage; 0 leaves it out.
+        taught_tokens: tokens of the samples that these steps see, each once.
+        counted_tokens: of these and those held back, the tokens that are trained on.
+        batches_bytes: of all batches of calibration, tuning and held back as tensors, pixels above all.
+        taught_bytes: likewise of those that the steps see.
     """
 
     blocks: int
@@ -44,6 +48,10 @@ class Workload:
     tuning_epochs: int
     tuning_window: int
     steps: int
+    taught_tokens: int
+    counted_tokens: int
+    batches_bytes: int
+    taught_bytes: int
 
 
 @dataclass(frozen=True)

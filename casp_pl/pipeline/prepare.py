@@ -8,13 +8,15 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from casp_pl.allocation import CompressionPlan
 from casp_pl.errors import ConfigError, InputError
 from casp_pl.models.adapter import ModelAdapter, adapt
 from casp_pl.models.digest import WeightDigest
+from casp_pl.models.memory import Memory, free_memory
 from casp_pl.models.skeleton import load_skeleton
 from casp_pl.models.soundness import require_finite_weights
 from casp_pl.pipeline.blocks import Batches
-from casp_pl.pipeline.launch import accelerator_type
+from casp_pl.pipeline.launch import accelerator_type, sharing_processes
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.processes import process_count
 
@@ -23,6 +25,7 @@ __all__ = [
     "RunBatches",
     "fingerprint",
     "load_batches",
+    "load_original",
     "model_device",
     "on_device",
     "prepare",
@@ -35,33 +38,47 @@ class Prepared:
     """The original model, ready to be measured and compressed.
 
     Attributes:
-        adapter: the model.
-        processor: its processor.
-        device: where the recipe wants it.
+        adapter: the model; an outline's is on the meta device, whatever `device` says.
+        processor: of the model.
+        device: where the model is computed.
+        free: memory that each process had before any weight was loaded.
+        streamed: whether the decoder blocks stay on disk.
+        predicted: the plan as far as it is known before calibration.
         weights: `WeightDigest` of all tensors; empty where nobody asked for it.
     """
 
     adapter: ModelAdapter
     processor: Any
     device: torch.device
+    free: Memory
+    streamed: bool
+    predicted: CompressionPlan
     weights: str = ""
 
 
-def prepare(settings: RunSettings, *, digest: bool = False) -> Prepared:
-    """Load the model, tell the data its processor, check the settings that need the model.
+def prepare(settings: RunSettings) -> Prepared:
+    """`prepare_outline`, then `load_original`."""
+    return load_original(settings, prepare_outline(settings)[0])
+
+
+def load_original(settings: RunSettings, outline: Prepared, *, digest: bool = False) -> Prepared:
+    """The same with the model's weights.
 
     Args:
         settings: the recipe.
+        outline: of `prepare_outline`.
         digest: take `Prepared.weights`; blocks on disk are read once for it and for the check of their values.
 
     Raises:
-        ConfigError: no such device, or a budget that cannot be met.
-        InputError: the model or the data cannot be read.
+        ConfigError: a precision that a streamed model cannot be computed in.
+        InputError: the model cannot be read.
         NumericsError: a weight is NaN or infinite.
     """
+    precision = str(settings.trainer.get("precision"))
+    if outline.streamed and precision.endswith("-true") and precision != "32-true":
+        raise ConfigError(f"trainer.precision: {precision} does not reach blocks on disk; set model.dtype instead.")
     pl.seed_everything(settings.seed, verbose=False)
-    adapter, processor = settings.model.open(model_device(settings))
-    weights = WeightDigest()
+    adapter, weights = settings.model.open(outline.device, streamed=outline.streamed), WeightDigest()
 
     def check(part: nn.Module, prefix: str = "") -> None:
         require_finite_weights(part, prefix)
@@ -69,36 +86,34 @@ def prepare(settings: RunSettings, *, digest: bool = False) -> Prepared:
             weights.add(part, prefix)
 
     check(adapter.model)
-    if adapter.stored is not None:
-        precision = str(settings.trainer.get("precision"))
-        if precision.endswith("-true") and precision != "32-true":
-            raise ConfigError(f"trainer.precision: {precision} does not reach blocks on disk; set model.dtype instead.")
+    if outline.streamed:
         for number, block in enumerate(adapter.originals()):
             check(block, adapter.full_name(number, ""))
-    return replace(_prepared(settings, adapter, processor), weights=weights.hexdigest() if digest else "")
+    return replace(outline, adapter=adapter, weights=weights.hexdigest() if digest else "")
 
 
 def prepare_outline(settings: RunSettings) -> tuple[Prepared, Mapping[str, torch.dtype] | None]:
-    """As `prepare`, but no weight is read: the model is on the meta device, whatever `device` says.
+    """Tell the data the model's processor, check the settings that need the model, decide whether to stream it.
+
+    No weight is read. The processes of a run call this together.
 
     Returns:
-        What `prepare` returns, and `Skeleton.headers`.
+        The model without its weights, and `Skeleton.headers`.
 
     Raises:
         ConfigError: no such device, or a budget that cannot be met.
         InputError: the model or the data cannot be read.
     """
-    skeleton = load_skeleton(settings.model)
-    return _prepared(settings, adapt(skeleton.model), skeleton.processor), skeleton.headers
-
-
-def _prepared(settings: RunSettings, adapter: ModelAdapter, processor: Any) -> Prepared:
+    skeleton, device = load_skeleton(settings.model), model_device(settings)
+    adapter = adapt(skeleton.model)
+    free = free_memory(device, sharing_processes(settings.trainer))
+    streamed = settings.model.streams(sum(parameter.nbytes for parameter in adapter.model.parameters()), free)
     settings.bits.attach(settings.quantizer, settings.low_rank)
-    settings.data.attach(processor)
-    settings.evaluation.attach(processor)
+    settings.data.attach(skeleton.processor)
+    settings.evaluation.attach(skeleton.processor)
     # an impossible budget or rank is found now, not after an hour
-    settings.bits.make_plan(adapter, settings.low_rank.choose(adapter, None), None)
-    return Prepared(adapter, processor, model_device(settings))
+    predicted = settings.bits.make_plan(adapter, settings.low_rank.choose(adapter, None), None)
+    return Prepared(adapter, skeleton.processor, device, free, streamed, predicted), skeleton.headers
 
 
 def model_device(settings: RunSettings) -> torch.device:

@@ -265,5 +265,5 @@ class CompressionRun:
 
 def activation_store(settings: RunSettings, adapter: ModelAdapter) -> ActivationStore:
     """Keeps activations of a run as its recipe says; `auto` leaves memory for the work on one block."""
-    needed = streaming_memory(adapter, 0, dtype=adapter.model.dtype, on_disk=True)
+    needed = streaming_memory(adapter)
     return ActivationStore(settings.activations, settings.run_dir, reserve=needed.block + needed.moments)

@@ -1,6 +1,5 @@
 """`test` and `validate`: original and compressed on the same samples, compared question by question."""
 
-import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +11,11 @@ from casp_pl.callbacks.report import StageRow
 from casp_pl.checkpoint import load_compressed, write_text
 from casp_pl.console import RunProgress, make_console
 from casp_pl.errors import InputError
-from casp_pl.evaluation import DecodeCost, ReferenceOutputs, measure_decoding
+from casp_pl.evaluation import DecodeCost, PairedFigures, ReferenceOutputs, measure_decoding, resident_beside
 from casp_pl.models.adapter import ModelAdapter, adapt
-from casp_pl.modules.evaluation import EvaluationModule
 from casp_pl.pipeline.launch import launched
 from casp_pl.pipeline.measure import evaluation_module, stage_costs
+from casp_pl.pipeline.memory import release_memory
 from casp_pl.pipeline.prepare import prepare
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import TrainerFactory
@@ -27,8 +26,11 @@ __all__ = ["model_directory", "side_by_side"]
 
 class _Measured(NamedTuple):
     row: StageRow
-    module: EvaluationModule
+    outputs: ReferenceOutputs
+    paired: PairedFigures | None
+    rule_figures: dict[str, float]
     decoding: DecodeCost
+    beside: int
 
 
 def side_by_side(settings: RunSettings, command: str) -> int:
@@ -52,22 +54,20 @@ def _compare(settings: RunSettings, directory: Path, command: str) -> int:
     stages = {"evaluate original": 1.0, "evaluate compressed": 1.0}
     with RunProgress(stages, enabled=is_first(), verbose=settings.verbose) as progress:
         original = _measure("original", prepared.adapter, prepared.processor, settings, None, progress)
-        # two 7B models need not fit in memory together
-        original.module.model = None
-        del prepared
-        gc.collect()
+        del prepared  # two 7B models need not fit in memory together
+        release_memory()
         model, processor = load_compressed(directory, device=device)
         settings.evaluation.attach(processor)
-        compressed = _measure("compressed", adapt(model), processor, settings, original.module.outputs, progress)
+        compressed = _measure("compressed", adapt(model), processor, settings, original, progress)
     source = settings.evaluation.source
     comparison = ModelComparison(
         data="easy-VQA" if source is None else type(source).__name__,
         rule=type(settings.scoring).__name__,
         original=original.row,
         compressed=compressed.row,
-        paired=compressed.module.comparison(),
-        rule_original=original.module.rule_figures(),
-        rule_compressed=compressed.module.rule_figures(),
+        paired=compressed.paired,
+        rule_original=original.rule_figures,
+        rule_compressed=compressed.rule_figures,
         decode_original=original.decoding,
         decode_compressed=compressed.decoding,
     )
@@ -93,18 +93,23 @@ def _measure(
     adapter: ModelAdapter,
     processor: Any,
     settings: RunSettings,
-    reference: ReferenceOutputs | None,
+    original: _Measured | None,
     progress: RunProgress,
 ) -> _Measured:
+    reference = None if original is None else original.outputs
     module = evaluation_module(adapter.model, processor, settings.evaluation, settings.scoring, reference)
     trainer = TrainerFactory(settings.trainer, None).make(callbacks=[Advance(progress.advance, loop="test")])
     with progress.stage(f"evaluate {name}", sum(map(len, settings.evaluation.test_dataloader()))):
-        decoding = measure_decoding(adapter.model)  # first: a Trainer leaves the model on the CPU
+        release_memory()  # what loading left behind is not the model's
+        beside = resident_beside(adapter.model)
+        more = 0 if original is None else beside - original.beside  # the original's outputs, and its evaluation's rest
+        decoding = measure_decoding(adapter.model, beside=more)  # first: a Trainer leaves the model on the CPU
         trainer.test(module, datamodule=settings.evaluation, verbose=False)
-        if module.figures is None:
+        if module.figures is None or module.outputs is None:
             raise InputError("evaluation: there is nothing to evaluate; set evaluation.questions or text_tokens.")
-    costs = stage_costs("original" if reference is None else "end_to_end", adapter, list(adapter.blocks))
-    return _Measured(replace(costs, **module.figures.to_dict()), module, decoding)
+    costs = stage_costs("original" if original is None else "end_to_end", adapter, list(adapter.blocks))
+    row = replace(costs, **module.figures.to_dict())
+    return _Measured(row, module.outputs, module.comparison(), module.rule_figures(), decoding, beside)
 
 
 def _publish(comparison: ModelComparison, folder: Path, stem: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from casp_pl.allocation import CompressionPlan
 from casp_pl.checkpoint.stored_size import ModelSize, run_file_bytes
-from casp_pl.models.memory import free_memory
+from casp_pl.models.memory import Memory
 from casp_pl.models.surgery import layer_specs
 from casp_pl.pipeline.estimate import memory_by_stage, quick_block_costs, stage_weights, workload
 from casp_pl.pipeline.outline import CompressedOutline
@@ -18,7 +18,7 @@ from casp_pl.pipeline.probe import measured_block_costs, one_block_model
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import TrainerFactory
 
-__all__ = ["StageForecast", "disk_free", "forecast_stages", "judged_stages"]
+__all__ = ["StageForecast", "disk_free", "forecast_stages", "judged_stages", "way_out"]
 
 _PROBE_BATCHES = 2
 _WAYS_OUT = {
@@ -29,6 +29,7 @@ _WAYS_OUT = {
     "end to end": "set end_to_end.activation_checkpointing, lower data.batch_size, or leave it out (steps 0).",
     "save": "close other programs.",
 }
+_OTHER_MEMORY = "set model.streaming to true, or activations to disk."
 _OTHER_DISK = "free some, or give --run_dir on another one."
 
 
@@ -41,7 +42,8 @@ class StageForecast:
         seconds: expected wall time, and the interval from `seconds_low` to `seconds_high`.
         seconds_low: see `seconds`.
         seconds_high: see `seconds`.
-        memory_bytes: of the process at its largest.
+        memory_bytes: of the process at its largest, on the device that computes.
+        host_bytes: likewise of the host's memory beside a GPU; 0 without one.
         disk_bytes: written by this stage.
         fits: whether memory, and the disk with what earlier stages write, are free here now.
         way_out: what to change where it does not fit; empty where it does.
@@ -52,6 +54,7 @@ class StageForecast:
     seconds_low: float
     seconds_high: float
     memory_bytes: int
+    host_bytes: int
     disk_bytes: int
     fits: bool
     way_out: str
@@ -78,13 +81,12 @@ def forecast_stages(
     """
     work = workload(settings, prepared.adapter)
     block = quick_block_costs(settings, prepared, work) if quick else _measured(settings, prepared, plan)
-    weight_bytes = sum(parameter.nbytes for parameter in prepared.adapter.model.parameters())
     stages = judged_stages(
         stage_weights(settings, block, work),
-        memory_by_stage(settings, prepared, work, block, weight_bytes=weight_bytes),
+        memory_by_stage(settings, prepared, work, block),
         _stage_disk(settings, prepared, size, outline),
         spread=block.spread,
-        memory_free=free_memory(prepared.device),
+        memory_free=prepared.free,
         disk_free=disk_free(settings.run_dir),
     )
     return stages, block.source
@@ -92,21 +94,21 @@ def forecast_stages(
 
 def judged_stages(
     seconds: Mapping[str, float],
-    memory: Mapping[str, int],
+    memory: Mapping[str, Memory],
     disk: Mapping[str, int],
     *,
     spread: float,
-    memory_free: int,
+    memory_free: Memory,
     disk_free: int,
 ) -> tuple[StageForecast, ...]:
     """Every stage, and whether this machine has what it needs.
 
     Args:
         seconds: by stage, in the order in which they run.
-        memory: bytes by stage; a stage that is left out needs what `evaluate quantized` needs.
+        memory: by stage; a stage that is left out needs what `evaluate quantized` needs.
         disk: bytes that a stage writes; evaluations are one entry, `evaluate`.
         spread: share by which a stage may take more or less time.
-        memory_free: bytes.
+        memory_free: for each process.
         disk_free: bytes.
     """
     stages, written = [], 0
@@ -114,11 +116,19 @@ def judged_stages(
         kind = "evaluate" if name.startswith("evaluate") else name
         needed, added = memory.get(name, memory["evaluate quantized"]), disk[kind]
         written += added
-        ways = [] if needed <= memory_free else [f"Memory: {_WAYS_OUT[kind]}"]
+        ways = [] if needed.device <= memory_free.device else [f"Memory: {way_out(name)}"]
+        ways += [] if needed.host <= memory_free.host else [f"The host's memory: {_OTHER_MEMORY}"]
         ways += [] if written <= disk_free else [f"Disk: {_OTHER_DISK}"]
         low, high = expected * (1 - spread), expected * (1 + spread)
-        stages.append(StageForecast(name, expected, low, high, needed, added, not ways, " ".join(ways)))
+        stages.append(
+            StageForecast(name, expected, low, high, needed.device, needed.host, added, not ways, " ".join(ways))
+        )
     return tuple(stages)
+
+
+def way_out(stage: str) -> str:
+    """What to change where a stage needs more memory than there is."""
+    return _WAYS_OUT["evaluate" if stage.startswith("evaluate") else stage]
 
 
 def _measured(settings: RunSettings, prepared: Prepared, plan: CompressionPlan) -> BlockCosts:

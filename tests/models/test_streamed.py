@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from casp_pl.checkpoint.manifest import Manifest
 from casp_pl.errors import ConfigError, InputError, IntegrityError
 from casp_pl.models import ModelAdapter
 from casp_pl.models.load import ModelSource
+from casp_pl.models.memory import Memory, free_memory
 from casp_pl.models.soundness import require_materialized
 from casp_pl.models.stored_blocks import LentBlock, StoredBlocks
 from casp_pl.models.streamed import load_streamed
@@ -36,14 +38,14 @@ def folder(stored_tiny: Path, tmp_path: Path) -> Path:
 
 
 def _open(folder: Path, dtype: str = "float32") -> ModelAdapter:
-    return ModelSource(source=str(folder), dtype=dtype, streaming=True).open(CPU)[0]  # type: ignore[arg-type]
+    return ModelSource(source=str(folder), dtype=dtype).open(CPU, streamed=True)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_blocks_and_logits_are_those_of_the_whole_model(
     stored_tiny: Path, batches: list[dict[str, Any]], dtype: str
 ) -> None:
-    whole = ModelSource(source=str(stored_tiny), dtype=dtype, streaming=False).open(CPU)[0]  # type: ignore[arg-type]
+    whole = ModelSource(source=str(stored_tiny), dtype=dtype).open(CPU)  # type: ignore[arg-type]
     streamed = _open(stored_tiny, dtype)
     assert streamed.stored is not None
     assert whole.stored is None
@@ -153,13 +155,29 @@ def test_a_meta_tensor_is_named() -> None:
 
 def test_a_model_without_files_cannot_be_streamed() -> None:
     with pytest.raises(ConfigError, match="streaming"):
-        ModelSource(source="tiny", streaming=True).open(CPU)
+        ModelSource(source="tiny", streaming=True).streams(0, Memory(1 << 40, 1 << 40))
 
 
-def test_a_small_model_is_not_streamed_on_its_own(stored_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ModelSource(source=str(stored_tiny)).open(CPU)[0].stored is None
-    monkeypatch.setattr("casp_pl.models.memory.free_memory", lambda device: 300_000)  # twice the model has 540 kB
-    assert ModelSource(source=str(stored_tiny)).open(CPU)[0].stored is not None
+@pytest.mark.parametrize(
+    ("free", "streamed"),
+    [
+        (Memory(600_000, 600_000), False),
+        (Memory(540_000, 600_000), True),  # more than 2.2 times the model: its evaluation needs a dense copy
+        (Memory(600_000, 240_000), True),  # it passes through the host's memory
+    ],
+)
+def test_a_model_is_streamed_where_it_does_not_fit(free: Memory, streamed: bool) -> None:
+    assert ModelSource(source="a/model").streams(250_000, free) == streamed
+    for wish in (False, True):
+        assert ModelSource(source="a/model", streaming=wish).streams(250_000, free) == wish
+
+
+def test_the_memory_of_a_machine_is_divided_among_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert free_memory(CPU, 3) == Memory(333, 333)
+    others = [(400, 400), (500, 250)]
+    monkeypatch.setattr("casp_pl.models.memory.of_all", lambda mine: [mine, *others])
+    assert free_memory(CPU, 3) == Memory(333, 250), "what all can have"
 
 
 def test_a_quantized_model_is_refused(folder: Path) -> None:

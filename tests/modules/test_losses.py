@@ -77,6 +77,16 @@ def test_teacher_states_give_the_original_logits() -> None:
         before_a_label = [place for place in range(20) if batch["labels"][1, place + 1] != -100]
         assert target_mask(batch)[1].nonzero().flatten().tolist() == before_a_label
         torch.testing.assert_close(adapter.head(states["b"]), logits[1][before_a_label], rtol=1e-4, atol=1e-5)
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.clone())
+        return kept[-1]
+
+    again = teacher_states(adapter, [batch], keep)
+    assert all(torch.equal(again[name], states[name]) for name in ("a", "b"))
+    places = {tensor.untyped_storage().data_ptr() for tensor in kept}
+    assert {again[name].untyped_storage().data_ptr() for name in ("a", "b")} <= places, "nothing but what is kept"
 
 
 def test_relative_groups_follow_each_tensor() -> None:

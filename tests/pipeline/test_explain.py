@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from casp_pl.checkpoint import RunDirectory
 from casp_pl.cli import main
+from casp_pl.errors import ResourceError
 
 PREFIX = "model.language_model.layers"
 
@@ -56,6 +58,31 @@ def test_a_quantized_linear_shows_what_a_bit_costs(finished_run: Path, capsys: p
     report = json.loads((finished_run / "report.json").read_text())
     loss = next(m["relative_proxy_loss"] for m in report["modules"] if m["name"].endswith("1.mlp.down_proj"))
     assert f"relative proxy loss {loss:.2e}" in text
+
+
+def test_a_run_that_was_stopped_in_quantization(
+    recipe: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its report, of the first evaluations, has no linear; one that is written on the way may have some."""
+
+    def stop(*_: object, **__: object) -> None:
+        raise ResourceError("stopped")
+
+    monkeypatch.setattr("casp_pl.pipeline.run.quantize_blocks", stop)
+    assert main(["fit", *recipe, "--data.samples", "12", "--run_dir", str(tmp_path)]) == 5
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["modules"] == []
+    name = f"{PREFIX}.0.self_attn.q_proj"
+    text = explained(name, tmp_path, capsys)
+    entry = plan_entry(tmp_path, name)
+    assert f"rank {entry['rank']:5d}" in text
+    assert f"({entry['bits']})" in text
+    assert "place" in text
+    assert text.splitlines()[-1].startswith("measured after quantization: not yet")
+    unknown = {"name": name, "bits_total": None, "relative_proxy_loss": None}
+    with RunDirectory.open(tmp_path, RunDirectory.read_only(tmp_path).fingerprint) as run:
+        run.write_json("report.json", report | {"modules": [unknown]})
+    assert explained(name, tmp_path, capsys) == text
 
 
 @pytest.mark.parametrize(

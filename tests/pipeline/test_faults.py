@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,11 +148,34 @@ def test_a_plan_beyond_the_memory_is_refused_unless_overridden_and_a_used_direct
     recipe: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["fit", *recipe, "--data.batch_size", "100000000", "--run_dir", str(tmp_path / "run")]
-    assert "--override_memory" in said(arguments, 5, capsys)
+    message = said(arguments, 5, capsys)
+    assert "--override_memory" in message
+    assert "data.batch_size" in message
     assert not (tmp_path / "run").exists()
     with RunDirectory.open(tmp_path / "run", {}):
         message = said([*arguments, "--override_memory"], 5, capsys)
     assert f"{tmp_path / 'run'} is in use by process {os.getpid()}" in message
+
+
+def test_memory_is_checked_before_a_weight_is_loaded_as_plan_says(
+    recipe: list[str],
+    stored_tiny: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise AssertionError("a weight is loaded")
+
+    monkeypatch.setattr("transformers.LlavaForConditionalGeneration.from_pretrained", killed)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=200 << 20))
+    options = [*recipe, "--model.source", str(stored_tiny), "--run_dir", str(tmp_path / "run")]
+    assert "of memory" in said(["fit", *options], 5, capsys)
+    assert main(["plan", *options, "--quick", "--json"]) == 0
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert not any(stage["fits"] for stage in stages), "Python and torch alone take more"
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=64 << 30))
+    assert "a weight is loaded" in said(["fit", *options], 1, capsys)
 
 
 def test_a_broken_manifest_ends_with_6(recipe: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

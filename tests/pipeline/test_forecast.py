@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from casp_pl.cli import main
+from casp_pl.models.memory import Memory
 from casp_pl.pipeline.stage_forecast import judged_stages
 
 STAGES = ["evaluate original", "evaluate rtn", "calibration", "quantize", "evaluate quantized", "block tuning",
@@ -82,11 +83,13 @@ def test_prices_and_curve_agree_with_the_plan(afterwards: dict[str, Any], finish
 
 def test_stages_that_do_not_fit_say_the_way_out() -> None:
     seconds = {"evaluate original": 1.0, "quantize": 10.0, "save": 1.0}
-    memory = {"evaluate quantized": 100, "quantize": 300, "save": 100}
+    memory = {"evaluate quantized": Memory(100), "quantize": Memory(300), "save": Memory(100, 70)}
     disk = {"evaluate": 10, "quantize": 50, "save": 30}
-    found = judged_stages(seconds, memory, disk, spread=0.2, memory_free=200, disk_free=80)
+    found = judged_stages(seconds, memory, disk, spread=0.2, memory_free=Memory(200, 60), disk_free=80)
     assert [stage.fits for stage in found] == [True, False, False]
     assert "data.samples" in found[1].way_out
     assert "Disk" not in found[1].way_out, "60 of 80 bytes are written then"
     assert "Disk" in found[2].way_out
+    assert "host" in found[2].way_out
+    assert "host" not in found[1].way_out
     assert (found[1].seconds_low, found[1].seconds_high) == pytest.approx((8.0, 12.0))

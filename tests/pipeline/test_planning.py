@@ -7,10 +7,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from casp_pl.callbacks import BitAllocation, LowRankAllocation
 from casp_pl.models.adapter import ModelAdapter, adapt
 from casp_pl.models.load import load_model
-from casp_pl.pipeline.footprint import BlockShape, stage_memory
+from casp_pl.pipeline.footprint import BlockShape, kept_activations, stage_memory
+from casp_pl.pipeline.outline import compressed_bytes
 from casp_pl.pipeline.planning import BlockCosts, Workload, block_costs_from_rates, effective_rate, stage_seconds
+from casp_pl.quantizers import GPTQQuantizer
 
 WORK = Workload(
     blocks=2,
@@ -21,6 +24,10 @@ WORK = Workload(
     tuning_epochs=2,
     tuning_window=2,
     steps=10,
+    taught_tokens=800,
+    counted_tokens=90,
+    batches_bytes=5000,
+    taught_bytes=4000,
 )
 RATES = {torch.float32: 1e9, torch.bfloat16: 4e9}
 
@@ -77,8 +84,9 @@ def test_stages_that_are_left_out_cost_nothing(adapter: ModelAdapter) -> None:
     bare = replace(WORK, steps=0, tuning_epochs=0)
     assert seconds(adapter, bare)["end to end"] == seconds(adapter, bare)["block tuning"] == 0
     shape = BlockShape.of(adapter)
-    least, most = (max(stage_memory(shape, work, torch.float32, 1e4).values()) for work in (bare, WORK))
+    least, most = (max(stage_memory(shape, work, torch.float32, 1e4, 1000).values()) for work in (bare, WORK))
     assert least <= most
+    assert kept_activations(shape, bare, torch.float32).keys() == {"calibration", "quantize"}
 
 
 def test_memory_holds_the_model_and_grows_with_batch_and_data(adapter: ModelAdapter) -> None:
@@ -86,13 +94,35 @@ def test_memory_holds_the_model_and_grows_with_batch_and_data(adapter: ModelAdap
     assert shape.model_bytes == sum(p.numel() * p.element_size() for p in adapter.model.parameters())
 
     def memory(work: Workload) -> dict[str, int]:
-        return stage_memory(shape, work, torch.float32, 1e4)
+        stages = stage_memory(shape, work, torch.float32, 1e4, 1000)
+        return {name: size + kept_activations(shape, work, torch.float32).get(name, 0) for name, size in stages.items()}
 
     assert min(memory(WORK).values()) > shape.model_bytes
     wide, long = replace(WORK, batch_tokens=25_000), replace(WORK, tokens=10_000_000)
     assert memory(wide)["end to end"] - memory(WORK)["end to end"] > 2 * (25_000 - 250) * 1e4, "of two blocks"
     assert memory(long)["quantize"] - memory(WORK)["quantize"] > 9_990_000 * 3 * 48 * 4
     assert memory(long)["end to end"] == memory(WORK)["end to end"]
+    taught = replace(WORK, taught_tokens=10_000_800, counted_tokens=1_000_090)
+    states = 2 * 10_000_000 + 1_000_000  # two of every token while they are made, then those of the counted ones
+    assert memory(taught)["end to end"] - memory(WORK)["end to end"] == states * 48 * 4
+    assert memory(taught)["block tuning"] == memory(WORK)["block tuning"]
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_compressed_linears_take_what_their_layers_take(bits: int, adapter: ModelAdapter) -> None:
+    quantizer, low_rank = GPTQQuantizer(), LowRankAllocation(keep_ratio=0.5)
+    allocation = BitAllocation(budget=float(bits), factor_bits=bits)
+    allocation.attach(quantizer, low_rank)
+    plan = allocation.make_plan(adapter, low_rank.choose(adapter, None), None)
+    taken = 0
+    for module in plan.modules:
+        weight = adapter.model.get_submodule(module.name).weight.detach()
+        made = [(weight, weight.shape[1])]
+        if module.rank is not None:
+            made = [(weight[: module.rank], weight.shape[1]), (weight[:, : module.rank], module.rank)]
+        layers = [quantizer.quantize(part, torch.eye(width), bits=module.bits) for part, width in made]
+        taken += sum(tensor.nbytes for layer in layers for tensor in layer.state_dict().values())
+    assert compressed_bytes(adapter, plan, quantizer) == taken
 
 
 def test_rates_are_measured() -> None:

@@ -103,6 +103,39 @@ def test_fewer_samples_than_processes(recipe: list[str], tmp_path: Path) -> None
     assert (data["evaluation"]["questions"], data["evaluation"]["text_tokens"]) == (1, 64)
 
 
+STREAMED = """
+import os, sys
+import psutil
+from casp_pl.cli import main
+from casp_pl.models import load
+from casp_pl.models.streamed import load_streamed
+
+free = (64 << 30, 400_000)[int(os.environ["RANK"])]  # the model has 250 kB: the second process alone would stream it
+virtual_memory = psutil.virtual_memory
+psutil.virtual_memory = lambda: virtual_memory()._replace(available=free)
+opened = []
+load.load_streamed = lambda *places, **how: opened.append(places) or load_streamed(*places, **how)
+code = main(sys.argv[1:])
+assert len(opened) == 1, "not streamed"
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_processes_agree_on_streaming_and_make_what_one_makes_in_memory(
+    recipe: list[str],
+    alone: Path,
+    stored_tiny: Path,
+    tmp_path: Path,
+    start_together: Callable[..., list[subprocess.Popen[bytes]]],
+    finish_together: Callable[..., None],
+) -> None:
+    arguments = [*command(recipe, tmp_path / "run", 2)[3:], "--model.source", str(stored_tiny), "--override_memory"]
+    finish_together(start_together(["-c", STREAMED, *arguments]))
+    assert_equal_runs(alone, tmp_path / "run")
+    assert_equal_losses(alone, tmp_path / "run")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_stops_the_other_and_the_run_goes_on_alone(

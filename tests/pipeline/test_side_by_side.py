@@ -7,10 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from casp_pl.checkpoint import save_compressed
 from casp_pl.cli import main
 from casp_pl.data.sources import EasyVQA
+from casp_pl.evaluation import measure_decoding
+from casp_pl.models.adapter import adapt
+from casp_pl.models.compress import round_to_nearest
+from casp_pl.models.tiny import load_tiny
+from casp_pl.quantizers import RTNQuantizer
 
 ROOT = Path(__file__).parents[2]
 WORDS = ("yes", "no", "red", "circle")
@@ -132,6 +140,35 @@ def test_figures_of_both_models(
     for words in ("difference, points", "McNemar's exact p", "decode tokens/s", "peak memory", "flips %", "perplexity"):
         assert words in printed
         assert words in (finished_run / "test.md").read_text()
+
+
+def test_peak_memory_is_that_of_one_model(tmp_path: Path) -> None:
+    """205 MB of linears become 28; what the original left behind, or still holds, is not the compressed model's.
+
+    The linears are small, because a pass dequantizes one of them at a time.
+    """
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=512, intermediate_size=1408, num_hidden_layers=16, num_attention_heads=8,
+        num_key_value_heads=8, max_position_embeddings=512, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    adapter, tokenizer = adapt(LlamaForCausalLM(config).requires_grad_(False)), load_tiny()[1].tokenizer
+    tokenizer.save_pretrained(tmp_path / "original")
+    adapter.model.save_pretrained(tmp_path / "original")
+    with adapter.with_blocks(list(round_to_nearest(adapter, RTNQuantizer(), 4))) as model:
+        measure_decoding(model, tokens=2, repetitions=1)  # its kernels are compiled, and count for both
+        save_compressed(model, tokenizer, tmp_path / "run/model", card="")
+    del adapter, model
+    command = ["test", "--config", str(ROOT / "configs/llama_gptq.yaml"), "--model.source", str(tmp_path / "original")]
+    command += ["--data.text_length", "64", "--data.samples", "16", "--evaluation.questions", "0"]
+    command += ["--evaluation.text_tokens", "400", "--evaluation.window", "200", "--run_dir", str(tmp_path / "run")]
+    assert main(command) == 0
+    models = json.loads((tmp_path / "run/test.json").read_text())["models"]
+    original, compressed = (models[name]["decoding"] for name in ("original", "compressed"))
+    saved = original["weights_bytes"] - compressed["weights_bytes"]
+    assert saved > 160e6
+    # the rest of what is saved goes into what a pass dequantizes and prepares
+    assert 0 < original["peak_memory_bytes"] - compressed["peak_memory_bytes"] <= saved
 
 
 @pytest.mark.slow

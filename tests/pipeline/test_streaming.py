@@ -46,7 +46,8 @@ def _quantize(
     linear_done: Done | None = None,
 ) -> dict[str, Tensor]:
     """Quantize the two blocks of the stored tiny model: every tensor of their files."""
-    adapter, processor = ModelSource(source=str(model), streaming=streaming).open(torch.device("cpu"))
+    source = ModelSource(source=str(model))
+    adapter, processor = source.open(torch.device("cpu"), streamed=streaming), source.load_processor()
     data = CalibrationData(samples=6, text_ratio=0.5, text_length=24, batch_size=3)
     data.attach(processor)
     low_rank, bits = LowRankAllocation(keep_ratio=0.5), BitAllocation(budget=3.0)

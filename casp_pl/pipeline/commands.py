@@ -17,6 +17,7 @@ from casp_pl.callbacks.tensorboard import log_report
 from casp_pl.checkpoint import RunDirectory, save_compressed, save_streamed, write_text
 from casp_pl.checkpoint import verify as find_problems
 from casp_pl.console import RunProgress, make_console
+from casp_pl.data.tokenize import takes_images
 from casp_pl.errors import ConfigError, ResourceError
 from casp_pl.export import export_model
 from casp_pl.pipeline.block_files import BlockFiles
@@ -76,7 +77,8 @@ def _fit(settings: RunSettings, prepared: Prepared, run: RunDirectory, progress:
     with progress.stage("save", 1):
         if not run.has("model"):
             if is_first():
-                _save(prepared, blocks, run.path("model"), model_card(report, settings))
+                card = model_card(report, settings, takes_images=takes_images(prepared.processor))
+                _save(prepared, blocks, run.path("model"), card)
             run.record("model")
         pictures = _write_report(report, run)
         if is_first():

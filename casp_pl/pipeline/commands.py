@@ -4,6 +4,7 @@ import sys
 from collections.abc import Mapping
 from json import dumps
 from pathlib import Path
+from typing import Any
 
 import psutil
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -21,7 +22,7 @@ from casp_pl.data.tokenize import takes_images
 from casp_pl.errors import ConfigError, ResourceError
 from casp_pl.export import export_model
 from casp_pl.pipeline.block_files import BlockFiles
-from casp_pl.pipeline.chat import Models, open_conversations, read_questions
+from casp_pl.pipeline.chat import open_conversations, read_questions
 from casp_pl.pipeline.estimate import planned_estimate
 from casp_pl.pipeline.explain import ExplainSettings, explanation
 from casp_pl.pipeline.forecast import forecast_run
@@ -133,19 +134,11 @@ def test(settings: RunSettings) -> int:
     return side_by_side(settings, "test")
 
 
-def predict(
-    settings: RunSettings,
-    *,
-    image: Path | None,
-    question: str | None,
-    chat: bool,
-    models: Models,
-    max_new_tokens: int,
-) -> int:
-    """Answer one question about an image, or every line of standard input in one conversation."""
+def predict(settings: RunSettings, *, question: str | None, chat: bool, **who: Any) -> int:
+    """Answer one question, or every line of standard input in one conversation; `who` goes to `open_conversations`."""
     if chat == (question is not None):
         raise ConfigError("predict needs either --question or --chat, which reads one question a line.")
-    talks = open_conversations(settings, image, models=models, max_new_tokens=max_new_tokens)
+    talks = open_conversations(settings, **who)
     for asked in read_questions(sys.stdin, sys.stdout) if question is None else [question]:
         for talk in talks:
             talk.ask(asked, sys.stdout)

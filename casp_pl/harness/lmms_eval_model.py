@@ -5,6 +5,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
@@ -57,7 +58,7 @@ class CaspMultimodalModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
         return answers
 
     @said_by_us()
-    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Any]) -> list[GenerationResult]:
         """For each given answer and its end: a score, and whether the model itself would say it.
 
         The score is the negative log-probability for multiple choice, where lmms-eval takes the smallest, and the
@@ -66,7 +67,7 @@ class CaspMultimodalModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
         Raises:
             ConfigError: a likelihood without a question, as the metric acc_mutual_info wants it.
         """
-        scores: list[tuple[float, bool]] = []
+        results = []
         for batch in self._batches(requests, lambda request: len(request.args)):
             if len(batch[0].args) == 2:
                 raise ConfigError("lmms_eval: acc_mutual_info is not possible here: leave it out of metric_list")
@@ -74,8 +75,9 @@ class CaspMultimodalModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
             samples = [self._sample(text, answer, *where) for text, answer, *where in (r.args for r in batch)]
             found = log_likelihoods(self.model, self.processor, samples)
             signs = [-1 if choice else 1 for choice in chosen]
-            scores += [(sign * score, greedy) for sign, (score, greedy) in zip(signs, found, strict=True)]
-        return scores
+            scores = [(sign * score, greedy) for sign, (score, greedy) in zip(signs, found, strict=True)]
+            results += [GenerationResult(text=pair) for pair in scores]  # lmms-eval 0.7.3 makes a string of a bare pair
+        return results
 
     @said_by_us()
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:

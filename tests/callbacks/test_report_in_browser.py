@@ -52,7 +52,7 @@ def test_what_is_wrong_with_a_page_is_seen(browser, tmp_path):
     page.write_text(
         "<!DOCTYPE html><meta name=viewport content='width=device-width'><body style='background:#fff;color:#000'>"
         "<nav><a href='#there'>There</a> <a href='#empty'>Empty</a> <a href='#gone'>Gone</a></nav>"
-        "<section id=there><h2>There</h2><p style='color:#ccc'>pale</p><p style='font-size:8px'>tiny</p></section>"
+        "<section id=there><h2>There</h2><p style='font-size:8px'>tiny</p><p style='color:#ccc'>pale</p></section>"
         "<section id=empty><h2>Empty</h2></section>"
         "<p style='position:absolute;left:9px;top:300px'>below</p><p style='position:absolute;left:9px;top:306px'>above"
         "</p><img src='missing.png'><div style='width:2000px'>wide</div>"

@@ -12,13 +12,14 @@ HARNESSES := lm-eval==0.4.13 lmms-eval==0.7.3 evaluate rouge-score sacrebleu nlt
 	sqlitedict word2number more-itertools pytablewriter DataProperty tabledata tcolorpy typepy mbstrdecoder pathvalidate \
 	chardet portalocker tabulate lxml colorama loguru pytz python-dateutil dateparser tzlocal jsonlines tenacity \
 	tqdm-multiprocess python-dotenv openpyxl et-xmlfile
+BROWSER := pyside6-essentials pyside6-addons pyside6-webengine shiboken6
 CONFIG ?= configs/llava_aqlm.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help fit test test-fast bench peers harnesses lint types format docs hooks clean
+.PHONY: help fit test test-fast test-harnesses test-browser bench peers harnesses browser lint types format docs hooks clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z._-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z._-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 fit: .venv  ## compress the embedded LLaVA to 2 bits, fine-tune, evaluate, save (CONFIG=... for another recipe)
 	$(BIN)/python -m casp_pl fit --config $(CONFIG)
@@ -29,6 +30,12 @@ test: .venv $(TRITON)  ## run all tests
 test-fast: .venv  ## run the tests that take less than five seconds each
 	$(BIN)/python -m pytest -m "not slow"
 
+test-harnesses: harnesses  ## run the tests of `lm_eval` and `lmms_eval`, for which `test` lacks the harnesses
+	.venv-eval/bin/python -m pytest tests/harness
+
+test-browser: browser  ## open a report in Qt's Chromium, which `test` does where it finds a browser
+	$(BIN)/python -m pytest tests/callbacks/test_report_in_browser.py
+
 bench: .venv  ## measure kernels, quantizers, training steps and growth into runs/bench (a quarter of an hour)
 	$(BIN)/python -m benchmarks
 
@@ -38,6 +45,11 @@ peers: .venv  ## install the other tools of benchmarks/peers.py into .venv-peers
 	    > "$$(.venv-peers/bin/python -c 'import site; print(site.getsitepackages()[0])')/casp_pl.pth"
 	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --constraint constraints.txt setuptools
 	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation $(PEERS)
+
+browser: .venv  ## install Qt's Chromium into .venv (260 MB, 670 MB on disk; needs the system's libnss3 and libegl1)
+	@$(INSTALL) --no-deps $(BROWSER)
+	@$(BIN)/python -c 'import PySide6.QtWebEngineCore' || \
+	    { echo "Qt's Chromium cannot be loaded: a library of the system is missing (apt install libnss3 libegl1)" >&2; exit 2; }
 
 harnesses: .venv  ## install lm-eval and lmms-eval into .venv-eval, which sees .venv's packages
 	@$(PYTHON) -m venv .venv-eval

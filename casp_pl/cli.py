@@ -61,7 +61,7 @@ _OWN_ARGUMENTS = {
     "fit": ("override_memory",),
     "plan": ("json", "quick"),
     "data": ("out",),
-    "predict": ("image", "question", "chat", "models", "max_new_tokens"),
+    "predict": ("image", "video", "question", "chat", "models", "model_dir", "max_new_tokens"),
 }
 _ALLOWED_PACKAGES = ("casp_pl", "lightning", "torch")
 _SOON = 0.05  # seconds
@@ -176,9 +176,15 @@ def _add_allocation(parser: LightningArgumentParser) -> None:
 
 def _add_predict_arguments(parser: LightningArgumentParser) -> None:
     parser.add_argument("--image", type=Path | None, default=None, help="an image file")
+    parser.add_argument("--video", type=Path | None, default=None, help="a video file (PyAV), or a folder of frames")
     parser.add_argument("--question", type=str | None, default=None, help="what to ask about it")
     parser.add_argument("--chat", action="store_true", help="a conversation: one question a line of standard input")
-    parser.add_argument("--models", type=Models, default="both", help="who answers")
+    parser.add_argument(
+        "--model_dir", type=Path | None, default=None, help="a compressed model, or a run: answers without a recipe"
+    )
+    parser.add_argument(
+        "--models", type=Models | None, default=None, help="who answers; default both, with --model_dir compressed"
+    )
     parser.add_argument("--max_new_tokens", type=PositiveInt, default=64, help="longest answer")
 
 

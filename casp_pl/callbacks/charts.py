@@ -8,6 +8,7 @@ __all__ = ["Bars", "Chart", "Heat", "Lines", "Picture", "Point", "Series"]
 Point = tuple[float, float]
 
 _FEW = 5
+_MOST_NAMES = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,12 @@ class Lines:
     log: bool = False
     ordered: bool = False
     marks: str = ""
+
+    @property
+    def named(self) -> list[int]:
+        """Numbers of the series that a key names: all, but of many ordered ones the first, the middle and the last."""
+        count = len(self.series)
+        return sorted({0, count // 2, count - 1}) if self.ordered and count > _MOST_NAMES else list(range(count))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,3 +140,8 @@ class Picture:
     title: str
     text: str
     charts: Sequence[Chart]
+
+    @property
+    def most_in_a_row(self) -> int:
+        """How many charts may stand side by side: three, but four charts are two and two."""
+        return 2 if len(self.charts) == 4 else min(len(self.charts), 3)

@@ -1,6 +1,5 @@
 """Original and compressed model on the same samples: one value, shown on the console, in Markdown and in JSON."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,6 +21,8 @@ _READING = """\
   questions as independent, which those about one image are not; the interval does not.
 - **flips** are answers that differ from the original's as normalised text, right or wrong. **KL** is that of the next
   token on held-out text, in nats, **KL, answers** that of the first token of an answer.
+- behind accuracy, flips, perplexity and KL stand their own 95 % intervals, by a bootstrap over images (of questions) or
+  windows (of text). The two perplexities are of the same windows: that their intervals overlap says little.
 - **size** is the whole model as stored; **weights in memory** as it lies there while it runs (float32 on a CPU).
 - **decode** is greedy, one sequence, one token at a time after a short prompt, compressed layers by look-up. **peak
   memory** is the largest resident size of the process meanwhile, libraries included (on a GPU the largest allocation).
@@ -97,11 +98,11 @@ def _title(comparison: ModelComparison) -> str:
 def _rows(comparison: ModelComparison) -> list[list[str]]:
     rows = [
         ["bits codes/total", *(_bits(row) for row in (comparison.original, comparison.compressed))],
-        ["accuracy %", *(_with_interval(row) for row in (comparison.original, comparison.compressed))],
     ]
-    for title, name, digits, factor in _FIGURES:
-        values = (getattr(row, name) for row in (comparison.original, comparison.compressed))
-        rows.append([title, *(number(value, digits, factor) for value in values)])
+    for title, name, ends, digits, factor in _FIGURES:
+        both = (comparison.original, comparison.compressed)
+        shown = (number(getattr(row, name), digits, factor) + _range(row, ends, digits, factor) for row in both)
+        rows.append([title, *shown])
     for name, value in comparison.rule_original.items():
         factor = 1.0 if name.startswith("score") else 100.0
         title = name if factor == 1.0 else f"{name} %"
@@ -114,12 +115,13 @@ def _rows(comparison: ModelComparison) -> list[list[str]]:
     return rows
 
 
-_FIGURES: tuple[tuple[str, str, int, float], ...] = (
-    ("not yes/no %", "vqa_accuracy_not_yes_no", 1, 100.0),
-    ("flips %", "flip_rate", 1, 100.0),
-    ("perplexity", "perplexity", 2, 1.0),
-    ("KL", "kl", 4, 1.0),
-    ("KL, answers", "kl_answers", 4, 1.0),
+_FIGURES: tuple[tuple[str, str, str | None, int, float], ...] = (  # title, figure, its interval, digits, factor
+    ("accuracy %", "vqa_accuracy", "vqa_interval", 1, 100.0),
+    ("not yes/no %", "vqa_accuracy_not_yes_no", None, 1, 100.0),
+    ("flips %", "flip_rate", "flip_interval", 1, 100.0),
+    ("perplexity", "perplexity", "perplexity_interval", 2, 1.0),
+    ("KL", "kl", "kl_interval", 4, 1.0),
+    ("KL, answers", "kl_answers", "kl_answers_interval", 4, 1.0),
 )
 
 
@@ -127,12 +129,9 @@ def _bits(row: StageRow) -> str:
     return f"{number(row.bits_per_weight_codes, 3)} / {number(row.bits_per_weight_total, 3)}"
 
 
-def _with_interval(row: StageRow) -> str:
-    return number(row.vqa_accuracy, 1, 100) + _range(row.vqa_interval)
-
-
-def _range(ends: Sequence[float] | None) -> str:
-    return "" if ends is None else f" ({ends[0] * 100:.1f} to {ends[1] * 100:.1f})"
+def _range(row: StageRow | PairedFigures, name: str | None, digits: int, factor: float) -> str:
+    ends = None if name is None else getattr(row, name)
+    return "" if ends is None else f" ({number(ends[0], digits, factor)} to {number(ends[1], digits, factor)})"
 
 
 def _paired_rows(paired: PairedFigures | None) -> list[list[str]]:
@@ -140,7 +139,7 @@ def _paired_rows(paired: PairedFigures | None) -> list[list[str]]:
         return []
     p = "n/a (the rule gives parts of a score)" if paired.mcnemar_p is None else f"{paired.mcnemar_p:.3g}"
     return [
-        ["difference, points (95 %)", f"{100 * paired.difference:+.2f}{_range(paired.interval)}"],
+        ["difference, points (95 %)", f"{100 * paired.difference:+.2f}{_range(paired, 'interval', 1, 100)}"],
         ["only original right", f"{paired.only_original:,} of {paired.questions:,} on {paired.images:,} images"],
         ["only compressed right", f"{paired.only_compressed:,}"],
         ["McNemar's exact p", p],

@@ -18,7 +18,6 @@ from casp_pl.callbacks.run_details import RunDetails
 __all__ = ["draw_picture", "draw_pictures", "png_bytes"]
 
 _WIDTH = 12.0  # inches
-_IN_A_ROW = 3
 _GREY = "#777777"
 
 
@@ -36,8 +35,8 @@ def draw_pictures(report: CompressionReport, details: RunDetails) -> dict[str, F
 
 @_quiet_about_lanes
 def draw_picture(picture: Picture) -> Figure:
-    """All charts of a picture, three in a row at most."""
-    columns = min(len(picture.charts), _IN_A_ROW)
+    """All charts of a picture, so many in a row as it allows."""
+    columns = picture.most_in_a_row
     rows = [picture.charts[start : start + columns] for start in range(0, len(picture.charts), columns)]
     heights = [max(map(_height, row)) for row in rows]
     figure = Figure(figsize=(_WIDTH, sum(heights)), layout="constrained")
@@ -114,8 +113,7 @@ def _draw_lines(axes: Any, chart: Lines) -> None:
         dashes = () if chart.ordered else DASHES[number % len(DASHES)]
         style = {"dashes": dashes} if dashes else {}
         dots = {"marker": "o", "markersize": 3} if len(line.points) <= 40 else {}
-        named = not chart.ordered or number in (0, count - 1)
-        label = line.name if named else f"_{line.name}"  # with an underscore in front it stays out of the key
+        label = line.name if number in chart.named else f"_{line.name}"  # an underscore keeps it out of the key
         axes.plot(*zip(*line.points, strict=True), color=colour, linewidth=1.2, label=label, **style, **dots)
         for x, y in line.marks:
             axes.plot([x], [y], marker="D", markersize=4, color=colour, markeredgecolor="black", markeredgewidth=0.5)

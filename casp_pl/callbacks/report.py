@@ -38,9 +38,13 @@ class StageRow:
         vqa_interval: 95 % interval of `vqa_accuracy`.
         vqa_accuracy_not_yes_no: the same on questions whose answer is neither yes nor no.
         perplexity: on held-out text.
+        perplexity_interval: 95 % interval of `perplexity`.
         kl: mean KL divergence from the original's next-token distribution on held-out text, in nats.
+        kl_interval: 95 % interval of `kl`.
         kl_answers: the same on the answer tokens of the questions.
+        kl_answers_interval: 95 % interval of `kl_answers`.
         flip_rate: share of questions answered otherwise than by the original, 0 .. 1.
+        flip_interval: 95 % interval of `flip_rate`.
         questions: questions asked.
         text_tokens: tokens behind `perplexity` and `kl`.
         seconds: wall time that the stage took, its evaluation included.
@@ -54,9 +58,13 @@ class StageRow:
     vqa_interval: tuple[float, float] | None = None
     vqa_accuracy_not_yes_no: float | None = None
     perplexity: float | None = None
+    perplexity_interval: tuple[float, float] | None = None
     kl: float | None = None
+    kl_interval: tuple[float, float] | None = None
     kl_answers: float | None = None
+    kl_answers_interval: tuple[float, float] | None = None
     flip_rate: float | None = None
+    flip_interval: tuple[float, float] | None = None
     questions: int | None = None
     text_tokens: int | None = None
     seconds: float | None = None
@@ -213,8 +221,7 @@ def sparsity_by_modality(shares: Sequence[Sequence[float]]) -> dict[str, float |
 
 def _row(kind: type[_Row], value: Mapping[str, Any], where: str) -> _Row:
     _check_keys(kind, value, where)
-    pairs = {name: tuple(value[name]) for name in ("shape", "vqa_interval") if value.get(name) is not None}
-    return kind(**{**value, **pairs})
+    return kind(**{name: tuple(part) if isinstance(part, list) else part for name, part in value.items()})
 
 
 def _check_keys(kind: type[Any], value: Mapping[str, Any], where: str) -> None:

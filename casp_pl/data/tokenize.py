@@ -29,6 +29,7 @@ __all__ = [
     "pad_token_id",
     "picture_token_id",
     "takes_images",
+    "takes_videos",
     "tokenizer_of",
     "truncate",
 ]
@@ -77,6 +78,11 @@ def tokenizer_of(processor: Processor) -> Any:
 def takes_images(processor: Processor) -> bool:
     """Whether samples may have images: True for processors, False for plain tokenizers."""
     return hasattr(processor, "image_token_id")
+
+
+def takes_videos(processor: Processor) -> bool:
+    """Whether the model knows videos; others can be given their frames as images."""
+    return getattr(processor, "video_token_id", None) is not None
 
 
 def pad_token_id(processor: Processor) -> int:
@@ -131,7 +137,7 @@ def _as_the_model_sees_it(sample: Sample, processor: Processor) -> Sample:
 
     A batch needs as many frames of each video, so a short one repeats some.
     """
-    if not sample.video or getattr(processor, "video_token_id", None) is None:
+    if not sample.video or not takes_videos(processor):
         return replace(sample, video=0)
     count, marks = sample.video, IMAGE_MARK * len(sample.images)
     frames = tuple(sample.images[number * len(sample.images) // count] for number in range(count))

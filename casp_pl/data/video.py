@@ -12,7 +12,10 @@ from PIL import Image
 from casp_pl.data.images import ImageRefusedError, ImageSource, LazyImage, refuse_too_large
 from casp_pl.errors import InputError
 
-__all__ = ["VideoFrame", "video_frames"]
+__all__ = ["FRAMES", "VideoFrame", "video_frames"]
+
+FRAMES = 8
+"""Of a video where nothing else is said; models were calibrated on as many."""
 
 T = TypeVar("T")
 

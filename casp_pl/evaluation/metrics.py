@@ -4,6 +4,8 @@ Each process evaluates some of the questions and windows (see `EvaluationData`).
 Shapes: N questions or positions, V vocabulary.
 """
 
+import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +20,8 @@ from casp_pl.evaluation.bootstrap import interval, resampled_means
 from casp_pl.evaluation.scoring import AnswerRule, ExactMatch
 
 __all__ = ["FlipRate", "KLDivergence", "Perplexity", "VQAAccuracy"]
+
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 class VQAAccuracy(Metric):
@@ -77,71 +81,88 @@ class VQAAccuracy(Metric):
         }
 
 
-class FlipRate(Metric):
-    """Share of answers that differ, as normalised text, from the original model's."""
+class _ResampledMean(Metric):
+    """Mean of values with a bootstrap interval over the units that they stand or fall with: images, windows of text.
 
-    flips: Tensor
-    total: Tensor
+    Args:
+        resamples: number of bootstrap resamples.
+        confidence: what the interval covers.
+        seed: seed of the resampling.
+    """
+
+    values: list[Tensor]
+    unit: list[Tensor]
     full_state_update = False
 
-    def __init__(self, **metric: Any) -> None:
+    def __init__(self, *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0, **metric: Any) -> None:
         super().__init__(**metric)
-        self.add_state("flips", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
+        self.resamples = resamples
+        self.confidence = confidence
+        self.seed = seed
+        for name in ("values", "unit"):
+            self.add_state(name, [], dist_reduce_fx="cat")
+        self.set_dtype(torch.float64)  # of what a process without values sends to the others
 
-    def update(self, predictions: Sequence[str], reference: Sequence[str]) -> None:
-        """N predictions and the N answers of the original."""
+    def _add(self, values: Tensor, units: Tensor) -> None:
+        """(N,) values and the number of each value's unit."""
+        self.values.append(values.to(self.device, torch.float64))
+        self.unit.append(units.to(self.device, torch.float64))
+
+    def _mean(self) -> tuple[float, tuple[float, float] | None]:
+        """The mean and its interval, None where there is one unit alone."""
+        values, unit = dim_zero_cat(self.values), dim_zero_cat(self.unit)
+        mean = values.mean().item()
+        if len(torch.unique(unit)) < 2:
+            return mean, None
+        means = resampled_means(values, unit, resamples=self.resamples, seed=self.seed)
+        return mean, interval(means, self.confidence)
+
+
+class FlipRate(_ResampledMean):
+    """Share of answers that differ, as normalised text, from the original model's; arguments as `_ResampledMean`."""
+
+    def update(self, predictions: Sequence[str], reference: Sequence[str], image_numbers: Tensor) -> None:
+        """N predictions, the N answers of the original, and (N,) the number of each question's image."""
         pairs = zip(predictions, reference, strict=True)
-        self.flips += sum(normalise_answer(mine) != normalise_answer(theirs) for mine, theirs in pairs)
-        self.total += len(predictions)
+        flips = [normalise_answer(mine) != normalise_answer(theirs) for mine, theirs in pairs]
+        self._add(torch.tensor(flips), image_numbers)
 
-    def compute(self) -> float:
-        """The share, between 0 and 1."""
-        return float(self.flips / self.total)
-
-
-class Perplexity(Metric):
-    """exp of the mean negative log-likelihood of the true next tokens."""
-
-    loss: Tensor
-    total: Tensor
-    full_state_update = False
-
-    def __init__(self, **metric: Any) -> None:
-        super().__init__(**metric)
-        self.add_state("loss", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Logits (N, V) and the token that really follows, (N,)."""
-        losses = F.cross_entropy(logits.float(), targets, reduction="none")
-        self.loss += losses.sum(dtype=torch.float64).to(self.loss.device)
-        self.total += targets.numel()
-
-    def compute(self) -> float:
-        """The perplexity; infinite where it overflows."""
-        return float(torch.exp(self.loss / self.total))
+    def compute(self) -> dict[str, Any]:
+        """flip_rate, between 0 and 1, and its interval (low, high)."""
+        share, ends = self._mean()
+        return {"flip_rate": share, "interval": ends}
 
 
-class KLDivergence(Metric):
-    """Mean of KL(original || model) = sum_v p_v (log p_v - log q_v) over positions, in nats."""
+class Perplexity(_ResampledMean):
+    """exp of the mean negative log-likelihood of the true next tokens; arguments as `_ResampledMean`."""
 
-    divergence: Tensor
-    total: Tensor
-    full_state_update = False
+    def update(self, logits: Tensor, targets: Tensor, window_numbers: Tensor) -> None:
+        """Logits (N, V), the token that really follows, (N,), and the number of each position's window, (N,)."""
+        self._add(F.cross_entropy(logits.float(), targets, reduction="none"), window_numbers)
 
-    def __init__(self, **metric: Any) -> None:
-        super().__init__(**metric)
-        self.add_state("divergence", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
+    def compute(self) -> dict[str, Any]:
+        """perplexity, infinite where it overflows, and its interval (low, high)."""
+        loss, ends = self._mean()
+        return {"perplexity": _exp(loss), "interval": None if ends is None else (_exp(ends[0]), _exp(ends[1]))}
 
-    def update(self, reference_logits: Tensor, logits: Tensor) -> None:
-        """Logits of the original and of the model, both (N, V)."""
+
+class KLDivergence(_ResampledMean):
+    """Mean of KL(original || model) = sum_v p_v (log p_v - log q_v) over positions, in nats.
+
+    Arguments as `_ResampledMean`.
+    """
+
+    def update(self, reference_logits: Tensor, logits: Tensor, units: Tensor) -> None:
+        """Logits of the original and of the model, both (N, V), and the number of each position's unit, (N,)."""
         reference = reference_logits.float().log_softmax(-1)
         divergence = F.kl_div(logits.float().log_softmax(-1), reference, reduction="none", log_target=True).sum(-1)
-        self.divergence += divergence.sum(dtype=torch.float64).to(self.divergence.device)
-        self.total += len(logits)
+        self._add(divergence, units)
 
-    def compute(self) -> float:
-        """The mean, in nats."""
-        return float(self.divergence / self.total)
+    def compute(self) -> dict[str, Any]:
+        """The mean as `kl`, in nats, and its interval (low, high)."""
+        mean, ends = self._mean()
+        return {"kl": mean, "interval": ends}
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < _LARGEST_EXPONENT else math.inf

@@ -1,14 +1,30 @@
 """`python -m casp_pl lm_eval DIRECTORY ...`: a harness's own command line with a model that we saved."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
 from casp_pl.checkpoint.model_directory import is_compressed_model
-from casp_pl.errors import ConfigError, InputError
+from casp_pl.errors import CaspError, ConfigError, InputError
 
-__all__ = ["HARNESSES", "run_harness"]
+__all__ = ["HARNESSES", "run_harness", "said_by_us"]
+
+
+class _Said(BaseException):  # noqa: N818  # no Exception: lmms-eval would print it, go on and exit with 0
+    def __init__(self, error: CaspError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+@contextmanager
+def said_by_us() -> Iterator[None]:
+    """Errors of ours inside of it end the harness and reach `run_harness`."""
+    try:
+        yield
+    except CaspError as error:
+        raise _Said(error) from error
 
 
 def _lm_eval() -> Callable[[], None]:
@@ -41,6 +57,7 @@ def run_harness(name: str, arguments: Sequence[str]) -> int:
     Raises:
         ConfigError: the harness is not installed, or there is no directory.
         InputError: the directory holds no compressed model.
+        CaspError: what the model said inside the harness.
     """
     if not arguments or arguments[0].startswith("-"):
         raise ConfigError(f"usage: python -m casp_pl {name} runs/NAME/model --tasks TASK [options of {name}]")
@@ -57,6 +74,8 @@ def run_harness(name: str, arguments: Sequence[str]) -> int:
     sys.argv = [name, "--model", "casp", "--model_args", f"pretrained={directory}", *arguments[1:]]
     try:
         main()
+    except _Said as said:
+        raise said.error from said
     finally:
         sys.argv = before
     return 0

@@ -1,32 +1,35 @@
-"""lmms-eval's model `casp`: what `fit` saved, with images and without."""
+"""lmms-eval's model `casp`: what `fit` saved, with images, videos and text alone."""
 
+from collections.abc import Callable, Iterator
+from itertools import groupby
 from typing import Any
 
 import torch
+from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
-from PIL import Image
 from tqdm import tqdm
 
 from casp_pl.checkpoint import load_compressed
-from casp_pl.data.chat import chat_inputs, message
-from casp_pl.data.tokenize import tokenizer_of
+from casp_pl.data.sample import Sample
 from casp_pl.errors import ConfigError
+from casp_pl.harness.answering import generate_answers, log_likelihoods
+from casp_pl.harness.command import said_by_us
+from casp_pl.harness.questions import question_sample
 
 __all__ = ["CaspMultimodalModel"]
 
-_LONGEST_ANSWER = 128
-
 
 class CaspMultimodalModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
-    """Answers by greedy decoding, one question at a time, images in front of the text as in training.
+    """Answers questions as the task wants them (greedy, sampled, beams), and scores given answers.
 
     Args:
         pretrained: directory of the model.
         device: where it goes; a GPU if there is one.
-        batch_size: lmms-eval gives it; only 1 is possible.
+        batch_size: questions that are answered together.
         max_batch_size: lmms-eval gives it; it has no meaning here.
     """
 
+    @said_by_us()
     def __init__(
         self,
         pretrained: str,
@@ -35,44 +38,48 @@ class CaspMultimodalModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        if int(batch_size) != 1:
-            raise ConfigError(f"lmms_eval: --batch_size is {batch_size}, only 1 is possible")
-        self.place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model, self.processor = load_compressed(pretrained, device=self.place)
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise ConfigError(f"lmms_eval: --batch_size is {batch_size}, it must be a number, 1 or more")
+        self.batch_size = int(batch_size)
+        self.model, self.processor = load_compressed(
+            pretrained, device=device or ("cuda" if torch.cuda.is_available() else "cpu")
+        )
 
+    @said_by_us()
     def generate_until(self, requests: list[Any]) -> list[str]:
         """The answers, in the order of the requests."""
         answers = []
-        for request in tqdm(requests, desc="casp", disable=self.rank != 0):
-            text, settings, to_images, number, task, split = request.args
-            images = to_images(self.task_dict[task][split][number]) or []
-            answers.append(self._answer(text, images, settings))
-            self.cache_hook.add_partial("generate_until", (text, settings), answers[-1])
+        for batch in self._batches(requests, lambda request: request.args[1]):
+            settings = batch[0].args[1]
+            samples = [self._sample(text, "", *where) for text, _, *where in (request.args for request in batch)]
+            answers += generate_answers(self.model, self.processor, samples, settings)
+            for request, answer in zip(batch, answers[-len(batch) :], strict=True):
+                self.cache_hook.add_partial("generate_until", (request.args[0], settings), answer)
         return answers
 
-    @torch.no_grad()
-    def _answer(self, text: str, images: list[Image.Image], settings: dict[str, Any]) -> str:
-        if settings.get("temperature"):
-            raise ConfigError("lmms_eval: the task samples its answers (temperature above 0); here decoding is greedy")
-        asked = message(self.processor, "user", text.replace("<image>", "").strip(), images=len(images))
-        inputs = chat_inputs(self.processor, [asked], [image.convert("RGB") for image in images]).to(self.place)
-        longest = settings.get("max_new_tokens") or _LONGEST_ANSWER
-        tokens = self.model.generate(**inputs, max_new_tokens=longest, do_sample=False, pad_token_id=0)
-        fresh = tokens[0, inputs["input_ids"].shape[1] :]
-        answer = str(tokenizer_of(self.processor).decode(fresh, skip_special_tokens=True))
-        until = settings.get("until") or []
-        for end in [until] if isinstance(until, str) else until:
-            answer = answer.split(end)[0] if end else answer
-        return answer.strip()
+    @said_by_us()
+    def loglikelihood(self, requests: list[Any]) -> list[GenerationResult]:
+        """For each given answer and its end: a score, and whether the model itself would say it.
 
-    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Not here: lm_eval does it for text.
+        The score is the negative log-probability for multiple choice, where lmms-eval takes the smallest, and the
+        log-probability for tasks of the type loglikelihood.
 
         Raises:
-            ConfigError: always.
+            ConfigError: a likelihood without a question, as the metric acc_mutual_info wants it.
         """
-        raise ConfigError("lmms_eval: this task needs likelihoods; tasks with generated answers are possible here")
+        results = []
+        for batch in self._batches(requests, lambda request: len(request.args)):
+            if len(batch[0].args) == 2:
+                raise ConfigError("lmms_eval: acc_mutual_info is not possible here: leave it out of metric_list")
+            chosen = [isinstance(request.args[1], str) for request in batch]
+            samples = [self._sample(text, answer, *where) for text, answer, *where in (r.args for r in batch)]
+            found = log_likelihoods(self.model, self.processor, samples)
+            signs = [-1 if choice else 1 for choice in chosen]
+            scores = [(sign * score, greedy) for sign, (score, greedy) in zip(signs, found, strict=True)]
+            results += [GenerationResult(text=pair) for pair in scores]  # lmms-eval 0.7.3 makes a string of a bare pair
+        return results
 
+    @said_by_us()
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         """Not here.
 
@@ -80,3 +87,19 @@ class CaspMultimodalModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
             ConfigError: always.
         """
         raise ConfigError("lmms_eval: tasks of several rounds are not possible here")
+
+    def _batches(self, requests: list[Any], alike: Callable[[Any], Any]) -> Iterator[list[Any]]:
+        """Neighbours that are alike, at most `batch_size` at once."""
+        with tqdm(total=len(requests), desc="casp", disable=self.rank != 0) as bar:
+            for _, group in groupby(requests, alike):
+                members = list(group)
+                for start in range(0, len(members), self.batch_size):
+                    batch = members[start : start + self.batch_size]
+                    yield batch
+                    bar.update(len(batch))
+
+    def _sample(self, text: str, answer: Any, to_visuals: Any, number: int, task: str, split: str) -> Sample:
+        row = self.task_dict[task][split][number]
+        given = answer(row) if callable(answer) else answer
+        visuals = to_visuals(row) or []
+        return question_sample(f"{task}/{number}", text, visuals, self.processor, str(given).strip())

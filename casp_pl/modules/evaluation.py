@@ -142,7 +142,7 @@ class EvaluationModule(pl.LightningModule):
             self.reference.check_fits(batch["numbers"], batch["sample_ids"])
             theirs = self.reference.answer_hidden[numbers].to(answered.hidden)
             head = self.model.get_output_embeddings()
-            self.answer_kl.update(head(theirs), head(answered.hidden))
+            self.answer_kl.update(head(theirs), head(answered.hidden), batch["image_numbers"])
 
     def _compare_answers(self) -> None:
         numbers = sorted(self._answers)
@@ -153,7 +153,7 @@ class EvaluationModule(pl.LightningModule):
         self.accuracy.update(given, [answer.accepted for answer in answers], images)
         if self.reference is not None:
             theirs = [self.reference.answers[number] for number in numbers]
-            self.flips.update(given, theirs)
+            self.flips.update(given, theirs, images)
             self.paired.update(self._scores(theirs, answers), self._scores(given, answers), images)
 
     def _scores(self, given: Sequence[str], questions: Sequence[_Answer]) -> list[float]:
@@ -163,13 +163,14 @@ class EvaluationModule(pl.LightningModule):
         hidden = predicting_hidden(self.model, batch["input_ids"])
         targets = batch["input_ids"][:, 1:].flatten()
         numbers = batch["numbers"].tolist()
+        window_of = batch["numbers"].repeat_interleave(batch["input_ids"].shape[1] - 1)
         stacks = [hidden]
         if self.reference is not None:
             stacks.append(self._reference_windows(numbers, hidden))
         for rows, logits in chunked_logits(self.model.get_output_embeddings(), *stacks, chunk=self.chunk):
-            self.perplexity.update(logits[0], targets[rows])
+            self.perplexity.update(logits[0], targets[rows], window_of[rows])
             if self.reference is not None:
-                self.text_kl.update(logits[1], logits[0])
+                self.text_kl.update(logits[1], logits[0], window_of[rows])
         self._windows.update(zip(numbers, hidden.float().cpu(), strict=True))
 
     def _reference_windows(self, numbers: list[int], hidden: Tensor) -> Tensor:
@@ -182,16 +183,24 @@ class EvaluationModule(pl.LightningModule):
         return stored[numbers].to(hidden)
 
     def _compute_figures(self) -> StageFigures:
-        vqa: dict[str, Any] = self.accuracy.compute() if self._answers else {}
-        compared = self.reference is not None
+        asked, read, compared = bool(self._answers), bool(self._windows), self.reference is not None
+        vqa: dict[str, Any] = self.accuracy.compute() if asked else {}
+        text: dict[str, Any] = self.perplexity.compute() if read else {}
+        text_kl: dict[str, Any] = self.text_kl.compute() if compared and read else {}
+        answer_kl: dict[str, Any] = self.answer_kl.compute() if compared and asked else {}
+        flips: dict[str, Any] = self.flips.compute() if compared and asked else {}
         return StageFigures(
             vqa_accuracy=vqa.get("accuracy"),
             vqa_interval=vqa.get("interval"),
             vqa_accuracy_not_yes_no=vqa.get("accuracy_not_yes_no"),
-            perplexity=self.perplexity.compute() if self._windows else None,
-            kl=self.text_kl.compute() if compared and self._windows else None,
-            kl_answers=self.answer_kl.compute() if compared and self._answers else None,
-            flip_rate=self.flips.compute() if compared and self._answers else None,
+            perplexity=text.get("perplexity"),
+            perplexity_interval=text.get("interval"),
+            kl=text_kl.get("kl"),
+            kl_interval=text_kl.get("interval"),
+            kl_answers=answer_kl.get("kl"),
+            kl_answers_interval=answer_kl.get("interval"),
+            flip_rate=flips.get("flip_rate"),
+            flip_interval=flips.get("interval"),
             questions=len(self._answers),
             text_tokens=sum(map(len, self._windows.values())),
             seconds=time.perf_counter() - self._start,

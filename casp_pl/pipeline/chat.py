@@ -1,8 +1,8 @@
 """`predict`: one question or a conversation, answers shown while they are made; in a terminal and piped."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TextIO, TypeAlias
+from typing import Any, Literal, TextIO, TypeAlias, TypeVar
 
 import torch
 from PIL import Image
@@ -12,12 +12,15 @@ from casp_pl.checkpoint import load_compressed
 from casp_pl.data.chat import chat_inputs, message
 from casp_pl.data.images import ImageRefusedError, load_image
 from casp_pl.data.tokenize import Processor, tokenizer_of
+from casp_pl.data.video import FRAMES, video_frames
 from casp_pl.errors import InputError
 from casp_pl.pipeline.prepare import model_device, prepare
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.side_by_side import model_directory
 
 __all__ = ["Conversation", "Models", "open_conversations", "read_questions"]
+
+T = TypeVar("T")
 
 Models: TypeAlias = Literal["both", "original", "compressed"]
 
@@ -29,17 +32,26 @@ class Conversation:
         name: stands in front of every answer; empty for nothing.
         model: decodes greedily, its layers as they are stored.
         processor: its processor or tokenizer.
-        image: what the conversation is about; None for text alone.
+        image: what the conversation is about; None for text alone, or a video.
+        video: the frames of the video that it is about.
         max_new_tokens: longest answer.
     """
 
     def __init__(
-        self, name: str, model: Any, processor: Processor, image: Image.Image | None, *, max_new_tokens: int
+        self,
+        name: str,
+        model: Any,
+        processor: Processor,
+        image: Image.Image | None,
+        *,
+        max_new_tokens: int,
+        video: Sequence[Image.Image] = (),
     ) -> None:
         self.name = name
         self.model = model
         self.processor = processor
         self.images = [] if image is None else [image]
+        self.videos = [video] if video else []
         self.max_new_tokens = max_new_tokens
         self.messages: list[dict[str, Any]] = []
 
@@ -48,11 +60,12 @@ class Conversation:
         """The answer, written to `out` word by word.
 
         Raises:
-            InputError: there is an image and the model takes none.
+            InputError: there is an image or a video and the model takes none.
         """
-        images = 0 if self.messages else len(self.images)
-        self.messages.append(message(self.processor, "user", question, images=images))
-        inputs = chat_inputs(self.processor, self.messages, self.images).to(next(self.model.parameters()).device)
+        shown = {} if self.messages else {"images": len(self.images), "videos": len(self.videos)}
+        self.messages.append(message(self.processor, "user", question, **shown))
+        inputs = chat_inputs(self.processor, self.messages, self.images, self.videos)
+        inputs = inputs.to(next(self.model.parameters()).device)
         if self.name:
             print(f"{self.name}: ", end="", file=out, flush=True)
         streamer = _Words(tokenizer_of(self.processor), out)
@@ -78,24 +91,48 @@ class _Words(TextStreamer):
 
 
 def open_conversations(
-    settings: RunSettings, image: Path | None, *, models: Models, max_new_tokens: int
+    settings: RunSettings,
+    *,
+    image: Path | None,
+    video: Path | None,
+    models: Models | None,
+    model_dir: Path | None,
+    max_new_tokens: int,
 ) -> list[Conversation]:
     """One conversation a model; what is not asked for is not loaded.
 
+    Args:
+        settings: the recipe.
+        image: what the conversation is about, if anything.
+        video: the same, a file or a folder of frames.
+        models: who answers; None for both, but only the compressed model where `model_dir` is given.
+        model_dir: a compressed model, or a run that has one; None for that of the recipe's run.
+        max_new_tokens: longest answer.
+
     Raises:
-        InputError: the image or a model is missing or cannot be read.
+        InputError: the image, the video or a model is missing or cannot be read.
     """
-    picture = None if image is None else _read_image(image)
-    directory = None if models == "original" else model_directory(settings)
+    shown: dict[str, Any] = {"image": None if image is None else _read("--image", image, lambda: load_image(image))}
+    if video is not None:
+        shown["video"] = _read("--video", video, lambda: [load_image(frame) for frame in video_frames(video, FRAMES)])
+    asked = models or ("both" if model_dir is None else "compressed")
+    directory = None if asked == "original" else _compressed(settings, model_dir)
     talks = []
-    if models != "compressed":
+    if asked != "compressed":
         prepared = prepare(settings)
         model, processor = prepared.adapter.model, prepared.processor
-        talks.append(Conversation("original", model, processor, picture, max_new_tokens=max_new_tokens))
+        talks.append(Conversation("original", model, processor, max_new_tokens=max_new_tokens, **shown))
     if directory is not None:
         model, processor = load_compressed(directory, device=model_device(settings))
-        talks.append(Conversation("compressed", model, processor, picture, max_new_tokens=max_new_tokens))
+        talks.append(Conversation("compressed", model, processor, max_new_tokens=max_new_tokens, **shown))
     return talks
+
+
+def _compressed(settings: RunSettings, model_dir: Path | None) -> Path:
+    if model_dir is None:
+        return model_directory(settings)
+    inner = model_dir / "model"
+    return inner if inner.is_dir() else model_dir
 
 
 def read_questions(source: TextIO, out: TextIO) -> Iterator[str]:
@@ -113,10 +150,10 @@ def read_questions(source: TextIO, out: TextIO) -> Iterator[str]:
             yield line.strip()
 
 
-def _read_image(path: Path) -> Image.Image:
-    if not path.is_file():
-        raise InputError(f"--image {path}: no such file.")
+def _read(option: str, path: Path, load: Callable[[], T]) -> T:
+    if not path.exists():
+        raise InputError(f"{option} {path}: no such file.")
     try:
-        return load_image(path)
+        return load()
     except ImageRefusedError as error:
-        raise InputError(f"--image {path}: {error}") from error
+        raise InputError(f"{option} {path}: {error}") from error

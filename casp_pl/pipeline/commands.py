@@ -4,6 +4,7 @@ import sys
 from collections.abc import Mapping
 from json import dumps
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
@@ -16,11 +17,12 @@ from casp_pl.callbacks.tensorboard import log_report
 from casp_pl.checkpoint import RunDirectory, save_compressed, save_streamed, write_text
 from casp_pl.checkpoint import verify as find_problems
 from casp_pl.console import RunProgress, make_console
+from casp_pl.data.tokenize import takes_images
 from casp_pl.errors import ConfigError, ResourceError
 from casp_pl.export import export_model
 from casp_pl.models.memory import Memory
 from casp_pl.pipeline.block_files import BlockFiles
-from casp_pl.pipeline.chat import Models, open_conversations, read_questions
+from casp_pl.pipeline.chat import open_conversations, read_questions
 from casp_pl.pipeline.divided import check_divided
 from casp_pl.pipeline.estimate import planned_estimate
 from casp_pl.pipeline.explain import ExplainSettings, explanation
@@ -86,7 +88,8 @@ def _fit(settings: RunSettings, prepared: Prepared, run: RunDirectory, progress:
     with progress.stage("save", 1):
         if not run.has("model"):
             if is_first():
-                _save(prepared, blocks, run.path("model"), model_card(report, settings))
+                card = model_card(report, settings, takes_images=takes_images(prepared.processor))
+                _save(prepared, blocks, run.path("model"), card)
             run.record("model")
         pictures = _write_report(report, run)
         if is_first():
@@ -142,19 +145,11 @@ def test(settings: RunSettings) -> int:
     return side_by_side(settings, "test")
 
 
-def predict(
-    settings: RunSettings,
-    *,
-    image: Path | None,
-    question: str | None,
-    chat: bool,
-    models: Models,
-    max_new_tokens: int,
-) -> int:
-    """Answer one question about an image, or every line of standard input in one conversation."""
+def predict(settings: RunSettings, *, question: str | None, chat: bool, **who: Any) -> int:
+    """Answer one question, or every line of standard input in one conversation; `who` goes to `open_conversations`."""
     if chat == (question is not None):
         raise ConfigError("predict needs either --question or --chat, which reads one question a line.")
-    talks = open_conversations(settings, image, models=models, max_new_tokens=max_new_tokens)
+    talks = open_conversations(settings, **who)
     for asked in read_questions(sys.stdin, sys.stdout) if question is None else [question]:
         for talk in talks:
             talk.ask(asked, sys.stdout)

@@ -1,11 +1,18 @@
 """README.md of the model directory: what the model is, how good, how to load it, what it came from, its limits."""
 
+import re
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from casp_pl.callbacks.report import CompressionReport, StageRow
 from casp_pl.callbacks.report_markdown import markdown_table, report_markdown
 from casp_pl.callbacks.stage_table import HEADER, number, size, stage_cells
 from casp_pl.data.sources import DataSource, EasyVQA, PydocProse
+from casp_pl.models.demo import LANGUAGE_MODEL
 from casp_pl.pipeline.settings import RunSettings
 
 __all__ = ["model_card"]
@@ -18,6 +25,7 @@ _MODELS = {
     "embedded-text": ("SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0)", "apache-2.0"),
     "tiny": ("random weights of casp_pl (Apache-2.0): for tests, it has learnt nothing", "apache-2.0"),
 }
+_BASES = {"embedded": LANGUAGE_MODEL, "embedded-text": LANGUAGE_MODEL, "tiny": None}
 _DATA = {
     "EasyVQA": "easy-VQA (package easy-vqa 1.0, MIT)",
     "PydocProse": "the prose of Python's language reference (PSF-2.0)",
@@ -30,17 +38,22 @@ _LIMITS = """\
 - A few tokens are multiplied without a dense weight, many (a prompt) by way of one that is rebuilt for a moment."""
 
 
-def model_card(report: CompressionReport, settings: RunSettings) -> str:
-    """The text: metadata that the hub reads, a summary, and the whole report behind it.
+def model_card(report: CompressionReport, settings: RunSettings, *, takes_images: bool) -> str:
+    """The text: metadata that the hub reads, a summary, and the whole report behind it; no path of this machine.
 
     Args:
         report: of the run.
         settings: its recipe, for the model and the data by name.
+        takes_images: whether the model does.
     """
+    source = settings.model.source
     final, original = report.stages[-1], report.stage("original")
-    base, license = _MODELS.get(settings.model.source, (f"`{settings.model.source}`", "other"))
+    hub_id = _hub_id(source)
+    name = hub_id if source not in _MODELS and hub_id else Path(source).name
+    base, license = _MODELS.get(source, (f"`{name}`", "other"))
+    auto_class = "AutoModelForImageTextToText" if takes_images else "AutoModelForCausalLM"
     parts = [
-        _metadata(settings, license),
+        _metadata(settings.quantizer.name, license, hub_id, takes_images=takes_images),
         f"# {report.name}",
         f"{base}, compressed by casp_pl with {report.quantizer} to {number(final.bits_per_weight_codes, 3)} bits a "
         f"weight ({number(final.bits_per_weight_total, 3)} with every codebook and scale), "
@@ -50,21 +63,42 @@ def model_card(report: CompressionReport, settings: RunSettings) -> str:
         "## How to load\n\nWith the package casp_pl installed:\n\n"
         "    import casp_pl\n"
         "    model, processor = casp_pl.load_compressed(DIR)\n\n"
-        "or, after `import casp_pl`, transformers' own `from_pretrained(DIR)` of "
-        f"`{'AutoModelForCausalLM' if final.vqa_accuracy is None else 'AutoModelForImageTextToText'}`. "
+        f"or, after `import casp_pl`, transformers' own `from_pretrained(DIR)` of `{auto_class}`. "
         "Weights are safetensors, no remote code is run.",
         "## Limits\n\n" + _LIMITS,
         "## Data\n\n" + "\n".join(_data(report, settings)),
         "## Licences\n\n" + _licences(settings, base),
-        report_markdown(report),
+        report_markdown(replace(report, model=name, command=report.command and _without_folders(report.command))),
     ]
     return "\n\n".join(parts)
 
 
-def _metadata(settings: RunSettings, license: str) -> str:
-    lines = ["---", "library_name: transformers", f"license: {license}"]
-    lines += [f"base_model: {settings.model.source}"] if settings.model.source not in _MODELS else []
-    return "\n".join([*lines, f"tags: [casp, quantized, {settings.quantizer.name}]", "---"])
+def _metadata(quantizer: str, license: str, hub_id: str | None, *, takes_images: bool) -> str:
+    """The YAML on top; its keys are huggingface.co/docs/hub/model-cards'."""
+    values: dict[str, Any] = {"library_name": "transformers", "license": license}
+    values["pipeline_tag"] = "image-text-to-text" if takes_images else "text-generation"
+    if hub_id:
+        values |= {"base_model": hub_id, "base_model_relation": "quantized"}
+    values["tags"] = ["casp", "quantized", quantizer]
+    return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
+
+
+def _hub_id(source: str) -> str | None:
+    """The name on the hub (org/name) of what `source` is or is made of; None for a directory outside the hub's cache.
+
+    What a config or a card calls itself is not believed: it may be a folder of long ago, or the base of this base.
+    """
+    if source in _BASES:
+        return _BASES[source]
+    if not Path(source).is_dir():
+        return source
+    cached = (part for part in Path(source).resolve().parts if part.startswith("models--"))
+    return next((part.removeprefix("models--").replace("--", "/") for part in cached), None)
+
+
+def _without_folders(command: str) -> str:
+    """Absolute paths cut to their last part."""
+    return re.sub(r"(?<=[\s='])/\S*/", "", command)
 
 
 def _in_words(row: StageRow) -> str:

@@ -167,9 +167,9 @@ class CompressionRun:
         return [self._row(name) for name in names if self.run.has(f"stages/{name}.json")]
 
     def _row(self, name: str) -> StageRow:
-        value = self.run.read_json(f"stages/{name}.json")
-        interval = value["vqa_interval"]
-        return StageRow(**(value | {"vqa_interval": tuple(interval) if interval else None}))
+        stored: dict[str, Any] = self.run.read_json(f"stages/{name}.json")
+        intervals = {figure: tuple(value) for figure, value in stored.items() if isinstance(value, list)}
+        return StageRow(**(stored | intervals))
 
     def _baseline(self, quantizer: Any) -> None:
         if self.run.has("stages/rtn.json"):

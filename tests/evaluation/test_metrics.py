@@ -12,23 +12,24 @@ def test_perplexity_is_that_of_torchmetrics():
     logits, targets = torch.randn(3, 7, 11) * 3, torch.randint(11, (3, 7))
     mine, theirs = Perplexity(), TorchmetricsPerplexity()
     for row in range(3):
-        mine.update(logits[row], targets[row])
+        mine.update(logits[row], targets[row], torch.full((7,), row))
     theirs.update(logits, targets)
-    assert mine.compute() == pytest.approx(theirs.compute().item(), rel=1e-6)
-    assert int(mine.total) == 21
+    assert mine.compute()["perplexity"] == pytest.approx(theirs.compute().item(), rel=1e-6)
 
 
 def test_kl_is_the_dense_sum():
     torch.manual_seed(0)
     theirs, ours = torch.randn(2, 13, 17)
     metric = KLDivergence()
-    metric.update(theirs[:5], ours[:5])
-    metric.update(theirs[5:], ours[5:])
+    metric.update(theirs[:5], ours[:5], torch.zeros(5))
+    metric.update(theirs[5:], ours[5:], torch.zeros(8))
     p, q = theirs.double().softmax(-1), ours.double().softmax(-1)
-    assert metric.compute() == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-5)
+    found = metric.compute()
+    assert found["kl"] == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-5)
+    assert found["interval"] is None, "one unit alone says nothing about others"
     same = KLDivergence()
-    same.update(ours, ours)
-    assert same.compute() == 0
+    same.update(ours, ours, torch.arange(13))
+    assert same.compute() == {"kl": 0, "interval": (0, 0)}
 
 
 def test_accuracy():
@@ -67,6 +68,34 @@ def test_interval_is_that_of_a_plain_bootstrap_over_images():
 
 def test_flip_rate_compares_normalised_text():
     metric = FlipRate()
-    metric.update(["Yes.", "red"], ["yes", "blue"])
-    metric.update(["a circle"], ["circle"])
-    assert metric.compute() == pytest.approx(1 / 3)
+    metric.update(["Yes.", "red"], ["yes", "blue"], torch.tensor([0, 1]))
+    metric.update(["a circle"], ["circle"], torch.tensor([2]))
+    assert metric.compute()["flip_rate"] == pytest.approx(1 / 3)
+
+
+def test_intervals_of_text_are_those_of_a_plain_bootstrap_over_windows():
+    generator = torch.Generator().manual_seed(2)
+    windows, length, vocabulary = 30, 8, 5
+    numbers = torch.arange(windows).repeat_interleave(length)
+    ease = torch.randn(windows, generator=generator)[numbers]  # windows differ much more than their tokens do
+    targets = torch.randint(vocabulary, (len(numbers),), generator=generator)
+    logits = torch.randn(len(numbers), vocabulary, generator=generator) / 4
+    logits[torch.arange(len(numbers)), targets] += 2 * ease
+    theirs = torch.zeros_like(logits)
+    perplexity, kl = Perplexity(resamples=4000), KLDivergence(resamples=4000)
+    perplexity.update(logits, targets, numbers)
+    kl.update(theirs, logits, numbers)
+    scores = logits.double().log_softmax(-1)
+    losses = -scores[torch.arange(len(numbers)), targets].view(windows, length).mean(1)
+    divergences = (-math.log(vocabulary) - scores.mean(-1)).view(windows, length).mean(1)
+    drawn = torch.randint(windows, (4000, windows), generator=generator)
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    expected = losses[drawn].mean(1).exp().quantile(ends), divergences[drawn].mean(1).quantile(ends)
+    for found, (low, high) in zip(
+        (perplexity.compute(), kl.compute()), map(torch.Tensor.tolist, expected), strict=True
+    ):
+        assert found["interval"] == pytest.approx((low, high), abs=0.06 * (high - low))
+    loss, scatter = losses.mean().item(), losses.std().item() / math.sqrt(windows)
+    width = math.exp(loss + 1.96 * scatter) - math.exp(loss - 1.96 * scatter)
+    assert perplexity.compute()["perplexity"] == pytest.approx(math.exp(loss))
+    assert expected[0][1] - expected[0][0] == pytest.approx(width, rel=0.2)

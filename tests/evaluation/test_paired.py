@@ -27,9 +27,9 @@ def all_figures(rows):
         paired.update(first[part].tolist(), second[part].tolist(), images[part])
         words = [said[row] for row in part]
         accuracy.update(words, ["yes"] * len(part), images[part])
-        flips.update(words, ["no"] * len(part))
-        perplexity.update(logits[part], images[part] % 7)
-        kl.update(theirs[part], logits[part])
+        flips.update(words, ["no"] * len(part), images[part])
+        perplexity.update(logits[part], images[part] % 7, images[part])
+        kl.update(theirs[part], logits[part], images[part])
     figures = {"paired": paired.compute().to_dict(), "accuracy": accuracy.compute()}
     return figures | {"flips": flips.compute(), "perplexity": perplexity.compute(), "kl": kl.compute()}
 

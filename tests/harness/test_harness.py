@@ -15,19 +15,22 @@ from casp_pl import load_compressed
 from casp_pl.cli import main
 from casp_pl.data import Sample, Turn
 from casp_pl.evaluation import evaluate_vqa
+from casp_pl.harness.answering import log_likelihoods
+from casp_pl.harness.questions import question_sample
 
-WHY = "{} is not installed: pip install 'casp_pl[eval]', or make harnesses"
+WHY = "{} is not installed: make test-harnesses"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 ROWS = [{"question": "two plus two is", "answer": 1}, {"question": "grass is", "answer": 0}]
 CHOICES = (" five", " four")
+EXACT = "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]"
 
 
-def run(arguments: list[str], cache: Path) -> str:
+def run(arguments: list[str], cache: Path, *, code: int = 0) -> str:
     environment = os.environ | OFFLINE | {"HF_HOME": str(cache), "HF_DATASETS_CACHE": str(cache / "datasets")}
     command = [sys.executable, "-m", "casp_pl", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    assert done.returncode == code, done.stderr[-3000:]
+    return done.stdout if code == 0 else done.stderr
 
 
 def log_likelihood(model, tokenizer, text: str, choice: str) -> float:
@@ -49,6 +52,7 @@ def test_lm_eval_scores_choices_as_the_logits_do(finished_run: Path, tmp_path: P
         f"doc_to_choice: {json.dumps([choice.strip() for choice in CHOICES])}\nmetric_list: [{{metric: acc}}]\n"
     )
     options = ["--tasks", "local_choices", "--include_path", str(tmp_path), "--device", "cpu", "--log_samples"]
+    options += ["--batch_size", "3"]
     printed = run(["lm_eval", str(finished_run / "model"), *options, "--output_path", str(tmp_path / "out")], tmp_path)
     assert "local_choices" in printed
     (samples,) = (tmp_path / "out").rglob("samples_local_choices_*.jsonl")
@@ -80,22 +84,61 @@ def test_lmms_eval_gets_the_answers_that_test_gets(finished_run: Path, tmp_path:
         {"question": sample.turns[0].question, "image": str(sample.image), "answer": answer}
         for sample, answer in zip(samples, answers, strict=True)
     ]
-    data = tmp_path / "rows.json"
-    data.write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "utils.py").write_text(
-        "from PIL import Image\n\ndef images(doc):\n    return [Image.open(doc['image'])]\n"
+    write_task(
+        tmp_path, rows, "generate_until", "[Image.open(doc['image'])]", "generation_kwargs: {max_new_tokens: 6}", EXACT
     )
-    (tmp_path / "local.yaml").write_text(
-        f"task: local_images\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\n"
-        "test_split: test\noutput_type: generate_until\ndoc_to_visual: !function utils.images\n"
-        "doc_to_text: '{{question}}'\ndoc_to_target: answer\ngeneration_kwargs: {max_new_tokens: 6}\n"
-        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
-    )
-    options = ["--tasks", "local_images", "--include_path", str(tmp_path), "--device", "cpu", "--log_samples"]
+    options = ["--tasks", "local", "--include_path", str(tmp_path), "--device", "cpu", "--log_samples"]
+    options += ["--batch_size", "2"]
     run(["lmms_eval", str(finished_run / "model"), *options, "--output_path", str(tmp_path / "out")], tmp_path)
     (results,) = (tmp_path / "out").rglob("*_results.json")
-    figures = json.loads(results.read_text())["results"]["local_images"]
+    figures = json.loads(results.read_text())["results"]["local"]
     assert next(value for name, value in figures.items() if name.startswith("exact_match,")) == pytest.approx(2 / 3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason=WHY.format("lmms-eval"))
+def test_lmms_eval_picks_the_likeliest_choice(finished_run: Path, tmp_path: Path) -> None:
+    model, processor = load_compressed(finished_run / "model")
+    choices = ["red", "a much longer answer", "x"]
+    picture = Image.new("RGB", (32, 32), "red")
+    picture.save(tmp_path / "red.png")
+    asked = ["what?", "what colour is it?"]
+    best = []
+    for question in asked:
+        samples = [question_sample("q", question, [picture], processor, choice) for choice in choices]
+        scores = [score for score, _ in log_likelihoods(model, processor, samples)]
+        best.append(scores.index(max(scores)))
+    # the first expected answer is the likeliest, the second is not
+    expected = [best[0], (best[1] + 1) % len(choices)]
+    rows = [{"question": question, "answer": answer} for question, answer in zip(asked, expected, strict=True)]
+    more = f"doc_to_choice: {json.dumps(choices)}", "metric_list: [{metric: acc}]"
+    write_task(tmp_path, rows, "multiple_choice", f"[Image.open({str(tmp_path / 'red.png')!r})]", *more)
+    options = ["--tasks", "local", "--include_path", str(tmp_path), "--device", "cpu", "--batch_size", "2"]
+    run(["lmms_eval", str(finished_run / "model"), *options, "--output_path", str(tmp_path / "out")], tmp_path)
+    (results,) = (tmp_path / "out").rglob("*_results.json")
+    figures = json.loads(results.read_text())["results"]["local"]
+    assert next(value for name, value in figures.items() if name.startswith("acc,")) == 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason=WHY.format("lmms-eval"))
+def test_a_task_that_is_not_possible_ends_with_our_exit_code(finished_run: Path, tmp_path: Path) -> None:
+    write_task(tmp_path, [{"question": "what?", "answer": "x"}], "generate_until", "['clip.mp4']", EXACT)
+    options = ["--tasks", "local", "--include_path", str(tmp_path), "--device", "cpu"]
+    said = run(["lmms_eval", str(finished_run / "model"), *options], tmp_path, code=2)
+    assert said.strip().splitlines()[-1] == "lmms_eval: the task shows videos, the model takes images alone"
+
+
+def write_task(folder: Path, rows: list[dict[str, object]], kind: str, visuals: str, *more: str) -> None:
+    """The task `local`; `visuals` is what it shows of a row, as Python, `more` are further lines of its file."""
+    data = folder / "rows.json"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    (folder / "utils.py").write_text(f"from PIL import Image\n\ndef visuals(doc):\n    return {visuals}\n")
+    (folder / "local.yaml").write_text(
+        f"task: local\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\n"
+        f"test_split: test\noutput_type: {kind}\ndoc_to_visual: !function utils.visuals\n"
+        "doc_to_text: '{{question}}'\ndoc_to_target: answer\n" + "\n".join(more)
+    )
 
 
 @pytest.mark.parametrize("name", ["lm_eval", "lmms_eval"])

@@ -9,6 +9,7 @@ from PIL import Image
 
 from casp_pl.cli import main
 from casp_pl.errors import InputError
+from casp_pl.models.families import build_family
 from casp_pl.models.tiny import load_tiny
 from casp_pl.pipeline.chat import Conversation, read_questions
 
@@ -49,6 +50,20 @@ def test_a_tokenizer_alone_talks_without_images() -> None:
         Conversation("", model, processor.tokenizer, Image.new("RGB", (8, 8)), max_new_tokens=4).ask("hello", out)
 
 
+def test_a_video_is_talked_about() -> None:
+    model, processor = build_family("LlavaOnevisionForConditionalGeneration")
+    frames = [Image.new("RGB", (24, 20), (20 * number, 0, 0)) for number in range(8)]
+    talk = Conversation("", model, processor, None, video=frames, max_new_tokens=5)
+    answer = talk.ask("what happens?", io.StringIO())
+    prompt = "<|im_start|>user\n<video>\nwhat happens?<|im_end|>\n<|im_start|>assistant\n"
+    inputs = processor(videos=[frames], text=[prompt], return_tensors="pt", add_special_tokens=False)
+    with torch.no_grad():
+        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=5)[0, inputs["input_ids"].shape[1] :]
+    assert answer == processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    with pytest.raises(InputError, match="takes text and images alone"):
+        Conversation("", *load_tiny(), None, video=frames, max_new_tokens=4).ask("hello", io.StringIO())
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -78,6 +93,16 @@ def test_piped_questions_are_answered_in_turn(
     alone = capsys.readouterr().out
     assert alone.startswith("compressed: ")
     assert alone in printed
+    bare = ["predict", "--image", str(picture), "--max_new_tokens", "5", "--question", "what colour?"]
+    for folder in (finished_run, finished_run / "model"):
+        assert main([*bare, "--model_dir", str(folder)]) == 0
+        assert capsys.readouterr().out == alone, "no recipe is needed"
+    assert main([*bare, "--model_dir", str(picture.parent)]) == 3
+    assert "holds no model" in capsys.readouterr().err
+    assert main([*bare, "--model_dir", str(finished_run), "--video", str(picture.parent)]) == 3
+    assert "There is a video, but the model takes text and images alone" in capsys.readouterr().err
+    assert main([*bare, "--model_dir", str(finished_run), "--video", "gone.mp4"]) == 3
+    assert "--video gone.mp4: no such file" in capsys.readouterr().err
     assert main(arguments) == 2
     assert "--question or --chat" in capsys.readouterr().err
     assert main([*arguments, "--chat", "--question", "x"]) == 2

@@ -134,6 +134,14 @@ def test_figures_of_both_models(
     assert paired["difference"] == pytest.approx(compressed["vqa_accuracy"] - original["vqa_accuracy"])
     assert original["model_bytes"] > compressed["model_bytes"] > 0
     assert (original["kl"], compressed["kl"] > 0) == (None, True)
+    assert original["kl_interval"] is None
+    intervals = {"kl": "kl", "perplexity": "perplexity", "flip_rate": "flip", "kl_answers": "kl_answers"}
+    for figure, interval in intervals.items():
+        low, high = compressed[f"{interval}_interval"]
+        assert low <= compressed[figure] <= high
+        assert low < high
+    low, high = compressed["perplexity_interval"]
+    assert f"{compressed['perplexity']:,.2f} ({low:,.2f} to {high:,.2f})" in (finished_run / "test.md").read_text()
     for model in (original, compressed):
         assert model["decoding"]["tokens_per_second"] > 0
         assert model["decoding"]["weights_bytes"] >= model["model_bytes"]

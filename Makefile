@@ -15,7 +15,7 @@ HARNESSES := lm-eval==0.4.13 lmms-eval==0.7.3 evaluate rouge-score sacrebleu nlt
 CONFIG ?= configs/llava_aqlm.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help fit test test-fast bench peers harnesses lint types format docs hooks clean
+.PHONY: help fit test test-fast test-peers bench peers harnesses lint types format docs hooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z._-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ test: .venv $(TRITON)  ## run all tests
 
 test-fast: .venv  ## run the tests that take less than five seconds each
 	$(BIN)/python -m pytest -m "not slow"
+
+test-peers: peers  ## run the tests that load exports with gptqmodel, which others skip
+	.venv-peers/bin/python -m pytest tests/export -k gptqmodel
 
 bench: .venv  ## measure kernels, quantizers, training steps and growth into runs/bench (a quarter of an hour)
 	$(BIN)/python -m benchmarks

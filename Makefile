@@ -16,7 +16,8 @@ BROWSER := pyside6-essentials pyside6-addons pyside6-webengine shiboken6
 CONFIG ?= configs/llava_aqlm.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help fit test test-fast test-harnesses test-browser bench peers harnesses browser lint types format docs hooks clean
+.PHONY: help fit test test-fast test-harnesses test-browser test-peers bench peers harnesses browser lint types format docs \
+	hooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z._-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +36,9 @@ test-harnesses: harnesses  ## run the tests of `lm_eval` and `lmms_eval`, for wh
 
 test-browser: browser  ## open a report in Qt's Chromium, which `test` does where it finds a browser
 	$(BIN)/python -m pytest tests/callbacks/test_report_in_browser.py
+
+test-peers: peers  ## run the tests that load exports with gptqmodel, which others skip
+	.venv-peers/bin/python -m pytest tests/export -k gptqmodel
 
 bench: .venv  ## measure kernels, quantizers, training steps and growth into runs/bench (a quarter of an hour)
 	$(BIN)/python -m benchmarks

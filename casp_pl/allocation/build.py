@@ -1,8 +1,8 @@
 """Make a compression plan: ranks and scores in, bits under a budget out.
 
-Budget: the bits of all compressed linears <= budget * their original weights. Low-rank factors have fixed bits; every
-other linear gets the bits of its block (or its own), chosen exactly. The distortion of a block at b bits is modelled as
-`score * 2**(-2 b)`. Source: CASP, arXiv 2503.05936.
+Budget: the bits of all compressed linears <= budget * their original weights. Low-rank factors have fixed bits, and so
+have linears that the user gives bits; every other linear gets the bits of its block (or its own), chosen exactly. The
+distortion of a block at b bits is modelled as `score * 2**(-2 b)`. Source: CASP, arXiv 2503.05936.
 """
 
 import math
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from casp_pl.allocation.accounting import BitCosts, ModuleBits
 from casp_pl.allocation.bits import BitItem, allocate_bits
 from casp_pl.allocation.choices import BitChoices, Granularity, ModuleShape, bit_choices, modules_cost, whole_bits
+from casp_pl.allocation.overrides import override_bits
 from casp_pl.allocation.plan import CompressionPlan, Counts, ModulePlan
 from casp_pl.errors import ConfigError
 
@@ -28,6 +29,7 @@ def build_plan(
     budget: float = 2.0,
     counts: Counts = "codes",
     granularity: Granularity = "block",
+    overrides: Mapping[str, int] | None = None,
 ) -> CompressionPlan:
     """The plan with the smallest modelled distortion within the budget.
 
@@ -42,36 +44,33 @@ def build_plan(
         budget: bits per original weight of the compressed linears.
         counts: what the budget counts, `codes` alone or the `total` with codebooks, scales and zeros.
         granularity: the linears of a `block` share their bits, or each `linear` has its own.
+        overrides: part of a name (whole words between dots) to the bits of all linears with it; see `override_bits`.
 
     Raises:
         ConfigError: the budget cannot be met (the message has the feasible interval), the quantizer cannot do
-            `factor_bits`, or ranks, scores and modules do not fit together.
+            `factor_bits` or an override, one matches nothing, or ranks, scores and modules do not fit together.
     """
     low_rank = {name: rank for name, rank in ranks.items() if rank is not None}
     _check_arguments(modules, ranks, quantizer, factor_bits if low_rank else None)
     by_linear = _scores_by_linear(modules, scores)
+    pinned = override_bits([module.name for module in modules], overrides or {}, quantizer)
+    fixed_bits = dict.fromkeys(low_rank, factor_bits) | {name: bits for name, (bits, _) in pinned.items()}
     choices = bit_choices(
-        modules,
-        low_rank,
-        by_linear,
-        quantizer,
-        factor_bits=factor_bits,
-        counts=counts,
-        granularity=granularity,
+        modules, low_rank, by_linear, quantizer, fixed_bits=fixed_bits, counts=counts, granularity=granularity
     )
     _check_budget(choices, budget, counts, quantizer.levels)
     chosen = allocate_bits(choices.items, choices.budget_bits(budget))
     decisions = _decisions(choices.groups, choices.items, chosen)
-    for module in modules:
-        if module.name in low_rank:
-            decisions[module.name] = (factor_bits, _low_rank_reason(module, low_rank[module.name], factor_bits))
+    decisions |= _fixed_decisions(modules, low_rank, pinned, factor_bits)
     cost = sum(
         (modules_cost(quantizer, [module], decisions[module.name][0], low_rank) for module in modules),
         start=ModuleBits(0, 0),
     )
     return CompressionPlan(
         model=model,
-        modules=tuple(_entry(module, quantizer.name, decisions, low_rank, by_linear) for module in modules),
+        modules=tuple(
+            _entry(module, quantizer.name, decisions, low_rank, by_linear, module.name in pinned) for module in modules
+        ),
         budget=budget,
         counts=counts,
         bits_per_weight_codes=cost.codes / choices.weights,
@@ -139,9 +138,31 @@ def _decisions(
     return decisions
 
 
-def _low_rank_reason(module: ModuleShape, rank: int, factor_bits: int) -> str:
+def _fixed_decisions(
+    modules: Sequence[ModuleShape],
+    low_rank: Mapping[str, int],
+    pinned: Mapping[str, tuple[int, str]],
+    factor_bits: int,
+) -> dict[str, tuple[int, str]]:
+    """The same of the linears whose bits are not chosen."""
+    decisions = {}
+    for module in modules:
+        bits, pattern = pinned.get(module.name, (factor_bits, None))
+        if module.name in low_rank:
+            decisions[module.name] = (bits, _low_rank_reason(module, low_rank[module.name], bits, pattern))
+        elif pattern is not None:
+            decisions[module.name] = (bits, f"{bits} bits because {_given(pattern)}.")
+    return decisions
+
+
+def _low_rank_reason(module: ModuleShape, rank: int, bits: int, pattern: str | None) -> str:
     kept = 100 * rank * sum(module.shape) / module.weights
-    return f"rank {rank} of {min(module.shape)} keeps {kept:.1f} % of its weights, its factors have {factor_bits} bits."
+    why = "" if pattern is None else f" because {_given(pattern)}"
+    return f"rank {rank} of {min(module.shape)} keeps {kept:.1f} % of its weights, its factors have {bits} bits{why}."
+
+
+def _given(pattern: str) -> str:
+    return f"bits.overrides gives them to '{pattern}'"
 
 
 def _entry(
@@ -150,6 +171,7 @@ def _entry(
     decisions: Mapping[str, tuple[int, str]],
     ranks: Mapping[str, int],
     scores: Mapping[str, float],
+    pinned: bool,
 ) -> ModulePlan:
     bits, why = decisions[module.name]
     return ModulePlan(
@@ -162,6 +184,7 @@ def _entry(
         factor_bits=bits if module.name in ranks else None,
         score=scores[module.name],
         why=why,
+        pinned=pinned,
     )
 
 

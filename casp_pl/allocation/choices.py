@@ -36,9 +36,9 @@ class BitChoices:
     """Everything that bits are chosen among.
 
     Attributes:
-        groups: linears that get one level together; low-rank products are in none.
+        groups: linears that get one level together; low-rank products and those with bits of the user's are in none.
         items: cost (in what the budget counts) and distortion of every level, by group.
-        fixed: bits of the low-rank factors, whose level is not chosen.
+        fixed: bits of the linears whose level is not chosen.
         weights: original weights of all linears, low-rank ones among them.
     """
 
@@ -58,7 +58,7 @@ def bit_choices(
     scores: Mapping[str, float],
     quantizer: BitCosts,
     *,
-    factor_bits: int,
+    fixed_bits: Mapping[str, int],
     counts: Counts,
     granularity: Granularity,
 ) -> BitChoices:
@@ -69,16 +69,16 @@ def bit_choices(
         ranks: full name to rank of the low-rank products.
         scores: full name to what the distortion of that linear counts.
         quantizer: what is asked for levels and true costs.
-        factor_bits: bits of the low-rank factors.
+        fixed_bits: full name to bits of the linears whose level is not chosen, all low-rank products among them.
         counts: what costs are, `codes` alone or the `total` with codebooks, scales and zeros.
         granularity: the linears of a `block` share their bits, or each `linear` has its own.
     """
-    groups = _groups([module for module in modules if module.name not in ranks], granularity)
-    low_rank = [module for module in modules if module.name in ranks]
+    groups = _groups([module for module in modules if module.name not in fixed_bits], granularity)
+    costs = (modules_cost(quantizer, [m], fixed_bits[m.name], ranks) for m in modules if m.name in fixed_bits)
     return BitChoices(
         groups=groups,
         items=tuple(_item(group, scores, quantizer, counts) for group in groups),
-        fixed=modules_cost(quantizer, low_rank, factor_bits, ranks).counted(counts),
+        fixed=sum(cost.counted(counts) for cost in costs),
         weights=sum(module.weights for module in modules),
     )
 
@@ -101,7 +101,7 @@ def choices_of_plan(
         ranks,
         {module.name: module.score for module in plan.modules},
         quantizer,
-        factor_bits=next((module.bits for module in plan.modules if module.rank is not None), quantizer.levels[0]),
+        fixed_bits={module.name: module.bits for module in plan.modules if module.rank is not None or module.pinned},
         counts=plan.counts if counts is None else counts,
         granularity=granularity,
     )

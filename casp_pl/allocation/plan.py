@@ -28,6 +28,7 @@ class ModulePlan:
         factor_bits: bits of the two factors, or None without a rank.
         score: how much its distortion counted when bits were given out.
         why: one sentence for the reader of the plan.
+        pinned: whether the user gave the bits, so that the allocation had no choice.
     """
 
     name: str
@@ -39,6 +40,7 @@ class ModulePlan:
     factor_bits: int | None
     score: float
     why: str
+    pinned: bool = False
 
     def __post_init__(self) -> None:
         if self.block < 0 or min(self.shape) < 1:
@@ -114,7 +116,11 @@ class CompressionPlan:
     def to_json(self) -> dict[str, Any]:
         """A value for `json.dumps`; `from_json` gives an equal plan back."""
         value = asdict(self)
-        value["modules"] = [{**module, "shape": list(module["shape"])} for module in value["modules"]]
+        value["modules"] = list(value["modules"])
+        for module in value["modules"]:
+            module["shape"] = list(module["shape"])
+            if not module["pinned"]:
+                del module["pinned"]
         return {"version": _VERSION, **value}
 
     @classmethod
@@ -145,6 +151,7 @@ class CompressionPlan:
 
 def _module_from_json(value: Any) -> ModulePlan:
     table = _table(value, "plan module")
+    table = {"pinned": False, **table}  # plans name it only where it is true
     _check_keys(table, {field.name for field in fields(ModulePlan)}, f"plan module {table.get('name', '?')}")
     where = f"plan module {table['name']}"
     shape = _typed(table, "shape", list, where)
@@ -160,6 +167,7 @@ def _module_from_json(value: Any) -> ModulePlan:
         factor_bits=_typed(table, "factor_bits", (int, type(None)), where),
         score=float(_typed(table, "score", (int, float), where)),
         why=_typed(table, "why", str, where),
+        pinned=table["pinned"] is True,
     )
 
 

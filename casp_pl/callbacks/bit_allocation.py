@@ -37,6 +37,8 @@ class BitAllocation(pl.Callback):
         granularity: whether the linears of a block share their bits.
         factor_bits: bits of the low-rank factors.
         scores: one number per block, for `explicit`.
+        overrides: bits that you choose yourself, of every linear with a part of a name in it, words between dots
+            (`mlp.down_proj: 4`, `layers.0: 3`; the last that fits counts). The others get what is left of the budget.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class BitAllocation(pl.Callback):
         granularity: Literal["block", "linear"] = "block",
         factor_bits: int = 3,
         scores: list[float] | None = None,
+        overrides: dict[str, int] | None = None,
     ) -> None:
         if budget <= 0:
             raise ConfigError(f"bits.budget: {budget} is not a positive number of bits per weight.")
@@ -59,6 +62,7 @@ class BitAllocation(pl.Callback):
         self.granularity = granularity
         self.factor_bits = factor_bits
         self.explicit = scores or []
+        self.overrides = overrides or {}
         self.quantizer: Quantizer | None = None
         self.low_rank: LowRankAllocation | None = None
         self.plan: CompressionPlan | None = None
@@ -98,6 +102,7 @@ class BitAllocation(pl.Callback):
             budget=self.budget,
             counts=self.counts,
             granularity=self.granularity,
+            overrides=self.overrides,
         )
 
     def _scores(

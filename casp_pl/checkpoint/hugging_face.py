@@ -18,7 +18,7 @@ from casp_pl.checkpoint.reading import read_json
 from casp_pl.errors import InputError, IntegrityError
 from casp_pl.models.surgery import layer_specs
 
-__all__ = ["load_compressed", "save_compressed", "save_plain", "without_progress_bars", "write_beside"]
+__all__ = ["empty_model", "load_compressed", "save_compressed", "save_plain", "without_progress_bars", "write_beside"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -165,7 +165,31 @@ def _check_hashes(directory: Path) -> None:
         raise IntegrityError(f"{directory / name} {problem}.\nMake or fetch the model again.")
 
 
-def _load_model(directory: Path) -> Any:
+@contextmanager
+def _explained(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise IntegrityError(f"{directory} cannot be loaded: {reason}") from error
+
+
+def empty_model(directory: Path) -> Any:
+    """The model that config.json describes, before anything was compressed, on the meta device.
+
+    Raises:
+        IntegrityError: it describes none.
+    """
+    with _explained(directory):
+        factory, config = _factory(directory)
+        with torch.device("meta"):
+            model = factory.from_config(config, trust_remote_code=False)
+        model.tie_weights()
+    return model
+
+
+def _factory(directory: Path) -> tuple[Any, Any]:
+    """The Auto class of a model, and its config."""
     from transformers import (
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         AutoConfig,
@@ -175,15 +199,16 @@ def _load_model(directory: Path) -> Any:
 
     import casp_pl.checkpoint.registration  # noqa: F401 - registers quant_method casp
 
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        factory: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
-        model, loading = factory.from_pretrained(
-            directory, output_loading_info=True, trust_remote_code=False, local_files_only=True, use_safetensors=True
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError) as error:
-        raise IntegrityError(f"{directory} cannot be loaded: {str(error).splitlines()[0]}") from error
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM, config
+
+
+def _load_model(directory: Path) -> Any:
+    settings: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
+    with _explained(directory):
+        factory, _ = _factory(directory)
+        model, loading = factory.from_pretrained(directory, output_loading_info=True, **settings)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if loading[what]:
             names = sorted(str(entry) for entry in loading[what])

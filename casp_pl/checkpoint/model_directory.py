@@ -4,18 +4,14 @@ Only JSON and safetensors are read. Pickles and weights outside the directory ar
 """
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from casp_pl.checkpoint.manifest import MANIFEST_NAME, Manifest
 from casp_pl.checkpoint.reading import read_json
 from casp_pl.errors import CaspError, IntegrityError
 from casp_pl.layers.build import build_layer
-from casp_pl.models.weight_files import checked_weight_map
+from casp_pl.models.weight_files import checked_weight_map, weight_file
 
 __all__ = [
     "CONFIG_NAME",
@@ -24,9 +20,11 @@ __all__ = [
     "check_header",
     "check_layout",
     "check_weight_files",
+    "check_weights",
     "checked_modules",
-    "directory_problems",
     "is_compressed_model",
+    "quantization_of",
+    "unsafe_files",
 ]
 
 QUANT_METHOD = "casp"
@@ -56,29 +54,47 @@ def checked_modules(modules: Any, version: Any) -> dict[str, dict[str, Any]]:
     return {str(name): dict(spec) for name, spec in modules.items()}
 
 
+def quantization_of(directory: Path) -> dict[str, Any] | None:
+    """The quantization_config of a model directory; None where its config.json has none.
+
+    Raises:
+        IntegrityError: config.json is missing or broken.
+    """
+    config = read_json(directory / CONFIG_NAME)
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    return quantization if isinstance(quantization, dict) else None
+
+
 def is_compressed_model(directory: Path) -> bool:
     """Whether a directory says of itself that it holds a model of this package."""
     try:
-        config = read_json(directory / CONFIG_NAME)
+        quantization = quantization_of(directory)
     except IntegrityError:
         return False
-    quantization = config.get("quantization_config") if isinstance(config, dict) else None
-    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+    return quantization is not None and quantization.get("quant_method") == QUANT_METHOD
 
 
 def check_layout(directory: Path) -> None:
-    """Refuse a model directory that is broken or unsafe, before any weight is read.
+    """Refuse a directory of a compressed model that is broken or unsafe, before any weight is read.
 
     Raises:
         IntegrityError: a broken config, a pickle, an index that points outside, an unsound safetensors file.
     """
-    config = read_json(directory / CONFIG_NAME)
-    quantization = config.get("quantization_config") if isinstance(config, dict) else None
-    if not isinstance(quantization, dict):
+    quantization = quantization_of(directory)
+    if quantization is None:
         raise IntegrityError(f"{directory / CONFIG_NAME} has no quantization_config.")
     checked_modules(quantization.get("modules"), quantization.get("version"))
-    if "auto_map" in config:
+    if "auto_map" in read_json(directory / CONFIG_NAME):
         _LOG.warning("%s asks for code of its own (auto_map): ignored", directory / CONFIG_NAME)
+    check_weights(directory)
+
+
+def check_weights(directory: Path) -> None:
+    """Refuse weights that are unsafe to read or missing, in any layout.
+
+    Raises:
+        IntegrityError: a pickle, an index or a link that points outside, an unsound safetensors file, or no weight.
+    """
     for index in sorted(directory.glob("*.index.json")):
         checked_weight_map(index, read_json(index))
     weights = [path for path in sorted(directory.iterdir()) if path.suffix in (".safetensors", *_PICKLES)]
@@ -95,30 +111,37 @@ def check_weight_files(directory: Path, files: Sequence[Path | str]) -> None:
     Raises:
         IntegrityError: the message names the file.
     """
-    inside = os.path.abspath(directory)
     for file in files:
-        path = os.path.abspath(file)
-        if os.path.splitext(path)[1] != ".safetensors":
+        if Path(file).suffix != ".safetensors":
             raise IntegrityError(f"{file} is no safetensors file and may run code when it is read: refused.")
-        if os.path.commonpath([inside, path]) != inside:
+        if not _lies_inside(Path(file), directory):
             raise IntegrityError(f"{file} lies outside {directory}: refused.")
 
 
-def directory_problems(directory: Path) -> list[str]:
-    """Everything that is wrong with a model directory, structure and hashes; empty where it is sound."""
+def unsafe_files(directory: Path) -> list[str]:
+    """One sentence for every pickle and every link to the outside, at any depth."""
     problems = []
-    try:
-        check_layout(directory)
-    except IntegrityError as error:
-        problems.append(str(error))
-    try:
-        manifest = Manifest.load(directory)
-    except IntegrityError as error:
-        return [*problems, str(error)]
-    problems += [f"{directory / name} {problem}." for name, problem in manifest.problems(directory).items()]
-    known = {*manifest.artifacts, MANIFEST_NAME}
-    strangers = [path for path in sorted(directory.glob("*.safetensors")) if path.name not in known]
-    return problems + [f"{path} is not in {MANIFEST_NAME}." for path in strangers]
+    for path in sorted(directory.rglob("*")):
+        if not _lies_inside(path, directory):
+            problems.append(f"{path} lies outside {directory}: refused.")
+        elif path.is_file() and _is_pickle(path):
+            problems.append(f"{path} is a pickle and may run code when it is read: refused.")
+    return problems
+
+
+def _lies_inside(path: Path, directory: Path) -> bool:
+    """Whether a path, links followed, ends in the directory; or in the blobs that a snapshot of the hub links to."""
+    real = directory.resolve()
+    repository = real.parents[1] if real.parent.name == "snapshots" else None
+    return any(place is not None and path.resolve().is_relative_to(place) for place in (real, repository))
+
+
+def _is_pickle(path: Path) -> bool:
+    if path.suffix in _PICKLES:
+        return True
+    with path.open("rb") as file:
+        first, protocol = (file.read(2) + b"\0\0")[:2]
+    return first == 0x80 and 2 <= protocol <= 5
 
 
 def check_header(path: Path) -> None:
@@ -127,10 +150,7 @@ def check_header(path: Path) -> None:
     Raises:
         IntegrityError: the message names the file and, of wrong codes, the tensor.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                if name.rsplit(".", 1)[-1] in _CODES and (kind := file.get_slice(name).get_dtype()) != "U8":
-                    raise IntegrityError(f"{path}: {name} is stored as {kind}, but codes are bytes (U8).")
-    except (OSError, SafetensorError) as error:
-        raise IntegrityError(f"{path} is no sound safetensors file: {error}.") from error
+    with weight_file(path) as file:
+        for name in file.keys():  # noqa: SIM118 - not a mapping
+            if name.rsplit(".", 1)[-1] in _CODES and (kind := file.get_slice(name).get_dtype()) != "U8":
+                raise IntegrityError(f"{path}: {name} is stored as {kind}, but codes are bytes (U8).")

@@ -19,15 +19,11 @@ from torch import Tensor, nn
 from casp_pl.checkpoint.atomic import METADATA_KEY
 from casp_pl.checkpoint.hugging_face import without_progress_bars
 from casp_pl.checkpoint.registration import CaspConfig
+from casp_pl.checkpoint.stored_names import DTYPE_NAMES, names_in_files, state_without_aliases
 from casp_pl.layers import QuantizedLinear
 from casp_pl.models.surgery import compressed_layers, layer_specs
 
 __all__ = ["ModelSize", "StoredTensor", "model_size", "run_file_bytes", "safetensors_bytes"]
-
-_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ def safetensors_bytes(tensors: Mapping[str, StoredTensor], metadata: Mapping[str
     at = 0
     for name, tensor in ordered:
         end = at + tensor.nbytes
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
         at = end
     length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + -(-length // 8) * 8 + at
@@ -100,10 +96,10 @@ def model_size(
     specs = layer_specs(model)
     for layer in compressed_layers(model).values():
         _store_tables_in_half(layer)
-    state = _without_aliases(model)
+    state = state_without_aliases(model)
     changed = {id(tensor) for name, tensor in state.items() if name in trained}
     stored, unseen, unnamed = {}, 0, 0
-    for name, tensor in _renamed(model, state).items():
+    for name, tensor in names_in_files(model, state).items():
         dtype = tensor.dtype
         if dtype is torch.float32 and id(tensor) not in changed:
             there = torch.float16 if headers is None else _dtype_there(name, headers)
@@ -129,21 +125,6 @@ def _store_tables_in_half(layer: nn.Module) -> None:
                 table.data = table.data.to(torch.float16)
         elif isinstance(part, nn.Linear):
             part.weight.data = part.weight.data.to(torch.float16)
-
-
-def _without_aliases(model: Any) -> dict[str, Tensor]:
-    """The state dict, of tied tensors only the one that `save_pretrained` writes."""
-    from transformers.modeling_utils import remove_tied_weights_from_state_dict
-
-    state: dict[str, Tensor] = remove_tied_weights_from_state_dict(model.state_dict(), model)
-    return state
-
-
-def _renamed(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under the names that they have in a file."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    return dict(revert_weight_conversion(model, state))
 
 
 def _dtype_there(name: str, headers: Mapping[str, torch.dtype]) -> torch.dtype | None:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from casp_pl.checkpoint.layouts import StoredTensors
 from casp_pl.errors import ConfigError
-from casp_pl.export.tensors import StoredTensors, layers_of_kind
+from casp_pl.export.tensors import layers_of_kind
 from casp_pl.layers import AdditiveLinear
 
 __all__ = ["to_aqlm"]

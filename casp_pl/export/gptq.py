@@ -12,13 +12,16 @@ tools.
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from casp_pl.checkpoint.layouts import StoredTensors
+from casp_pl.checkpoint.stored_names import names_in_files
 from casp_pl.errors import ConfigError
-from casp_pl.export.tensors import StoredTensors, layers_of_kind
+from casp_pl.export.tensors import layers_of_kind
 from casp_pl.kernels.packing import pack
 from casp_pl.layers import UniformLinear
 
@@ -59,12 +62,24 @@ def to_gptq(model: Any, *, version: int) -> dict[str, Any]:
         "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
     }
     if others:
-        config["dynamic"] = {f"+:^{re.escape(name)}$": _named(*size) for name, size in others.items()}
+        config["dynamic"] = {
+            _rule(name, stored): dict(zip(("bits", "group_size"), others[name], strict=True))
+            for name, stored in _stored_names(model, others).items()
+        }
     return config
 
 
-def _named(bits: int, group_size: int) -> dict[str, int]:
-    return {"bits": bits, "group_size": group_size}
+def _stored_names(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Module names in memory -> the same in the model's files, where transformers calls some otherwise."""
+    state = model.state_dict()
+    stored = {id(tensor): name for name, tensor in names_in_files(model, state).items()}
+    return {name: stored[id(state[f"{name}.qweight"])].removesuffix(".qweight") for name in names}
+
+
+def _rule(name: str, stored: str) -> str:
+    """The key of `dynamic` for one module; gptqmodel compares it with names in memory, others with those in files."""
+    both = "|".join(re.escape(each) for each in dict.fromkeys((name, stored)))
+    return f"+:^(?:{both})$"
 
 
 def _check_words(name: str, layer: UniformLinear) -> None:

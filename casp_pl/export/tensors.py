@@ -1,30 +1,14 @@
-"""What the layouts of other tools have in common: modules that only hold tensors, and reasons for a refusal."""
+"""What the layouts of other tools have in common: reasons for a refusal."""
 
-from collections.abc import Mapping
 from typing import Any, TypeVar
-
-from torch import Tensor, nn
 
 from casp_pl.errors import ConfigError
 from casp_pl.layers import QuantizedLinear
 from casp_pl.models.surgery import compressed_layers
 
-__all__ = ["StoredTensors", "layers_of_kind"]
+__all__ = ["layers_of_kind"]
 
 Layer = TypeVar("Layer", bound=QuantizedLinear)
-
-
-class StoredTensors(nn.Module):
-    """Stands at a layer's place and gives the state dict its names; it holds tensors and computes nothing.
-
-    Args:
-        tensors: name to tensor; None is left out of the state dict.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor | None]) -> None:
-        super().__init__()
-        for name, tensor in tensors.items():
-            self.register_buffer(name, None if tensor is None else tensor.detach().contiguous())
 
 
 def layers_of_kind(model: Any, kind: type[Layer], layout: str, quantizer: str) -> dict[str, Layer]:

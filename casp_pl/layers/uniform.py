@@ -18,7 +18,7 @@ from casp_pl.layers.cache import CodesCache
 from casp_pl.layers.product import rebuilt_linear, row_tiles
 from casp_pl.layers.uniform_rows import UniformRows
 
-__all__ = ["UniformLinear"]
+__all__ = ["UniformLinear", "column_groups_of", "require_groups"]
 
 
 class UniformLinear(QuantizedLinear):
@@ -71,7 +71,7 @@ class UniformLinear(QuantizedLinear):
         for name, count in (("codes", self.weight_count), ("zeros", out_features * self.groups)):
             self.register_buffer(name, torch.zeros(packed_size(count, bits), dtype=torch.uint8, device=device))
         runs = torch.arange(in_features, device="cpu") // group_size  # packing reads values, and meta has none
-        packed = pack_wide(runs, self._group_bits).to(self.codes.device) if regrouped else None
+        packed = pack_wide(runs, _group_bits(in_features, group_size)).to(self.codes.device) if regrouped else None
         self.register_buffer("column_groups", packed)
         self.scales = nn.Parameter(torch.zeros(out_features, self.groups, device=device, dtype=dtype))
         self._grid: CodesCache[Tensor] = CodesCache()
@@ -117,7 +117,7 @@ class UniformLinear(QuantizedLinear):
             layer.zeros.copy_(pack(zeros, bits))
             layer.scales.copy_(scales)
             if layer.column_groups is not None and column_groups is not None:
-                layer.column_groups.copy_(pack_wide(column_groups, layer._group_bits))
+                layer.column_groups.copy_(pack_wide(column_groups, _group_bits(layer.in_features, group_size)))
             if layer.bias is not None and bias is not None:
                 layer.bias.copy_(bias)
         return layer
@@ -136,16 +136,9 @@ class UniformLinear(QuantizedLinear):
         Raises:
             IntegrityError: a regrouped layer whose groups do not have D columns each.
         """
-        runs = torch.arange(self.in_features, device=self.codes.device) // self.group_size
         if self.column_groups is None:
-            return runs
-        groups = unpack_wide(self.column_groups, self.in_features, self._group_bits)
-        if not torch.equal(groups.sort().values, runs):
-            raise IntegrityError(
-                f"column_groups do not put the columns of a {self.out_features} x {self.in_features} weight into"
-                f" groups of {self.group_size}: they are broken or of another layer"
-            )
-        return groups
+            return torch.arange(self.in_features, device=self.codes.device) // self.group_size
+        return column_groups_of(self.column_groups, self.in_features, self.group_size)
 
     def set_codes(self, codes: Tensor) -> None:
         """Replaces all codes (O, I), in place.
@@ -203,10 +196,6 @@ class UniformLinear(QuantizedLinear):
         for cache in (self._grid, self._sorted, self._rows, self._turned):
             cache.clear()
 
-    @property
-    def _group_bits(self) -> int:
-        return max(1, (self.groups - 1).bit_length())
-
     def _weight(self, codes: Tensor, tile: slice) -> Tensor:
         """Rows of the weight (rows, I) of packed codes."""
         first, last = (row * self.in_features * self.bits // 8 for row in (tile.start, tile.stop))
@@ -238,3 +227,31 @@ class UniformLinear(QuantizedLinear):
         """Scales and zero points times scales (G, O)."""
         scales = self.scales.float().T.contiguous()
         return scales, self.zeros_unpacked().T * scales
+
+
+def column_groups_of(packed: Tensor, in_features: int, group_size: int) -> Tensor:
+    """The group of every column (I,) as int64, of what a regrouped layer stores.
+
+    Raises:
+        IntegrityError: groups that do not have D columns each, or bytes of another number of columns.
+    """
+    groups = unpack_wide(packed, in_features, _group_bits(in_features, group_size))
+    require_groups(groups, group_size)
+    return groups
+
+
+def require_groups(groups: Tensor, group_size: int) -> None:
+    """Passes silently where the groups of the columns (I,) have D columns each, the last one what is left.
+
+    Raises:
+        IntegrityError: they do not.
+    """
+    if not torch.equal(groups.sort().values, torch.arange(len(groups), device=groups.device) // group_size):
+        raise IntegrityError(
+            f"the {len(groups)} columns are not put into groups of {group_size}: they are broken or of another layer"
+        )
+
+
+def _group_bits(in_features: int, group_size: int) -> int:
+    """Bits that the largest group number takes."""
+    return max(1, (-(-in_features // group_size) - 1).bit_length())

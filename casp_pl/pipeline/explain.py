@@ -64,12 +64,11 @@ def explanation(settings: ExplainSettings, module: str) -> list[str]:
     lines += _score(plan, entry, settings.bits.score)
     if entry.name in statistics.spectra:
         lines += _spectrum(settings, entry, statistics.spectra[entry.name])
-    if entry.rank is None:
+    if entry.rank is None and not entry.pinned:
         lines += _bits(plan, entry, choices, levels)
     else:
-        lines += [
-            f"bits: all low-rank factors have bits.factor_bits ({entry.bits}); the allocation does not choose them."
-        ]
+        given = "bits.overrides gives it" if entry.pinned else "all low-rank factors have bits.factor_bits"
+        lines += [f"bits: {given} ({entry.bits}); the allocation does not choose them."]
         lines += _bits_of_block(entry, choices, levels)
     return lines + _measured(run, entry)
 

@@ -1,9 +1,19 @@
+import itertools
 import json
+import random
 from dataclasses import FrozenInstanceError, dataclass, replace
 
 import pytest
 
-from casp_pl.allocation import CompressionPlan, ModuleShape, build_plan, first_last_scores, module_bits, uniform_rank
+from casp_pl.allocation import (
+    CompressionPlan,
+    ModuleShape,
+    build_plan,
+    choices_of_plan,
+    first_last_scores,
+    module_bits,
+    uniform_rank,
+)
 from casp_pl.errors import CaspError, ConfigError, IntegrityError
 from casp_pl.quantizers import RTNQuantizer
 
@@ -143,11 +153,78 @@ def test_an_impossible_budget_names_the_feasible_interval(budget):
         ({"ranks": {"nobody": 4}}, "ranks"),
         ({"ranks": {"model.layers.0.self_attn.q_proj": 0}}, "rank 0"),
         ({"budget": float("nan")}, "budget"),
+        ({"overrides": {"mlp.nobody": 2}}, "no linear has 'mlp.nobody'"),
+        ({"overrides": {"layers.0.mlp.d": 2}}, "no linear has"),
+        ({"overrides": {"mlp.down_proj": 7}}, "cannot do 7 bits for 'mlp.down_proj', only 2, 3"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes, key):
     with pytest.raises(ConfigError, match=key):
         make(llama(2, 64, 96), **changes)
+
+
+@pytest.mark.parametrize("counts", ["codes", "total"])
+@pytest.mark.parametrize("granularity", ["block", "linear"])
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_the_user_gives_the_rest_is_the_best_within_the_budget(seed, granularity, counts):
+    """Against all assignments of levels to what is left."""
+    draw = random.Random(seed)
+    modules = llama(2, 32, 64)[5:10] if granularity == "linear" else llama(3, 32, 64)
+    parts = ["mlp.down_proj", "v_proj", "layers.1", "layers.0.mlp", "layers.1.self_attn.q_proj", "up_proj"]
+    known = [part for part in parts if any(f".{part}." in f".{module.name}." for module in modules)]
+    overrides = {part: draw.choice([2, 3, 4]) for part in draw.sample(known, 2)}
+    quantizer = FakeQuantizer(levels=(2, 3, 4))
+    scores = {module.name: draw.random() for module in modules}
+    given = {"counts": counts, "granularity": granularity, "overrides": overrides, "quantizer": quantizer}
+    try:
+        make(modules, scores=scores, budget=0.01, **given)
+    except ConfigError as error:
+        low, high = (float(part) for part in str(error).split("Feasible are ")[1].split(" bits")[0].split(" to "))
+    budget = draw.uniform(low, high)
+    plan = make(modules, scores=scores, budget=budget, **given)
+
+    fixed, free = {}, {}
+    for module in plan.modules:
+        matching = [part for part in overrides if f".{part}." in f".{module.name}."]
+        if matching or module.rank is not None:
+            fixed[module.name] = overrides[matching[-1]] if matching else 3
+        else:
+            free.setdefault(module.block if granularity == "block" else module.name, []).append(module)
+
+    def cost(bits):
+        parts = [module_bits(quantizer, m.shape, bits=bits[m.name], rank=m.rank).counted(counts) for m in plan.modules]
+        return sum(parts)
+
+    chosen = {module.name: module.bits for module in plan.modules}
+    assert chosen | fixed == chosen
+    assert cost(chosen) <= budget * plan.weights
+    losses = []
+    for levels in itertools.product((2, 3, 4), repeat=len(free)):
+        bits = {m.name: level for group, level in zip(free.values(), levels, strict=True) for m in group}
+        if cost(fixed | bits) <= budget * plan.weights:
+            losses.append(sum(scores[name] * 4.0**-level for name, level in bits.items()))
+    loss = sum(scores[m.name] * 4.0 ** -chosen[m.name] for group in free.values() for m in group)
+    assert loss == pytest.approx(min(losses), rel=1e-9, abs=1e-12)
+    assert {m.name for m in plan.modules if m.pinned} == {
+        m.name for m in plan.modules if any(f".{part}." in f".{m.name}." for part in overrides)
+    }
+    assert all("bits.overrides" in m.why for m in plan.modules if m.pinned)
+    again = CompressionPlan.from_json(json.loads(json.dumps(plan.to_json())))
+    assert again == plan
+    choices, levels = choices_of_plan(again, quantizer, granularity)
+    assert {m.name for group in choices.groups for m in group} == {m.name for group in free.values() for m in group}
+    spent = choices.fixed + sum(item.choices[level][0] for item, level in zip(choices.items, levels, strict=True))
+    assert spent == cost(chosen)
+
+
+def test_the_last_part_that_fits_counts():
+    modules = llama(2, 64, 96)
+    for overrides in ({"layers.0": 3, "mlp.down_proj": 2}, {"mlp.down_proj": 2, "layers.0.": 3}):
+        plan = make(modules, ranks={}, budget=2.9, overrides=overrides)
+        assert plan.module("model.layers.0.mlp.down_proj").bits == list(overrides.values())[-1]
+        assert plan.module("model.layers.1.mlp.down_proj").bits == 2
+        assert plan.module("model.layers.0.mlp.up_proj").bits == 3
+    assert "pinned" not in json.dumps(make(modules).to_json())
 
 
 def test_nothing_to_compress_is_refused():

@@ -16,8 +16,8 @@ TENSORS = {"codes": torch.arange(64, dtype=torch.uint8), "scales": torch.rand(3,
 
 def fill(path):
     with RunDirectory.open(path, FINGERPRINT) as run_directory:
-        run_directory.write_json("plan.json", {"a": 1})
-        run_directory.write_tensors("blocks/000.safetensors", TENSORS, {"loss": 0.5})
+        run_directory.write_json("table.json", {"a": 1})
+        run_directory.write_tensors("parts/000.safetensors", TENSORS, {"loss": 0.5})
 
 
 def flip_a_bit(path):
@@ -33,12 +33,12 @@ def truncate(path):
 def test_what_was_written_is_there_after_reopening(tmp_path):
     fill(tmp_path / "a" / "run")
     with RunDirectory.open(tmp_path / "a" / "run", FINGERPRINT) as again:
-        assert again.has("plan.json")
-        assert again.read_json("plan.json") == {"a": 1}
-        tensors, metadata = again.read_tensors("blocks/000.safetensors")
+        assert again.has("table.json")
+        assert again.read_json("table.json") == {"a": 1}
+        tensors, metadata = again.read_tensors("parts/000.safetensors")
         assert metadata == {"loss": 0.5}
         assert all(torch.equal(tensors[name], tensor) for name, tensor in TENSORS.items())
-        assert not again.has("blocks/001.safetensors")
+        assert not again.has("parts/001.safetensors")
         assert again.fingerprint == FINGERPRINT
     assert verify(tmp_path / "a" / "run") == []
 
@@ -46,17 +46,17 @@ def test_what_was_written_is_there_after_reopening(tmp_path):
 @pytest.mark.parametrize("damage", [flip_a_bit, truncate, os.remove])
 def test_a_damaged_artifact_counts_as_absent_and_can_be_redone(tmp_path, caplog, damage):
     fill(tmp_path)
-    damage(tmp_path / "blocks/000.safetensors")
+    damage(tmp_path / "parts/000.safetensors")
     (problem,) = verify(tmp_path)
     assert "000.safetensors" in problem
     with RunDirectory.open(tmp_path, FINGERPRINT) as run_directory:
         with pytest.raises(IntegrityError, match="000"):
-            run_directory.read_tensors("blocks/000.safetensors")
-        assert not run_directory.has("blocks/000.safetensors")
+            run_directory.read_tensors("parts/000.safetensors")
+        assert not run_directory.has("parts/000.safetensors")
         assert "000.safetensors" in caplog.text
-        assert run_directory.has("plan.json")
-        run_directory.write_tensors("blocks/000.safetensors", TENSORS)
-        assert run_directory.has("blocks/000.safetensors")
+        assert run_directory.has("table.json")
+        run_directory.write_tensors("parts/000.safetensors", TENSORS)
+        assert run_directory.has("parts/000.safetensors")
     assert verify(tmp_path) == []
 
 
@@ -188,15 +188,15 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
 def test_readers_see_what_the_writer_records_and_cannot_write(tmp_path):
     with RunDirectory.open(tmp_path, FINGERPRINT) as writer:
         reader = RunDirectory.read_only(tmp_path)
-        assert not reader.has("plan.json")
-        writer.write_json("plan.json", [1])
-        assert reader.has("plan.json")
-        assert reader.read_json("plan.json") == [1]
+        assert not reader.has("table.json")
+        writer.write_json("table.json", [1])
+        assert reader.has("table.json")
+        assert reader.read_json("table.json") == [1]
         with pytest.raises(RuntimeError, match="reading only"):
-            reader.write_json("plan.json", [2])
-        flip_a_bit(tmp_path / "plan.json")
-        assert not reader.has("plan.json")
-        assert "plan.json" in Manifest.load(tmp_path).artifacts
+            reader.write_json("table.json", [2])
+        flip_a_bit(tmp_path / "table.json")
+        assert not reader.has("table.json")
+        assert "table.json" in Manifest.load(tmp_path).artifacts
 
 
 def test_sigkill_between_file_and_entry_leads_to_the_same_file(tmp_path, killed_in):
@@ -204,11 +204,11 @@ def test_sigkill_between_file_and_entry_leads_to_the_same_file(tmp_path, killed_
     with RunDirectory.open(tmp_path / "killed", FINGERPRINT):
         pass
     killed_in(Manifest, "save", fill, tmp_path / "killed")
-    assert (tmp_path / "killed" / "plan.json").exists()
+    assert (tmp_path / "killed" / "table.json").exists()
     with RunDirectory.open(tmp_path / "killed", FINGERPRINT) as again:
-        assert not again.has("plan.json")
+        assert not again.has("table.json")
     fill(tmp_path / "killed")
-    names = ("plan.json", "blocks/000.safetensors", "manifest.json")
+    names = ("table.json", "parts/000.safetensors", "manifest.json")
     for name in names:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
 

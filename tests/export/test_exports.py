@@ -105,6 +105,21 @@ torch.save(logits, {str(directory / "logits.pt")!r})
     return torch.load(directory / "logits.pt", weights_only=True)
 
 
+def logits_of_gptqmodel(directory):
+    """Logits of a fresh process with gptqmodel's own loader."""
+    script = f"""
+import torch
+from gptqmodel import BACKEND, GPTQModel
+torch.set_num_threads(1)
+model = GPTQModel.load({str(directory)!r}, device="cpu", dtype=torch.float16, backend=BACKEND.TORCH)
+with torch.no_grad():
+    logits = model(input_ids=torch.tensor({IDS.tolist()})).logits.float()
+torch.save(logits, {str(directory / "logits.pt")!r})
+"""
+    subprocess.run([sys.executable, "-P", "-c", script], check=True, timeout=300, cwd="/")
+    return torch.load(directory / "logits.pt", weights_only=True)
+
+
 def gptq_weight(tensors, bits, version):
     """Dequantized as the format is described, one bit at a time, in Python integers."""
     qweight, qzeros = (tensors[name].numpy().view("uint32").astype(object) for name in ("qweight", "qzeros"))
@@ -180,6 +195,40 @@ def test_gptq_names_the_modules_that_differ(tmp_path: Path) -> None:
     assert all(entry == {"bits": 4, "group_size": 32} for entry in config["dynamic"].values())
 
 
+def mixed_llava(folder):
+    """A tiny LLaVA with 4 bits in one kind of linear; its export, and the logits it must give."""
+
+    def mixed(linear, generator, number):
+        other = number == 1 and linear.in_features > linear.out_features
+        return uniform(linear, generator, bits=4 if other else 2, group_size=16)
+
+    source, expected = compressed(folder, mixed, *load_model("tiny"))
+    export_model(source, folder / "out", "gptq_v2")
+    return folder / "out", expected
+
+
+def test_gptq_names_the_modules_of_a_llava_as_its_files_and_as_transformers_do(tmp_path: Path) -> None:
+    directory, _ = mixed_llava(tmp_path)
+    config = json.loads((directory / "config.json").read_text())["quantization_config"]
+    tensors = load_file(directory / "model.safetensors")
+    names = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+    in_memory = {name: name.replace("language_model.model.", "model.language_model.") for name in names}
+    used = set()
+    for name in names:
+        rules = [
+            {key for key in config["dynamic"] if re.match(key.removeprefix("+:"), each)}
+            for each in (name, in_memory[name])
+        ]
+        assert rules[0] == rules[1]
+        used |= rules[0]
+        settings = config["dynamic"][rules[0].pop()] if rules[0] else config
+        columns, groups = len(tensors[f"{name}.g_idx"]), len(tensors[f"{name}.scales"])
+        assert len(tensors[f"{name}.qweight"]) * 32 == columns * settings["bits"]
+        assert groups * settings["group_size"] == columns
+    assert all(name != other for name, other in in_memory.items())
+    assert used == set(config["dynamic"]) != set()
+
+
 needs_gptqmodel = pytest.mark.skipif(
     importlib.util.find_spec("gptqmodel") is None or importlib.util.find_spec("optimum") is None,
     reason="needs gptqmodel and optimum, and a torch that they take",
@@ -204,18 +253,14 @@ def test_mixed_bits_in_gptqmodel(tmp_path: Path) -> None:
     export_model(source, tmp_path / "out", "gptq_v2")  # its loader takes version 1 with zero points from itself alone
     words = Tokenizer(WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(tmp_path / "out")  # it wants one
-    script = f"""
-import torch
-from gptqmodel import BACKEND, GPTQModel
-torch.set_num_threads(1)
-model = GPTQModel.load({str(tmp_path / "out")!r}, device="cpu", dtype=torch.float16, backend=BACKEND.TORCH)
-with torch.no_grad():
-    logits = model(input_ids=torch.tensor({IDS.tolist()})).logits.float()
-torch.save(logits, {str(tmp_path / "logits.pt")!r})
-"""
-    subprocess.run([sys.executable, "-P", "-c", script], check=True, timeout=300, cwd="/")
-    logits = torch.load(tmp_path / "logits.pt", weights_only=True)
+    logits = logits_of_gptqmodel(tmp_path / "out")
     torch.testing.assert_close(logits, expected, rtol=0, atol=0.01)  # its torch kernel takes no float32
+
+
+@needs_gptqmodel
+def test_mixed_bits_of_a_llava_in_gptqmodel(tmp_path: Path) -> None:
+    directory, expected = mixed_llava(tmp_path)
+    torch.testing.assert_close(logits_of_gptqmodel(directory), expected, rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-5), ("float16", 0.02), ("bfloat16", 0.1)])

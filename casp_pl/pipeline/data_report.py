@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from casp_pl.checkpoint.atomic import write_bytes
-from casp_pl.console import make_console, print_table
+from casp_pl.console import make_console, print_path, print_table, print_text
 from casp_pl.data.contact_sheet import contact_sheet
 from casp_pl.data.counts import count_samples
 from casp_pl.data.images import ImageSource
@@ -37,13 +37,13 @@ def data(settings: RunSettings, *, out: Path | None = None) -> int:
         _print_skipped(settings.data.skipped, console)
     rows = [_row(name, samples) for name, samples in settings.data.parts.items()]
     print_table(_HEADER, rows, console)
-    console.print(f"fingerprint: {settings.data.fingerprint}", soft_wrap=True)
+    print_text(f"fingerprint: {settings.data.fingerprint}", console)
     entries = _entries(settings.data.parts["calibration"], processor)
     if entries:
         path = settings.run_dir.with_name(f"{settings.run_dir.name}.data.png") if out is None else out
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, contact_sheet(entries))
-        console.print(f"images: {path}", soft_wrap=True)
+        print_path("images:", path, console)
     return 0
 
 
@@ -57,13 +57,13 @@ def _row(name: str, samples: Sequence[Encoded]) -> list[str]:
 
 def _print_skipped(skipped: Sequence[Skipped], console: Console) -> None:
     if not skipped:
-        console.print("skipped: nothing")
+        print_text("skipped: nothing", console)
         return
     rows = [[entry.id, entry.reason] for entry in skipped[:_MOST_SKIPPED]]
     print_table(("skipped", "reason"), rows, console)
     kinds = Counter(_kind(entry.reason) for entry in skipped)
     reasons = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
-    console.print(f"skipped: {len(skipped)} ({reasons})", soft_wrap=True, markup=False)
+    print_text(f"skipped: {len(skipped)} ({reasons})", console)
 
 
 def _kind(reason: str) -> str:

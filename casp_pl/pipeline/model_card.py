@@ -38,7 +38,7 @@ def model_card(report: CompressionReport, settings: RunSettings) -> str:
         settings: its recipe, for the model and the data by name.
     """
     final, original = report.stages[-1], report.stage("original")
-    base, license = _MODELS.get(settings.model.source, (f"`{settings.model.source}`", "other"))
+    base, license = _MODELS.get(settings.model.source, (f"`{settings.model.label}`", "other"))
     parts = [
         _metadata(settings, license),
         f"# {report.name}",

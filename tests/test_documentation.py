@@ -1,25 +1,35 @@
 """What README and docs show: examples run, commands parse, messages exist, links lead somewhere, pages are in the nav.
 
 An example is a fenced block behind `<!-- runnable -->`: bash (commands of casp_pl), yaml (an overlay) or python. Those
-of a page run one after the other in one directory, which has the configs and a finished run, `runs/tiny`.
+of a page run one after the other in one directory, which has the configs and a finished run, `runs/tiny`. The other
+commands of `ON_THE_TINY_MODEL` run there as well, on the tiny model, but for fits; those of all pages are parsed.
 """
 
+import io
 import re
 import shlex
 import shutil
+import sys
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+from PIL import Image
 
-from casp_pl.cli import build_parser, main
+from casp_pl.cli import build_parser, main, recipe_parsers
+from casp_pl.data.sources import EasyVQA
 from casp_pl.harness import HARNESSES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUNNABLE = re.compile(r"<!-- runnable -->\n```(bash|yaml|python)\n(.*?)```", re.DOTALL)
 COMMAND = re.compile(r"^ *(?:\$ |srun .*)?(?:torchrun .*?-m|python -m) casp_pl ((?:[^\n\\]|\\\n)*)", re.MULTILINE)
+PLACEHOLDERS = {"--config ... --": "--config RECIPE --", "--key value": "", "OVERLAY ...": "configs/models/tiny.yaml"}
+RECIPE = "configs/llava_aqlm.yaml"
+ON_THE_TINY_MODEL = [ROOT / name for name in ("README.md", "docs/evaluation.md", "docs/planning.md")]
 LINK = re.compile(r"\]\((?!https?://)([^)#\s]+)(#[^)]*)?\)")
 
 
@@ -65,17 +75,69 @@ def test_there_are_examples_of_every_kind() -> None:
     assert {"bash", "yaml", "python"} == set(kinds)
 
 
+def commands(page: Path) -> list[list[str]]:
+    """The words of every command of a page, with something in the place of placeholders."""
+    texts = [found.replace("\\\n", " ") for found in COMMAND.findall(page.read_text(encoding="utf-8"))]
+    for pattern, meant in PLACEHOLDERS.items():
+        texts = [text.replace(pattern, meant) for text in texts]
+    words = [shlex.split(re.sub(r"[\[\]]", " ", text), comments=True) for text in texts]
+    return [
+        [RECIPE if word in ("...", "RECIPE") else word for word in command if word != "my.yaml"] for command in words
+    ]
+
+
+@pytest.fixture(scope="module")
+def parser() -> LightningArgumentParser:
+    return build_parser()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_command_parses(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_parses(page: Path, parser: LightningArgumentParser, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    for found in COMMAND.findall(page.read_text(encoding="utf-8")):
-        words = shlex.split(found.replace("\\\n", " "), comments=True)
-        if any("..." in word or word.isupper() or word.startswith(("[", "{")) for word in words):
-            continue  # a pattern, not a command
-        if words[0] in HARNESSES:
-            continue  # their own parsers read the rest
-        words = [word for word in words if word != "my.yaml"]
-        assert build_parser().parse_args(words).subcommand == words[0]
+    for words in commands(page):
+        if words[0] not in HARNESSES:  # these run below
+            assert parser.parse_args(words).subcommand == words[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ON_THE_TINY_MODEL, ids=lambda page: page.name)
+def test_commands_run_on_the_tiny_model(page: Path, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (desk / "runs/tiny").rename(desk / "runs/llava_aqlm")
+    Image.new("RGB", (40, 30), "red").save(desk / "cat.png")
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is this?\n"))
+    rows = EasyVQA.rows
+    few = {"train": None, "test": 20}
+    monkeypatch.setattr(EasyVQA, "rows", lambda self, split, start=0: islice(rows(self, split, start), few[split]))
+    recipes = recipe_parsers()
+    for words in commands(page):
+        if words[0] in ("fit", *HARNESSES) or any("benchmark" in word or "evaluation/" in word for word in words):
+            continue  # a fit runs in docs/index.md, a benchmark in tests/pipeline/test_side_by_side.py
+        tiny = ["--config", "configs/models/tiny.yaml"] if words[0] in recipes else []
+        words = [word.replace("layers.3.", "layers.1.") for word in words]  # the tiny model has two
+        assert main([*words, *tiny]) == 0, words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_harnesses_are_called_as_shown(
+    page: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = [words for words in commands(page) if words[0] in HARNESSES]
+    if not shown:
+        return
+    desk: Path = request.getfixturevalue("desk")
+    (desk / "runs/tiny").rename(desk / "runs/llava_aqlm")
+    calls: list[list[str]] = []
+    for name in HARNESSES:
+        monkeypatch.setitem(HARNESSES, name, lambda: lambda: calls.append(sys.argv))
+    for words in shown:
+        assert main(words) == 0, words
+    model = ["--model", "casp", "--model_args", "pretrained=runs/llava_aqlm/model"]
+    assert calls == [[words[0], *model, *words[2:]] for words in shown]
+    assert all(words[2] == "--tasks" for words in shown)
+
+
+def test_the_site_asks_no_other_server() -> None:
+    assert "://" not in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
 
 
 def test_messages_of_the_troubleshooting_page_exist() -> None:

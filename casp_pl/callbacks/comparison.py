@@ -8,7 +8,7 @@ from rich.console import Console
 from casp_pl.callbacks.report import StageRow, finite
 from casp_pl.callbacks.report_markdown import markdown_table
 from casp_pl.callbacks.stage_table import number, size
-from casp_pl.console import print_table
+from casp_pl.console import print_table, print_text
 from casp_pl.evaluation import DecodeCost, PairedFigures
 
 __all__ = ["ModelComparison", "comparison_markdown", "print_comparison"]
@@ -73,7 +73,7 @@ def print_comparison(comparison: ModelComparison, console: Console) -> None:
     """Both models in two columns, then the paired figures."""
     print_table(_HEADER, _rows(comparison), console, title=_title(comparison))
     for name, value in _paired_rows(comparison.paired):
-        console.print(f"{name}: {value}", soft_wrap=True)
+        print_text(f"{name}: {value}", console)
 
 
 def comparison_markdown(comparison: ModelComparison) -> str:

@@ -13,6 +13,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from casp_pl.console.prose import print_text
 from casp_pl.console.tables import make_console
 
 __all__ = ["RunProgress"]
@@ -113,7 +114,7 @@ class RunProgress:
         """A line of text above the bars, broken between words where the console is too narrow."""
         if self.enabled:
             self._line_time = self._clock()
-            self.console.print(text, markup=False)
+            print_text(text, self.console)
 
     def row(self, label: str, *cells: str, time: str) -> None:
         """What is done, in columns; closer together, then below each other, where the console is too narrow."""
@@ -167,7 +168,7 @@ class RunProgress:
         line = head + self._stage[: max(room, 4)] + tail
         if self._note and len(line) + len(self._note) + 2 <= self.console.width:
             line += f"  {self._note}"
-        self.console.print(line, markup=False, soft_wrap=True)
+        print_text(line, self.console)
 
 
 class _Bars:

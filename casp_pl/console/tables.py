@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from casp_pl.console.prose import print_text
+
 __all__ = ["make_console", "print_table"]
 
 _PIPED_WIDTH = 120
@@ -40,7 +42,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], console: C
         title: a line above the table.
     """
     if title:
-        console.print(escape(title), soft_wrap=True)
+        print_text(title, console)
     columns = [[name, *(row[number] for row in rows)] for number, name in enumerate(header)]
     if sum(max(map(len, cells)) + 2 for cells in columns) <= console.width:
         _print_wide(header, rows, console)
@@ -60,6 +62,7 @@ def _print_wide(header: Sequence[str], rows: Sequence[Sequence[str]], console: C
 def _print_narrow(header: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
     label = max(map(len, header[1:]), default=0)
     for row in rows:
-        console.print(escape(row[0]), style="bold", soft_wrap=True)
+        print_text(row[0], console, style="bold")
         for name, cell in zip(header[1:], row[1:], strict=True):
-            console.print(escape(f"  {name:<{label}}  {cell}"), soft_wrap=True)
+            line = f"  {name:<{label}}  {cell}"
+            print_text(line if len(line) <= console.width else f"  {name}\n    {cell}", console)

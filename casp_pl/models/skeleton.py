@@ -13,7 +13,7 @@ import torch
 
 from casp_pl.models.demo.language import find_gguf, load_tokenizer
 from casp_pl.models.demo.llava import demo_config, load_processor, set_end_tokens
-from casp_pl.models.load import ModelSource, explained, factory_and_processor, source_directory
+from casp_pl.models.load import ModelSource, explained, factory_and_processor
 from casp_pl.models.original import check_config
 from casp_pl.models.tiny import load_tiny
 from casp_pl.models.weight_files import weight_file
@@ -56,7 +56,7 @@ def load_skeleton(source: ModelSource) -> Skeleton:
     elif source.source == "embedded-text":
         model, processor = _embedded_text(), load_tokenizer()
     else:
-        model, processor, headers = _hugging_face(source.source)
+        model, processor, headers = _hugging_face(source)
     return Skeleton(model.to(getattr(torch, source.dtype)).eval().requires_grad_(False), processor, headers)
 
 
@@ -87,13 +87,13 @@ def _embedded_text() -> Any:
     return _on_meta(LlamaForCausalLM, config)
 
 
-def _hugging_face(source: str) -> tuple[Any, Any, dict[str, torch.dtype]]:
+def _hugging_face(source: ModelSource) -> tuple[Any, Any, dict[str, torch.dtype]]:
     from transformers import AutoConfig, GenerationConfig
 
-    directory = source_directory(source, weights=False)
+    directory = source.directory(weights=False)
     check_config(directory)
-    factory, processor = factory_and_processor(source, directory)
-    with explained(source):
+    factory, processor = factory_and_processor(source.source, directory)
+    with explained(source.source):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):
             model = factory.from_config(config)
@@ -103,13 +103,13 @@ def _hugging_face(source: str) -> tuple[Any, Any, dict[str, torch.dtype]]:
         return model, processor, _headers(source, directory)
 
 
-def _headers(source: str, directory: Path) -> dict[str, torch.dtype]:
+def _headers(source: ModelSource, directory: Path) -> dict[str, torch.dtype]:
     """Name to dtype of every tensor in the safetensors files, of the directory or else of the hub."""
     files = sorted(directory.glob("*.safetensors"))
-    if not files and not Path(source).is_dir():
+    if not files and not Path(source.source).is_dir():
         from huggingface_hub import get_safetensors_metadata
 
-        remote = get_safetensors_metadata(source).files_metadata.values()
+        remote = get_safetensors_metadata(source.source, revision=source.revision).files_metadata.values()
         return {name: _dtype(info.dtype) for file in remote for name, info in file.tensors.items()}
     found: dict[str, torch.dtype] = {}
     for path in files:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TextIO, TypeAlias, TypeVar
+from typing import IO, Any, Literal, TextIO, TypeAlias, TypeVar
 
 import torch
 from PIL import Image
@@ -56,12 +56,13 @@ class Conversation:
         self.messages: list[dict[str, Any]] = []
 
     @torch.no_grad()
-    def ask(self, question: str, out: TextIO) -> str:
-        """The answer, written to `out` word by word.
+    def ask(self, question: str, out: IO[str]) -> str:
+        """The answer, written to `out` word by word; what the console could not decode of `question` is read as UTF-8.
 
         Raises:
             InputError: there is an image or a video and the model takes none.
         """
+        question = question.encode(errors="surrogateescape").decode(errors="replace")
         shown = {} if self.messages else {"images": len(self.images), "videos": len(self.videos)}
         self.messages.append(message(self.processor, "user", question, **shown))
         inputs = chat_inputs(self.processor, self.messages, self.images, self.videos)
@@ -81,7 +82,7 @@ class Conversation:
 class _Words(TextStreamer):
     """Writes whole words as soon as they are there."""
 
-    def __init__(self, tokenizer: Any, out: TextIO) -> None:
+    def __init__(self, tokenizer: Any, out: IO[str]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.out = out
 
@@ -135,7 +136,7 @@ def _compressed(settings: RunSettings, model_dir: Path | None) -> Path:
     return inner if inner.is_dir() else model_dir
 
 
-def read_questions(source: TextIO, out: TextIO) -> Iterator[str]:
+def read_questions(source: TextIO, out: IO[str]) -> Iterator[str]:
     """The lines of `source` that are not blank; from a terminal, with a prompt, until a blank one or Ctrl-D."""
     terminal = source.isatty()
     if terminal:

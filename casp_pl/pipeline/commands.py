@@ -16,7 +16,7 @@ from casp_pl.callbacks.stage_table import print_stages, size
 from casp_pl.callbacks.tensorboard import log_report
 from casp_pl.checkpoint import RunDirectory, save_compressed, save_streamed, write_text
 from casp_pl.checkpoint import verify as find_problems
-from casp_pl.console import RunProgress, make_console
+from casp_pl.console import RunProgress, make_console, print_path, print_text
 from casp_pl.data.tokenize import takes_images
 from casp_pl.errors import ConfigError, ResourceError
 from casp_pl.export import export_model
@@ -66,7 +66,8 @@ def _fit_together(settings: RunSettings, *, override_memory: bool) -> int:
     if is_first():
         console = make_console()
         print_stages(report.stages, console)
-        console.print(f"model:  {run.path('model')}\nreport: {run.path('report.html')}", markup=False, soft_wrap=True)
+        print_path("model: ", run.path("model"), console)
+        print_path("report:", run.path("report.html"), console)
     return 0
 
 
@@ -129,8 +130,7 @@ def plan(settings: RunSettings, *, json: bool = False, quick: bool = False) -> i
 
 def explain(recipe: ExplainSettings, module: str) -> int:
     """Print why a linear of a run got its rank and bits."""
-    for line in explanation(recipe, module):
-        print(line)
+    print_text("\n".join(explanation(recipe, module)), make_console())
     return 0
 
 
@@ -150,24 +150,24 @@ def predict(settings: RunSettings, *, question: str | None, chat: bool, **who: A
     if chat == (question is not None):
         raise ConfigError("predict needs either --question or --chat, which reads one question a line.")
     talks = open_conversations(settings, **who)
-    for asked in read_questions(sys.stdin, sys.stdout) if question is None else [question]:
+    out = make_console().file  # takes any character that a model may answer
+    for asked in read_questions(sys.stdin, out) if question is None else [question]:
         for talk in talks:
-            talk.ask(asked, sys.stdout)
+            talk.ask(asked, out)
     return 0
 
 
 def verify(directory: Path) -> int:
     """Print what is wrong with a run or model directory; exit code 6 if anything is."""
     problems = find_problems(directory)
-    for problem in problems:
-        print(problem)
-    print(f"{directory}: {'whole' if not problems else f'{len(problems)} problems'}")
+    result = f"{len(problems)} problems" if problems else "whole"
+    print_text("\n".join([*problems, f"{directory}: {result}"]), make_console())
     return 6 if problems else 0
 
 
 def report(directory: Path) -> int:
     """Make report.html, report.md and the pictures of a run again from what it left; prints where."""
-    print(f"report: {render_again(directory)}")
+    print_path("report:", render_again(directory), make_console())
     return 0
 
 
@@ -175,7 +175,8 @@ def export(directory: Path, out: Path, format: str, *, dtype: str | None = None)
     """Write a compressed model in another tool's layout."""
     inner = directory / "model"
     export_model(inner if inner.is_dir() else directory, out, format, dtype=dtype)
-    print(f"{out}: {format}, {size(sum(path.stat().st_size for path in out.glob('*.safetensors')))} of weights")
+    weights = size(sum(path.stat().st_size for path in out.glob("*.safetensors")))
+    print_text(f"{out}: {format}, {weights} of weights", make_console())
     return 0
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from casp_pl.checkpoint.atomic import write_bytes
-from casp_pl.console import make_console, print_table
+from casp_pl.console import make_console, print_path, print_table, print_text
 from casp_pl.data import CalibrationData, Mixture
 from casp_pl.data.contact_sheet import contact_sheet
 from casp_pl.data.counts import count_samples
@@ -37,18 +37,18 @@ def data(settings: RunSettings, *, out: Path | None = None) -> int:
         settings.data.setup()
     finally:  # where too much is skipped, what it is says more than the error
         _print_skipped(settings.data.skipped, console)
-    console.print(_looked_at(settings.data), soft_wrap=True)
+    print_text(_looked_at(settings.data), console)
     rows = [_row(name, samples) for name, samples in settings.data.parts.items()]
     print_table(_HEADER, rows, console)
     if isinstance(settings.data.source, Mixture):
         _print_shares(settings.data.source, list(chain(*settings.data.parts.values())), console)
-    console.print(f"fingerprint: {settings.data.fingerprint}", soft_wrap=True)
+    print_text(f"fingerprint: {settings.data.fingerprint}", console)
     entries = _entries(settings.data.parts["calibration"], processor)
     if entries:
         path = settings.run_dir.with_name(f"{settings.run_dir.name}.data.png") if out is None else out
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, contact_sheet(entries))
-        console.print(f"images: {path}", soft_wrap=True)
+        print_path("images:", path, console)
     return 0
 
 
@@ -83,13 +83,13 @@ def _tokens(samples: Sequence[Encoded]) -> int:
 
 def _print_skipped(skipped: Sequence[Skipped], console: Console) -> None:
     if not skipped:
-        console.print("skipped: nothing")
+        print_text("skipped: nothing", console)
         return
     rows = [[entry.id, entry.reason] for entry in skipped[:_MOST_SKIPPED]]
     print_table(("skipped", "reason"), rows, console)
     kinds = Counter(_kind(entry.reason) for entry in skipped)
     reasons = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
-    console.print(f"skipped: {len(skipped)} ({reasons})", soft_wrap=True, markup=False)
+    print_text(f"skipped: {len(skipped)} ({reasons})", console)
 
 
 def _kind(reason: str) -> str:

@@ -13,6 +13,7 @@ from casp_pl.callbacks.report_markdown import markdown_table, report_markdown
 from casp_pl.callbacks.stage_table import HEADER, number, size, stage_cells
 from casp_pl.data.sources import DataSource, EasyVQA, PydocProse
 from casp_pl.models.demo import LANGUAGE_MODEL
+from casp_pl.models.hub import hub_label
 from casp_pl.pipeline.settings import RunSettings
 
 __all__ = ["model_card"]
@@ -49,7 +50,8 @@ def model_card(report: CompressionReport, settings: RunSettings, *, takes_images
     source = settings.model.source
     final, original = report.stages[-1], report.stage("original")
     hub_id = _hub_id(source)
-    name = hub_id if source not in _MODELS and hub_id else Path(source).name
+    pinned = hub_label(hub_id, settings.model.revision) if source not in _MODELS and hub_id else None
+    name = pinned or Path(source).name
     base, license = _MODELS.get(source, (f"`{name}`", "other"))
     auto_class = "AutoModelForImageTextToText" if takes_images else "AutoModelForCausalLM"
     parts = [

@@ -5,7 +5,7 @@ from collections import Counter
 from rich.console import Console
 
 from casp_pl.callbacks.stage_table import duration, size
-from casp_pl.console import print_table
+from casp_pl.console import print_table, print_text
 from casp_pl.pipeline.bit_forecast import GroupForecast
 from casp_pl.pipeline.forecast import RunForecast
 
@@ -38,7 +38,7 @@ def _print_linears(forecast: RunForecast, console: Console) -> None:
         f"      beside it {stored.beside:,} bytes of config and processor (without model card and manifest);"
         f" 16-bit original {size(forecast.original_bytes)}",
     ):
-        console.print(line, soft_wrap=True)
+        print_text(line, console)
 
 
 def _print_stages(forecast: RunForecast, console: Console) -> None:
@@ -53,18 +53,17 @@ def _print_stages(forecast: RunForecast, console: Console) -> None:
         ]
         for stage in forecast.stages
     ]
-    console.print()
+    print_text("", console)
     print_table(["stage", "time", "interval", "memory", "disk", "fits"], rows, console)
-    console.print(
-        f"time: about {duration(forecast.seconds)}, from {forecast.seconds_from}; loading is not counted",
-        soft_wrap=True,
+    print_text(
+        f"time: about {duration(forecast.seconds)}, from {forecast.seconds_from}; loading is not counted", console
     )
     memory, disk = size(forecast.memory_bytes), size(forecast.disk_bytes)
     free = f"{size(forecast.memory_free)} and {size(forecast.disk_free)} are free"
-    console.print(f"memory: about {memory}, disk: about {disk}; {free}", soft_wrap=True)
+    print_text(f"memory: about {memory}, disk: about {disk}; {free}", console)
     for stage in forecast.stages:
         if not stage.fits:
-            console.print(f"{stage.name} does not fit. {stage.way_out}", soft_wrap=True)
+            print_text(f"{stage.name} does not fit. {stage.way_out}", console)
 
 
 def _print_bits(forecast: RunForecast, console: Console) -> None:
@@ -75,13 +74,12 @@ def _print_bits(forecast: RunForecast, console: Console) -> None:
         + [_change(group.one_bit_less), _change(group.one_bit_more)]
         for group in shown
     ]
-    console.print()
+    print_text("", console)
     header = ["bits of", "bits", "ranks", "score", "of the error", "one level less", "one level more"]
     print_table(header, rows, console)
     if forecast.plan_from == "prediction":
-        console.print(
-            "Which blocks get more bits is decided after calibration; here the first and last stand in.",
-            soft_wrap=True,
+        print_text(
+            "Which blocks get more bits is decided after calibration; here the first and last stand in.", console
         )
 
 
@@ -90,7 +88,7 @@ def _print_curve(forecast: RunForecast, console: Console) -> None:
         [size(point.weights_bytes), f"{point.bits_per_weight_total:.3f}", f"{100 * point.error:.1f} %"]
         for point in forecast.curve
     ]
-    console.print()
+    print_text("", console)
     print_table(["model.safetensors", "bits per weight", "predicted error, this plan 100 %"], rows, console)
 
 

@@ -49,7 +49,7 @@ def build_report(
     plan = CompressionPlan.from_json(run.read_json("plan.json")) if run.has("plan.json") else None
     return CompressionReport(
         name=settings.name,
-        model=settings.model.source if plan is None else f"{settings.model.source} ({plan.model})",
+        model=settings.model.label if plan is None else f"{settings.model.label} ({plan.model})",
         quantizer=settings.quantizer.name,
         commit=source_commit(),
         versions=package_versions(),

@@ -9,7 +9,7 @@ from casp_pl.callbacks import Advance
 from casp_pl.callbacks.comparison import ModelComparison, comparison_markdown, print_comparison
 from casp_pl.callbacks.report import StageRow
 from casp_pl.checkpoint import load_compressed, write_text
-from casp_pl.console import RunProgress, make_console
+from casp_pl.console import RunProgress, make_console, print_path
 from casp_pl.errors import InputError
 from casp_pl.evaluation import DecodeCost, PairedFigures, ReferenceOutputs, measure_decoding, resident_beside
 from casp_pl.models.adapter import ModelAdapter, adapt
@@ -115,6 +115,8 @@ def _measure(
 def _publish(comparison: ModelComparison, folder: Path, stem: str) -> None:
     console = make_console()
     print_comparison(comparison, console)
-    write_text(folder / f"{stem}.json", json.dumps(comparison.to_json(), indent=2, allow_nan=False) + "\n")
-    write_text(folder / f"{stem}.md", comparison_markdown(comparison))
-    console.print(f"figures: {folder / f'{stem}.json'}   {folder / f'{stem}.md'}", soft_wrap=True)
+    figures, text = folder / f"{stem}.json", folder / f"{stem}.md"
+    write_text(figures, json.dumps(comparison.to_json(), indent=2, allow_nan=False) + "\n")
+    write_text(text, comparison_markdown(comparison))
+    print_path("figures:", figures, console)
+    print_path("text:", text, console)

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -106,3 +107,24 @@ def test_piped_questions_are_answered_in_turn(
     assert main(arguments) == 2
     assert "--question or --chat" in capsys.readouterr().err
     assert main([*arguments, "--chat", "--question", "x"]) == 2
+
+
+def test_an_ascii_console_shows_and_takes_any_character(
+    recipe: list[str], finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    questions = io.TextIOWrapper(io.BytesIO("caf\u00e9?\n".encode()), encoding="ascii", errors="surrogateescape")
+    monkeypatch.setattr("sys.stdout", answers)
+    monkeypatch.setattr("sys.stdin", questions)
+    asked = []
+
+    def answer(model: Any, *, input_ids: torch.Tensor, streamer: Any, **_: Any) -> torch.Tensor:
+        asked.append(input_ids)
+        streamer.on_finalized_text("\u4f60\u597d", stream_end=True)
+        return input_ids
+
+    monkeypatch.setattr("transformers.LlavaForConditionalGeneration.generate", answer)
+    assert main(["predict", *recipe, "--run_dir", str(finished_run), "--models", "compressed", "--chat"]) == 0
+    answers.flush()
+    assert answers.buffer.getvalue() == b"compressed: \\u4f60\\u597d\n"
+    assert "caf\u00e9?" in load_tiny()[1].tokenizer.decode(asked[0][0])

@@ -21,6 +21,7 @@ from casp_pl.layers import LowRankLinear, QuantizedLinear
 from casp_pl.models import adapt, load_model
 from casp_pl.models.surgery import compressed_layers
 
+PICTURES = ("stages", "bits", "spectra", "losses", "attention_sparsity", "head_sparsity", "proxy_loss", "timings")
 STAGES = ["original", "rtn", "quantized", "block_tuned", "end_to_end"]
 
 
@@ -54,7 +55,9 @@ def test_tensorboard_shows_every_stage_block_and_loss(finished_run: Path) -> Non
     )
     assert len(events.Scalars("end_to_end/train_kl")) == 4, "one point a step"
     assert {"bits/v_proj", "rank/q_proj", "score", "attention_sparsity/text_to_image"} <= set(tags["scalars"])
-    assert {"pictures/examples", "pictures/bits", "pictures/stages"} <= set(tags["images"])
+    drawn = {path.stem for path in finished_run.glob("*.png")}
+    assert set(tags["images"]) == {f"pictures/{name}" for name in drawn}
+    assert drawn == {*PICTURES, "examples"}
 
 
 def test_images_and_text_really_enter(finished_run: Path) -> None:
@@ -209,6 +212,8 @@ def test_a_run_that_is_stopped_again_and_again_ends_bit_identical(
     plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "COLUMNS": "40", "TERM": "dumb"}
     last = subprocess.run(command, env=environment | plain, check=True, timeout=300, capture_output=True)
     assert last.stdout.isascii()
+    wide = [line for line in last.stdout.decode().splitlines() if len(line) > 40]
+    assert wide == [str(run / "model"), str(run / "report.html")], "what is to be copied stays whole"
     assert b"\x1b" not in last.stdout + last.stderr
     assert not list(run.rglob(".tmp*"))
     assert tensor_digests(run) == tensor_digests(finished_run)

@@ -19,9 +19,9 @@ _MOMENTS = 4  # wide ones: two sums, or one in float32 beside the factors and in
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be had on a device."""
+    """Bytes that can be had on a device; 0 where there is no such device here."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        return int(torch.cuda.mem_get_info(device)[0]) if torch.cuda.is_available() else 0
     return int(psutil.virtual_memory().available)
 
 

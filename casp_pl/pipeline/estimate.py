@@ -9,7 +9,7 @@ from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.memory import StreamingMemory, free_memory, streaming_memory
 from casp_pl.pipeline.footprint import BlockShape, stage_memory
 from casp_pl.pipeline.planning import BlockCosts, Workload, block_costs_from_rates, effective_rate, stage_seconds
-from casp_pl.pipeline.prepare import Prepared
+from casp_pl.pipeline.prepare import Prepared, is_here
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import TrainerFactory
 
@@ -19,7 +19,9 @@ __all__ = [
     "planned_estimate",
     "quick_block_costs",
     "stage_weights",
+    "untimed_block_costs",
     "streamed_memory",
+    "streams",
     "working_dtype",
     "workload",
 ]
@@ -62,9 +64,16 @@ def memory_by_stage(
         weight_bytes: see `ModelSource.streams`.
     """
     stages = stage_memory(BlockShape.of(prepared.adapter), work, working_dtype(settings), block.kept_bytes)
-    if not settings.model.streams(prepared.device, weight_bytes=weight_bytes):
+    if not streams(settings, prepared, weight_bytes):
         return stages
     return dict.fromkeys(stages, streamed_memory(settings, prepared).total)
+
+
+def streams(settings: RunSettings, prepared: Prepared, weight_bytes: int | None) -> bool:
+    """`ModelSource.streams`; for a device that is not here, and may be of any size, only where the recipe says so."""
+    if not is_here(prepared.device):
+        return bool(settings.model.streaming)
+    return settings.model.streams(prepared.device, weight_bytes=weight_bytes)
 
 
 def streamed_memory(settings: RunSettings, prepared: Prepared) -> StreamingMemory:
@@ -93,6 +102,16 @@ def quick_block_costs(settings: RunSettings, prepared: Prepared, work: Workload)
     dtype = working_dtype(settings)
     rates = {kind: effective_rate(kind, prepared.device) for kind in {dtype, torch.float32}}
     return block_costs_from_rates(prepared.adapter, work, dtype=dtype, rates=rates)
+
+
+def untimed_block_costs(settings: RunSettings, prepared: Prepared, work: Workload) -> BlockCosts:
+    """What a block takes on a device that is not here: its memory is known from shapes, no time is."""
+    dtype = working_dtype(settings)
+    block = block_costs_from_rates(
+        prepared.adapter, work, dtype=dtype, rates=dict.fromkeys((dtype, torch.float32), 1.0)
+    )
+    untimed = dict.fromkeys(("exact", "forward", "moments", "quantize", "train", "head", "prefix"), 0.0)
+    return replace(block, **untimed, source="nothing: there is no GPU here")
 
 
 def workload(settings: RunSettings, adapter: ModelAdapter) -> Workload:

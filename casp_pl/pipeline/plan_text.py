@@ -8,6 +8,7 @@ from casp_pl.callbacks.stage_table import duration, size
 from casp_pl.console import print_table
 from casp_pl.pipeline.bit_forecast import GroupForecast
 from casp_pl.pipeline.forecast import RunForecast
+from casp_pl.pipeline.stage_forecast import StageForecast
 
 __all__ = ["print_forecast"]
 
@@ -45,26 +46,42 @@ def _print_stages(forecast: RunForecast, console: Console) -> None:
     rows = [
         [
             stage.name,
-            duration(stage.seconds),
-            f"{duration(stage.seconds_low)} - {duration(stage.seconds_high)}",
+            *_times(stage),
             size(stage.memory_bytes),
             size(stage.disk_bytes),
-            "yes" if stage.fits else "NO",
+            {True: "yes", False: "NO", None: "?"}[stage.fits],
         ]
         for stage in forecast.stages
     ]
     console.print()
     print_table(["stage", "time", "interval", "memory", "disk", "fits"], rows, console)
-    console.print(
-        f"time: about {duration(forecast.seconds)}, from {forecast.seconds_from}; loading is not counted",
-        soft_wrap=True,
-    )
-    memory, disk = size(forecast.memory_bytes), size(forecast.disk_bytes)
-    free = f"{size(forecast.memory_free)} and {size(forecast.disk_free)} are free"
-    console.print(f"memory: about {memory}, disk: about {disk}; {free}", soft_wrap=True)
+    for line in _totals(forecast):
+        console.print(line, soft_wrap=True)
     for stage in forecast.stages:
         if not stage.fits:
             console.print(f"{stage.name} does not fit. {stage.way_out}", soft_wrap=True)
+
+
+def _times(stage: StageForecast) -> tuple[str, str]:
+    if stage.seconds is None or stage.seconds_low is None or stage.seconds_high is None:
+        return "?", "?"
+    return duration(stage.seconds), f"{duration(stage.seconds_low)} - {duration(stage.seconds_high)}"
+
+
+def _totals(forecast: RunForecast) -> tuple[str, str]:
+    memory, disk = size(forecast.memory_bytes), size(forecast.disk_bytes)
+    if forecast.seconds is None or forecast.memory_free is None:
+        return (
+            "time: not known, trainer.accelerator asks for a GPU and there is none here; with"
+            " --trainer.accelerator cpu the times are those of this machine",
+            f"memory: a GPU with about {memory} free is needed (with less see model.streaming), disk: about {disk};"
+            f" {size(forecast.disk_free)} are free",
+        )
+    return (
+        f"time: about {duration(forecast.seconds)}, from {forecast.seconds_from}; loading is not counted",
+        f"memory: about {memory}, disk: about {disk};"
+        f" {size(forecast.memory_free)} and {size(forecast.disk_free)} are free",
+    )
 
 
 def _print_bits(forecast: RunForecast, console: Console) -> None:

@@ -21,11 +21,13 @@ __all__ = [
     "Prepared",
     "RunBatches",
     "fingerprint",
+    "is_here",
     "load_batches",
     "model_device",
     "on_device",
     "prepare",
     "prepare_outline",
+    "wanted_device",
 ]
 
 
@@ -47,7 +49,8 @@ def prepare(settings: RunSettings) -> Prepared:
         NumericsError: a weight is NaN or infinite.
     """
     pl.seed_everything(settings.seed, verbose=False)
-    adapter, processor = settings.model.open(model_device(settings))
+    device = model_device(settings)
+    adapter, processor = settings.model.open(device)
     require_finite_weights(adapter.model)
     if adapter.stored is not None:
         precision = str(settings.trainer.get("precision"))
@@ -55,11 +58,17 @@ def prepare(settings: RunSettings) -> Prepared:
             raise ConfigError(f"trainer.precision: {precision} does not reach blocks on disk; set model.dtype instead.")
         for number, block in enumerate(adapter.originals()):
             require_finite_weights(block, adapter.full_name(number, ""))
-    return _prepared(settings, adapter, processor)
+    return _prepared(settings, adapter, processor, device)
 
 
-def prepare_outline(settings: RunSettings) -> tuple[Prepared, Mapping[str, torch.dtype] | None]:
+def prepare_outline(
+    settings: RunSettings, device: torch.device | None = None
+) -> tuple[Prepared, Mapping[str, torch.dtype] | None]:
     """As `prepare`, but no weight is read: the model is on the meta device, whatever `device` says.
+
+    Args:
+        settings: the recipe.
+        device: where the model would be computed; None for where the trainer wants it, which has to be here.
 
     Returns:
         What `prepare` returns, and `Skeleton.headers`.
@@ -69,16 +78,17 @@ def prepare_outline(settings: RunSettings) -> tuple[Prepared, Mapping[str, torch
         InputError: the model or the data cannot be read.
     """
     skeleton = load_skeleton(settings.model)
-    return _prepared(settings, adapt(skeleton.model), skeleton.processor), skeleton.headers
+    device = model_device(settings) if device is None else device
+    return _prepared(settings, adapt(skeleton.model), skeleton.processor, device), skeleton.headers
 
 
-def _prepared(settings: RunSettings, adapter: ModelAdapter, processor: Any) -> Prepared:
+def _prepared(settings: RunSettings, adapter: ModelAdapter, processor: Any, device: torch.device) -> Prepared:
     settings.bits.attach(settings.quantizer, settings.low_rank)
     settings.data.attach(processor)
     settings.evaluation.attach(processor)
     # an impossible budget or rank is found now, not after an hour
     settings.bits.make_plan(adapter, settings.low_rank.choose(adapter, None), None)
-    return Prepared(adapter, processor, model_device(settings))
+    return Prepared(adapter, processor, device)
 
 
 def model_device(settings: RunSettings) -> torch.device:
@@ -87,11 +97,23 @@ def model_device(settings: RunSettings) -> torch.device:
     Raises:
         ConfigError: there is no such device.
     """
+    device = wanted_device(settings)
+    if not is_here(device):
+        raise ConfigError("trainer.accelerator: there is no GPU here; set it to cpu.")
+    return device
+
+
+def wanted_device(settings: RunSettings) -> torch.device:
+    """Where the recipe's trainer wants the model, whether this machine has that device or not."""
     if accelerator_type(settings.trainer) == "cpu":
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError("trainer.accelerator: there is no GPU here; set it to cpu.")
-    return torch.device("cuda", torch.cuda.current_device())  # `launch` has chosen this process's own
+    # `launch` has chosen this process's own
+    return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+
+
+def is_here(device: torch.device) -> bool:
+    """Whether this machine has such a device."""
+    return device.type == "cpu" or torch.cuda.is_available()
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,16 @@ from casp_pl.allocation import CompressionPlan
 from casp_pl.checkpoint.stored_size import ModelSize, run_file_bytes
 from casp_pl.models.memory import free_memory
 from casp_pl.models.surgery import layer_specs
-from casp_pl.pipeline.estimate import memory_by_stage, quick_block_costs, stage_weights, workload
+from casp_pl.pipeline.estimate import (
+    memory_by_stage,
+    quick_block_costs,
+    stage_weights,
+    untimed_block_costs,
+    workload,
+)
 from casp_pl.pipeline.outline import CompressedOutline
 from casp_pl.pipeline.planning import BlockCosts
-from casp_pl.pipeline.prepare import Prepared, on_device
+from casp_pl.pipeline.prepare import Prepared, is_here, on_device
 from casp_pl.pipeline.probe import measured_block_costs, one_block_model
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import TrainerFactory
@@ -38,22 +44,23 @@ class StageForecast:
 
     Attributes:
         name: of the stage, as the progress bar shows it.
-        seconds: expected wall time, and the interval from `seconds_low` to `seconds_high`.
+        seconds: expected wall time, and the interval from `seconds_low` to `seconds_high`; None where it is not known.
         seconds_low: see `seconds`.
         seconds_high: see `seconds`.
         memory_bytes: of the process at its largest.
         disk_bytes: written by this stage.
-        fits: whether memory, and the disk with what earlier stages write, are free here now.
+        fits: whether memory, and the disk with what earlier stages write, are free here now; None where the device is
+            not here.
         way_out: what to change where it does not fit; empty where it does.
     """
 
     name: str
-    seconds: float
-    seconds_low: float
-    seconds_high: float
+    seconds: float | None
+    seconds_low: float | None
+    seconds_high: float | None
     memory_bytes: int
     disk_bytes: int
-    fits: bool
+    fits: bool | None
     way_out: str
 
 
@@ -77,14 +84,18 @@ def forecast_stages(
         quick: whether times come from rates instead of a measured block.
     """
     work = workload(settings, prepared.adapter)
-    block = quick_block_costs(settings, prepared, work) if quick else _measured(settings, prepared, plan)
+    here = is_here(prepared.device)
+    if not here:
+        block = untimed_block_costs(settings, prepared, work)
+    else:
+        block = quick_block_costs(settings, prepared, work) if quick else _measured(settings, prepared, plan)
     weight_bytes = sum(parameter.nbytes for parameter in prepared.adapter.model.parameters())
     stages = judged_stages(
         stage_weights(settings, block, work),
         memory_by_stage(settings, prepared, work, block, weight_bytes=weight_bytes),
         _stage_disk(settings, prepared, size, outline),
-        spread=block.spread,
-        memory_free=free_memory(prepared.device),
+        spread=block.spread if here else None,
+        memory_free=free_memory(prepared.device) if here else None,
         disk_free=disk_free(settings.run_dir),
     )
     return stages, block.source
@@ -95,8 +106,8 @@ def judged_stages(
     memory: Mapping[str, int],
     disk: Mapping[str, int],
     *,
-    spread: float,
-    memory_free: int,
+    spread: float | None,
+    memory_free: int | None,
     disk_free: int,
 ) -> tuple[StageForecast, ...]:
     """Every stage, and whether this machine has what it needs.
@@ -105,8 +116,8 @@ def judged_stages(
         seconds: by stage, in the order in which they run.
         memory: bytes by stage; a stage that is left out needs what `evaluate quantized` needs.
         disk: bytes that a stage writes; evaluations are one entry, `evaluate`.
-        spread: share by which a stage may take more or less time.
-        memory_free: bytes.
+        spread: share by which a stage may take more or less time; None where times are not known.
+        memory_free: bytes; None where the device is not here.
         disk_free: bytes.
     """
     stages, written = [], 0
@@ -114,10 +125,11 @@ def judged_stages(
         kind = "evaluate" if name.startswith("evaluate") else name
         needed, added = memory.get(name, memory["evaluate quantized"]), disk[kind]
         written += added
-        ways = [] if needed <= memory_free else [f"Memory: {_WAYS_OUT[kind]}"]
+        ways = [] if memory_free is None or needed <= memory_free else [f"Memory: {_WAYS_OUT[kind]}"]
         ways += [] if written <= disk_free else [f"Disk: {_OTHER_DISK}"]
-        low, high = expected * (1 - spread), expected * (1 + spread)
-        stages.append(StageForecast(name, expected, low, high, needed, added, not ways, " ".join(ways)))
+        times = (None,) * 3 if spread is None else (expected, expected * (1 - spread), expected * (1 + spread))
+        fits = None if memory_free is None and not ways else not ways
+        stages.append(StageForecast(name, *times, needed, added, fits, " ".join(ways)))
     return tuple(stages)
 
 

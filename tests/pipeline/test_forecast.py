@@ -80,6 +80,27 @@ def test_prices_and_curve_agree_with_the_plan(afterwards: dict[str, Any], finish
     assert here[-1]["error"] >= 1 - 1e-9, "no smaller model has a smaller error"
 
 
+def test_a_gpu_that_is_not_here_is_planned_for(
+    recipe: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    there = ("--trainer.accelerator", "gpu")
+    told, here = forecast(recipe, tmp_path / "none", *there), forecast(recipe, tmp_path / "none", "--quick")
+    assert told["seconds"] is None
+    assert told["memory_free"] is None
+    assert told["size"] == here["size"]
+    for stage, other in zip(told["stages"], here["stages"], strict=True):
+        assert (stage["seconds"], stage["seconds_low"], stage["seconds_high"]) == (None, None, None)
+        assert stage["memory_bytes"] == pytest.approx(other["memory_bytes"], rel=0.1)
+        assert stage["disk_bytes"] == other["disk_bytes"]
+        assert stage["fits"] is None
+    assert main(["plan", *recipe, "--run_dir", str(tmp_path / "none"), *there]) == 0
+    printed = capsys.readouterr().out
+    assert "time: not known, trainer.accelerator asks for a GPU and there is none here" in printed
+    assert main(["fit", *recipe, "--run_dir", str(tmp_path / "none"), *there]) == 2
+    assert "there is no GPU here; set it to cpu" in capsys.readouterr().err
+
+
 def test_stages_that_do_not_fit_say_the_way_out() -> None:
     seconds = {"evaluate original": 1.0, "quantize": 10.0, "save": 1.0}
     memory = {"evaluate quantized": 100, "quantize": 300, "save": 100}

@@ -5,6 +5,7 @@ spectra are missing: the first and last blocks stand in for the scores, equal ra
 """
 
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any
 
 from casp_pl.allocation import CompressionPlan
@@ -13,6 +14,7 @@ from casp_pl.checkpoint.manifest import MANIFEST_NAME
 from casp_pl.checkpoint.stored_size import ModelSize, model_size
 from casp_pl.models.memory import free_memory
 from casp_pl.pipeline.bit_forecast import CurveEntry, GroupForecast, forecast_bits
+from casp_pl.pipeline.estimate import streams
 from casp_pl.pipeline.outline import compressed_outline
 from casp_pl.pipeline.prepare import Prepared, is_here, prepare_outline, wanted_device
 from casp_pl.pipeline.settings import RunSettings
@@ -71,8 +73,9 @@ class RunForecast:
 
     @property
     def disk_bytes(self) -> int:
-        """Of all stages."""
-        return sum(stage.disk_bytes for stage in self.stages)
+        """At most, with what earlier stages have left."""
+        kept = accumulate(stage.disk_bytes for stage in self.stages)
+        return max(left + stage.disk_passing_bytes for left, stage in zip(kept, self.stages, strict=True))
 
 
 def forecast_run(settings: RunSettings, *, quick: bool = False) -> RunForecast:
@@ -93,7 +96,8 @@ def forecast_run(settings: RunSettings, *, quick: bool = False) -> RunForecast:
     outline = compressed_outline(prepared.adapter, plan, settings.quantizer)
     tunes = settings.block_tuning.get("epochs", 0) > 0 or settings.end_to_end.get("steps", 0) > 0
     trained = outline.trained if tunes else frozenset()
-    size = model_size(outline.model, prepared.processor, headers, trained=trained)
+    prefix = f"{prepared.adapter.decoder_name}.layers." if _streamed(settings, prepared) else None
+    size = model_size(outline.model, prepared.processor, headers, trained=trained, block_prefix=prefix)
     note = _size_note(settings, size, plan_from)
     stages, seconds_from = forecast_stages(settings, prepared, plan, size, outline, quick=quick)
     groups, curve = forecast_bits(plan, settings.quantizer, settings.bits.granularity, size.weights)
@@ -111,6 +115,11 @@ def forecast_run(settings: RunSettings, *, quick: bool = False) -> RunForecast:
         groups=groups,
         curve=curve,
     )
+
+
+def _streamed(settings: RunSettings, prepared: Prepared) -> bool:
+    weight_bytes = sum(parameter.nbytes for parameter in prepared.adapter.model.parameters())
+    return streams(settings, prepared, weight_bytes)
 
 
 def _plan(settings: RunSettings, prepared: Prepared) -> tuple[CompressionPlan, str]:

@@ -35,11 +35,15 @@ def _print_linears(forecast: RunForecast, console: Console) -> None:
     codes, total = plan.bits_per_weight_codes, plan.bits_per_weight_total
     for line in (
         f"bits per weight: {codes:.3f} codes, {total:.3f} everything counted; from {forecast.plan_from}",
-        f"size: model.safetensors {stored.weights:,} bytes ({size(stored.weights)}), {exact}",
+        f"size: {_files(stored.files)} {stored.weights:,} bytes ({size(stored.weights)}), {exact}",
         f"      beside it {stored.beside:,} bytes of config and processor (without model card and manifest);"
         f" 16-bit original {size(forecast.original_bytes)}",
     ):
         console.print(line, soft_wrap=True)
+
+
+def _files(count: int) -> str:
+    return "model.safetensors" if count == 1 else f"{count} safetensors files, one for each block and one for the rest,"
 
 
 def _print_stages(forecast: RunForecast, console: Console) -> None:
@@ -48,7 +52,7 @@ def _print_stages(forecast: RunForecast, console: Console) -> None:
             stage.name,
             *_times(stage),
             size(stage.memory_bytes),
-            size(stage.disk_bytes),
+            size(stage.disk_bytes + stage.disk_passing_bytes),
             {True: "yes", False: "NO", None: "?"}[stage.fits],
         ]
         for stage in forecast.stages

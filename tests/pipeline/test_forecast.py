@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from casp_pl.cli import main
+from casp_pl.pipeline.disk_forecast import StageDisk
 from casp_pl.pipeline.stage_forecast import judged_stages
 
 STAGES = ["evaluate original", "evaluate rtn", "calibration", "quantize", "evaluate quantized", "block tuning",
@@ -101,13 +102,26 @@ def test_a_gpu_that_is_not_here_is_planned_for(
     assert "there is no GPU here; set it to cpu" in capsys.readouterr().err
 
 
+def test_a_large_block_is_quantized_in_parts(
+    recipe: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("casp_pl.pipeline.probe._PARTS_ABOVE", 0)
+    told = forecast(recipe, tmp_path / "none")
+    assert "quantization on 1/8 and 1/4 of its width" in told["seconds_from"]
+    quantize = next(stage for stage in told["stages"] if stage["name"] == "quantize")
+    assert 0 < quantize["seconds_low"] < 0.65 * quantize["seconds"], "what is extrapolated is less sure"
+
+
 def test_stages_that_do_not_fit_say_the_way_out() -> None:
     seconds = {"evaluate original": 1.0, "quantize": 10.0, "save": 1.0}
     memory = {"evaluate quantized": 100, "quantize": 300, "save": 100}
-    disk = {"evaluate": 10, "quantize": 50, "save": 30}
-    found = judged_stages(seconds, memory, disk, spread=0.2, memory_free=200, disk_free=80)
+    disk = {"evaluate": StageDisk(10), "quantize": StageDisk(50, passing=15), "save": StageDisk(30)}
+    found = judged_stages(seconds, memory, disk, spread=lambda _: 0.2, memory_free=200, disk_free=80)
     assert [stage.fits for stage in found] == [True, False, False]
     assert "data.samples" in found[1].way_out
     assert "Disk" not in found[1].way_out, "60 of 80 bytes are written then"
     assert "Disk" in found[2].way_out
-    assert (found[1].seconds_low, found[1].seconds_high) == pytest.approx((8.0, 12.0))
+    assert (found[1].seconds_low, found[1].seconds_high) == pytest.approx((8.0, 17.0))
+    passing = {**disk, "quantize": StageDisk(50, passing=25)}
+    found = judged_stages(seconds, memory, passing, spread=lambda _: 0.2, memory_free=300, disk_free=80)
+    assert "Disk" in found[1].way_out, "85 bytes are there while it runs"

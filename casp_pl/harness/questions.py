@@ -30,6 +30,9 @@ class _Shown(LazyImage):
     def __str__(self) -> str:
         return self.name
 
+    def stored(self) -> bytes:
+        return self.image.tobytes()
+
     def open(self) -> Image.Image:
         return self.image.copy()  # whoever opens an image closes it
 

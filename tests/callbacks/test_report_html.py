@@ -255,3 +255,13 @@ def test_scales_and_ticks():
     assert log_ticks(1e-4, 1) == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1, 1])
     texts = [number_text(value) for value in (0.0, 0.00012, 0.05, 12345.6, 1.5e7, 30.0)]
     assert texts == ["0", "1.2e-4", "0.05", "12,346", "1.5e7", "30"]
+
+
+def test_every_window_of_block_tuning_is_named_and_four_charts_are_two_and_two(page, report, details):
+    named = re.findall(r"</svg>(up to block \d+)</li>", page)
+    assert named == [f"up to block {block}" for block in range(5, 32, 6)] * 2
+    assert 'class="charts two"' not in page.split('id="head_sparsity"')[1].split("</section>")[0], "three charts"
+    four = dataclasses.replace(details, head_sparsity=torch.full((BLOCKS, HEADS, 2, 2), 0.5))
+    heads = report_html(report, four).split('id="head_sparsity"')[1].split("</section>")[0]
+    assert heads.count("<figure") == 4
+    assert 'class="charts two"' in heads

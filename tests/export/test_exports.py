@@ -257,12 +257,6 @@ def test_mixed_bits_in_gptqmodel(tmp_path: Path) -> None:
     torch.testing.assert_close(logits, expected, rtol=0, atol=0.01)  # its torch kernel takes no float32
 
 
-@needs_gptqmodel
-def test_mixed_bits_of_a_llava_in_gptqmodel(tmp_path: Path) -> None:
-    directory, expected = mixed_llava(tmp_path)
-    torch.testing.assert_close(logits_of_gptqmodel(directory), expected, rtol=0, atol=0.01)
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-5), ("float16", 0.02), ("bfloat16", 0.1)])
 def test_dense_in_stock_transformers(dtype: str | None, tolerance: float, tmp_path: Path) -> None:
     source, expected = compressed(tmp_path, lambda linear, g, _: uniform(linear, g))

@@ -73,8 +73,8 @@ def test_plan_and_fit_from_the_hub(run_with_hub: Callable[[list[str]], list[str]
     assert [line.split()[2] for line in weights] == ["bytes=0-100000"], "its header, no more"
     fitted = run_with_hub(["fit", *recipe])
     wanted = {path.name for path in (hub / "models" / NAME / "v1").iterdir() if path.suffix in (".json", ".jinja")}
-    assert _fetched(planned) == {*wanted, "model.safetensors"}
-    assert _fetched(fitted) == {"model.safetensors", "train.jsonl"}
+    assert _fetched(planned) == {*wanted, "model.safetensors", "train.jsonl", "test.jsonl"}
+    assert _fetched(fitted) == {"model.safetensors"}, "the rest lies in the caches"
     assert f"`{NAME}@v1`, compressed" in (tmp_path / "run/model/README.md").read_text()
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert report["model"].startswith(f"{NAME}@v1 ")

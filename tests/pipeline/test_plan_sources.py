@@ -5,6 +5,7 @@ import shutil
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,6 +50,25 @@ def test_a_streamed_run_is_foretold_to_the_byte(tmp_path: Path) -> None:
     assert size["beside"] == sum(others.values())
     stages = {stage["name"]: stage for stage in forecast["stages"]}
     assert stages["quantize"]["disk_passing_bytes"] > 8 * 48 * 4, "activations on disk"
+
+
+def test_a_model_for_a_gpu_that_is_not_here_is_streamed_only_where_the_recipe_says_so(
+    stored_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory of this machine, here next to nothing, is not that of the one with the GPU."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100_000))
+    recipe = ["--config", str(CONFIGS / "llava_gptq.yaml"), "--config", str(CONFIGS / "models/tiny.yaml")]
+    recipe += ["--model.source", str(stored_tiny), "--run_dir", str(tmp_path / "none"), "--activations", "auto"]
+    there = [*recipe, "--trainer.accelerator", "gpu"]
+    here, whole, streamed = told(recipe), told(there), told([*there, "--model.streaming", "true"])
+    assert [value["size"]["files"] for value in (here, whole, streamed)] == [3, 1, 3]
+    assert "of the model's files read here" in here["seconds_from"]
+    assert "files" not in streamed["seconds_from"]
+    assert streamed["size"] == here["size"]
+    passing = [{stage["name"]: stage["disk_passing_bytes"] for stage in value["stages"]} for value in (here, whole)]
+    kept = {name: passing[0][name] - passing[1][name] for name in passing[0]}
+    assert {name for name, count in kept.items() if count} >= {"calibration", "quantize"}, "activations on disk"
 
 
 def _text_model(folder: Path) -> Path:

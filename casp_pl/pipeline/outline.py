@@ -4,7 +4,7 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-from casp_pl.allocation import CompressionPlan
+from casp_pl.allocation import CompressionPlan, ModulePlan
 from casp_pl.layers import build_layer
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.surgery import install_layers
@@ -12,7 +12,7 @@ from casp_pl.modules.parameters import trainable_parameters
 from casp_pl.quantizers import Quantizer
 from casp_pl.quantizers.low_rank import low_rank_spec
 
-__all__ = ["CompressedOutline", "compressed_bytes", "compressed_outline", "plan_specs"]
+__all__ = ["CompressedOutline", "compressed_bytes", "compressed_outline", "module_spec", "plan_specs"]
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,14 @@ def compressed_bytes(adapter: ModelAdapter, plan: CompressionPlan, quantizer: Qu
 
 def plan_specs(plan: CompressionPlan, adapter: ModelAdapter, quantizer: Quantizer) -> dict[str, dict[str, Any]]:
     """Full module name to the spec of the layer that a fit with this plan puts there."""
-    specs = {}
-    for module in plan.modules:
-        settings: dict[str, Any] = {"bits": module.bits}
-        settings["bias"] = adapter.model.get_submodule(module.name).bias is not None
-        if module.rank is None:
-            specs[module.name] = quantizer.layer_spec(*module.shape, **settings)
-        else:
-            specs[module.name] = low_rank_spec(*module.shape, module.rank, quantizer, **settings)
-    return specs
+    return {
+        module.name: module_spec(module, adapter.model.get_submodule(module.name), quantizer) for module in plan.modules
+    }
+
+
+def module_spec(plan: ModulePlan, linear: Any, quantizer: Quantizer) -> dict[str, Any]:
+    """The spec of the layer that takes the place of this linear."""
+    settings: dict[str, Any] = {"bits": plan.bits, "bias": linear.bias is not None}
+    if plan.rank is None:
+        return quantizer.layer_spec(*plan.shape, **settings)
+    return low_rank_spec(*plan.shape, plan.rank, quantizer, **settings)

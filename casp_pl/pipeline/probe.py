@@ -24,10 +24,10 @@ from casp_pl.models.compress import BlockQuantization, collect_moments
 from casp_pl.models.streams import BlockBatch, autocast_to, first_block_batches, run_blocks, run_blocks_seeing
 from casp_pl.modules import BlockwiseModule
 from casp_pl.modules.end_to_end import target_mask
+from casp_pl.pipeline.outline import module_spec
 from casp_pl.pipeline.planning import BlockCosts
 from casp_pl.pipeline.probe_quantizing import SHARES, extrapolated, part_seconds, spectrum_seconds
 from casp_pl.quantizers import Quantizer
-from casp_pl.quantizers.low_rank import low_rank_spec
 
 __all__ = ["measured_block_costs", "one_block_model"]
 
@@ -151,12 +151,7 @@ def _empty_block(probe: ModelAdapter, plans: Sequence[ModulePlan], quantizer: Qu
     for plan in plans:
         name = next(name for name in probe.linear_names if plan.name.endswith("." + name))
         linear: Any = block.get_submodule(name)
-        settings: dict[str, Any] = {"bits": plan.bits, "bias": linear.bias is not None}
-        if plan.rank is None:
-            spec = quantizer.layer_spec(*plan.shape, **settings)
-        else:
-            spec = low_rank_spec(*plan.shape, plan.rank, quantizer, **settings)
-        block.set_submodule(name, build_layer(spec, device=linear.weight.device))
+        block.set_submodule(name, build_layer(module_spec(plan, linear, quantizer), device=linear.weight.device))
     return block
 
 

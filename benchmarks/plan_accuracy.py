@@ -22,6 +22,7 @@ import psutil
 
 DEFAULT_RECIPE = "configs/llava_aqlm.yaml"
 SAMPLING_SECONDS = 0.2
+SETTLING_SECONDS = 5.0  # a stage ends with its last file; what it held is given back only then
 
 
 def forecast(recipe: Sequence[str], run_dir: Path) -> tuple[dict[str, Any], float]:
@@ -77,36 +78,40 @@ def print_stages(before: dict[str, Any], run_dir: Path, samples: Sequence[tuple[
     """The table of the stages."""
     ends = stage_ends(run_dir)
     names = list(ends)
-    print("| stage | time predicted | interval | measured | off | memory predicted, GB | measured | off |")
-    print("| --- " + "| ---: " * 7 + "|")
+    print("| stage | time predicted | interval | measured | off | within | memory predicted, GB | measured | off |")
+    print("| --- " + "| ---: " * 8 + "|")
     planned = {stage["name"]: stage for stage in before["stages"]}
     total = 0.0
     for earlier, name in zip(names, names[1:], strict=False):
         seconds = ends[name] - ends[earlier]
         total += seconds
         stage = planned[name]
-        held = [resident for clock, resident in samples if ends[earlier] <= clock <= ends[name]]
+        begun = ends[earlier] + min(SETTLING_SECONDS, seconds / 4) * name.startswith("evaluate")
+        inside = "yes" if stage["seconds_low"] <= seconds <= stage["seconds_high"] else "NO"
+        held = [resident for clock, resident in samples if begun <= clock <= ends[name]]
         memory = f"{max(held) / 1e9:.2f} | {off(stage['memory_bytes'], max(held))}" if held else "n/a | n/a"
         print(
             f"| {name} | {stage['seconds']:.1f} s | {stage['seconds_low']:.0f} - {stage['seconds_high']:.0f} |"
-            f" {seconds:.1f} s | {off(stage['seconds'], seconds)} | {stage['memory_bytes'] / 1e9:.2f} | {memory} |"
+            f" {seconds:.1f} s | {off(stage['seconds'], seconds)} |"
+            f" {inside} | {stage['memory_bytes'] / 1e9:.2f} | {memory} |"
         )
     peak = json.loads((run_dir / "report.json").read_text())["peak_memory_bytes"]
     print(
-        f"| all | {before['seconds']:.1f} s | | {total:.1f} s | {off(before['seconds'], total)} |"
+        f"| all | {before['seconds']:.1f} s | | {total:.1f} s | {off(before['seconds'], total)} | |"
         f" {before['memory_bytes'] / 1e9:.2f} | {peak / 1e9:.2f} | {off(before['memory_bytes'], peak)} |"
     )
 
 
 def print_sizes(before: dict[str, Any], after: dict[str, Any], run_dir: Path) -> None:
     """The table of the final size."""
-    truth = (run_dir / "model" / "model.safetensors").stat().st_size
-    others = {"README.md", "manifest.json", "model.safetensors"}
+    truth = sum(path.stat().st_size for path in (run_dir / "model").glob("*.safetensors"))
+    others = {"README.md", "manifest.json"}
     files = [path for path in (run_dir / "model").rglob("*") if path.is_file() and path.name not in others]
+    files = [path for path in files if path.suffix != ".safetensors"]
     beside = sum(path.stat().st_size for path in files)
     print("\n| size, bytes | before calibration | after it | on disk |\n| --- | ---: | ---: | ---: |")
     cells = [f"{told['size']['weights']:,} ({told['size']['weights'] - truth:+,})" for told in (before, after)]
-    print(f"| model.safetensors | {' | '.join(cells)} | {truth:,} |")
+    print(f"| weights | {' | '.join(cells)} | {truth:,} |")
     print(f"| config and processor | {before['size']['beside']:,} | {after['size']['beside']:,} | {beside:,} |")
     print(f"\nbefore calibration: {before['size_note'] or 'exact'}; after it: {after['size_note'] or 'exact'}")
 

@@ -7,8 +7,9 @@ Source: the format's description at github.com/huggingface/safetensors.
 import copy
 import json
 import math
+import re
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from casp_pl.checkpoint.atomic import METADATA_KEY
 from casp_pl.checkpoint.hugging_face import without_progress_bars
 from casp_pl.checkpoint.registration import CaspConfig
 from casp_pl.checkpoint.stored_names import DTYPE_NAMES, names_in_files, state_without_aliases
+from casp_pl.checkpoint.streamed import file_names, write_index
 from casp_pl.layers import QuantizedLinear
 from casp_pl.models.surgery import compressed_layers, layer_specs
 
@@ -44,9 +46,10 @@ class ModelSize:
     """Bytes of a compressed model's directory, but README.md and manifest.json, which tell what was measured.
 
     Attributes:
-        weights: model.safetensors, headers included.
+        weights: of all safetensors files, headers included.
+        files: how many these are: model.safetensors, or one for each block and one for the rest.
         tensors: of these, the numbers: what reports call the size of a model.
-        beside: config, processor and tokenizer.
+        beside: config, processor and tokenizer, and the index of several files.
         undecided: bytes by which `weights` is smaller if all float32 tensors whose values nobody has seen fit into 16
             bits.
         names_undecided: tensors that will be bfloat16 or float16, by values nobody has seen; the header may be as many
@@ -56,6 +59,7 @@ class ModelSize:
     weights: int
     tensors: int
     beside: int
+    files: int
     undecided: int
     names_undecided: int
 
@@ -81,9 +85,16 @@ def run_file_bytes(tensors: Mapping[str, Tensor], metadata: Any) -> int:
 
 
 def model_size(
-    model: Any, processor: Any, headers: Mapping[str, torch.dtype] | None, *, trained: Collection[str] = ()
+    model: Any,
+    processor: Any,
+    headers: Mapping[str, torch.dtype] | None,
+    *,
+    trained: Collection[str] = (),
+    block_prefix: str | None = None,
 ) -> ModelSize:
-    """Size of the directory that `save_compressed` will write, exact up to the 50 GB at which weights are split.
+    """Size of the directory that a run will write.
+
+    It is that of `save_compressed`, exact up to the 50 GB at which weights are split, or of `save_streamed`.
 
     Args:
         model: the compressed model on the meta device; it stays as it is.
@@ -91,6 +102,8 @@ def model_size(
         headers: dtypes of the original's tensors by their names in its files; None where float16 holds every value.
         trained: names of the parameters that fine-tuning changes. Tables are rounded to float16 then, but norms and
             biases keep float32.
+        block_prefix: of a model whose blocks stay on disk, what their names begin with, for example `model.layers.`;
+            its directory has one file for each block.
     """
     model = copy.deepcopy(model)  # of structure alone
     specs = layer_specs(model)
@@ -98,24 +111,40 @@ def model_size(
         _store_tables_in_half(layer)
     state = state_without_aliases(model)
     changed = {id(tensor) for name, tensor in state.items() if name in trained}
-    stored, unseen, unnamed = {}, 0, 0
-    for name, tensor in names_in_files(model, state).items():
-        dtype = tensor.dtype
-        if dtype is torch.float32 and id(tensor) not in changed:
-            there = torch.float16 if headers is None else _dtype_there(name, headers)
-            if there is torch.float16 or there is torch.bfloat16:
-                dtype = there
-                unnamed += there is torch.bfloat16  # zeros and ones, for example, go into float16
-            else:
-                unseen += tensor.nbytes
-        stored[name] = StoredTensor(dtype, tuple(tensor.shape))
+    files: list[dict[str, StoredTensor]] = []
+    unseen = unnamed = 0
+    for part in _by_file(state, block_prefix):
+        stored = {}
+        for name, tensor in names_in_files(model, part).items():
+            dtype = tensor.dtype
+            if dtype is torch.float32 and id(tensor) not in changed:
+                there = torch.float16 if headers is None else _dtype_there(name, headers)
+                if there is torch.float16 or there is torch.bfloat16:
+                    dtype = there
+                    unnamed += there is torch.bfloat16  # zeros and ones, for example, go into float16
+                else:
+                    unseen += tensor.nbytes
+            stored[name] = StoredTensor(dtype, tuple(tensor.shape))
+        files.append(stored)
     return ModelSize(
-        weights=safetensors_bytes(stored, {"format": "pt"}),
-        tensors=sum(tensor.nbytes for tensor in stored.values()),
-        beside=_beside(model, processor, specs),
+        weights=sum(safetensors_bytes(stored, {"format": "pt"}) for stored in files),
+        tensors=sum(tensor.nbytes for stored in files for tensor in stored.values()),
+        beside=_beside(model, processor, specs, files),
+        files=len(files),
         undecided=unseen // 2,
         names_undecided=unnamed,
     )
+
+
+def _by_file(state: Mapping[str, Tensor], block_prefix: str | None) -> list[dict[str, Tensor]]:
+    """The tensors of each file by their names in memory; those outside the blocks first."""
+    if block_prefix is None:
+        return [dict(state)]
+    parts: dict[int, dict[str, Tensor]] = {-1: {}}
+    for name, tensor in state.items():
+        place = re.match(rf"{re.escape(block_prefix)}(\d+)\.", name)
+        parts.setdefault(int(place[1]) if place else -1, {})[name] = tensor
+    return [parts[number] for number in sorted(parts)]
 
 
 def _store_tables_in_half(layer: nn.Module) -> None:
@@ -131,11 +160,25 @@ def _dtype_there(name: str, headers: Mapping[str, torch.dtype]) -> torch.dtype |
     return headers.get(name.replace(".output_factor.", "."))  # the bias of a low-rank product
 
 
-def _beside(model: Any, processor: Any, specs: Mapping[str, Mapping[str, Any]]) -> int:
-    """Bytes of config.json, generation_config.json and the processor's files: they are written, and thrown away."""
-    model.config.quantization_config = CaspConfig(modules=specs)
+def _beside(
+    model: Any,
+    processor: Any,
+    specs: Mapping[str, Mapping[str, Any]],
+    weights: Sequence[Mapping[str, StoredTensor]],
+) -> int:
+    """Bytes of configs, of the index of several files of `weights`, and of the processor's files.
+
+    They are written, and thrown away.
+    """
+    if len(weights) == 1:
+        model.config.quantization_config = CaspConfig(modules=specs)
     with tempfile.TemporaryDirectory() as folder, without_progress_bars():
         model.save_pretrained(folder, state_dict={})
+        if len(weights) > 1:
+            names = zip(file_names(len(weights) - 1), weights, strict=True)
+            places = {name: file for file, stored in names for name in stored}
+            total = sum(tensor.nbytes for stored in weights for tensor in stored.values())
+            write_index(Path(folder), specs, places, total)
         if processor is not None:
             processor.save_pretrained(folder)
         files = [path for path in Path(folder).rglob("*") if path.is_file() and path.suffix != ".safetensors"]

@@ -1,6 +1,6 @@
 """A compressed model written one decoder block at a time: it is never in memory as a whole."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.surgery import layer_specs
 from casp_pl.models.weight_files import weight_file
 
-__all__ = ["save_streamed"]
+__all__ = ["file_names", "save_streamed", "write_index"]
 
 _INDEX = "model.safetensors.index.json"
 
@@ -44,9 +44,9 @@ def save_streamed(
 def _write(adapter: ModelAdapter, blocks: Sequence[nn.Module], processor: Any, directory: Path, card: str) -> None:
     from transformers.core_model_loading import revert_weight_conversion
 
-    from casp_pl.checkpoint.registration import CaspConfig, compact_state_dict
+    from casp_pl.checkpoint.registration import compact_state_dict
 
-    files = [f"model-{number:05d}-of-{len(blocks) + 1:05d}.safetensors" for number in range(1, len(blocks) + 2)]
+    files = file_names(len(blocks))
     places: dict[str, str] = {}
     total = 0
     with adapter.with_blocks([]), without_progress_bars():
@@ -66,10 +66,31 @@ def _write(adapter: ModelAdapter, blocks: Sequence[nn.Module], processor: Any, d
         places |= dict.fromkeys(ready, file)
         total += sum(tensor.nbytes for tensor in ready.values())
         del block, named, tensors, ready
-    write_json(directory / _INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+    write_index(directory, modules, places, total)
+    write_beside(processor, directory, card)
+
+
+def file_names(blocks: int) -> list[str]:
+    """The file of everything outside the blocks, then that of each block."""
+    return [f"model-{number:05d}-of-{blocks + 1:05d}.safetensors" for number in range(1, blocks + 2)]
+
+
+def write_index(
+    directory: Path, modules: Mapping[str, Mapping[str, Any]], places: Mapping[str, str], total: int
+) -> None:
+    """Say in a directory which tensor lies in which file, and in its config what is compressed how.
+
+    Args:
+        directory: holds the config of the original.
+        modules: full name of every compressed module to its spec.
+        places: name of every stored tensor to its file.
+        total: bytes of all tensors.
+    """
+    from casp_pl.checkpoint.registration import CaspConfig
+
+    write_json(directory / _INDEX, {"metadata": {"total_size": total}, "weight_map": dict(places)})
     config = read_json(directory / CONFIG_NAME)
     write_json(directory / CONFIG_NAME, config | {"quantization_config": CaspConfig(modules=modules).to_dict()})
-    write_beside(processor, directory, card)
 
 
 def _stored(path: Path) -> dict[str, int]:

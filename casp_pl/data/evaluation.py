@@ -8,6 +8,7 @@ import torch
 
 from casp_pl.data.collate import pad_right
 from casp_pl.data.contents import digest_of
+from casp_pl.data.evaluation_work import EvaluationWork, count_work
 from casp_pl.data.loaders import FixedLoader, dealt_out, in_batches
 from casp_pl.data.questions import QuestionCollator, QuestionGroup, batch_groups, choose_questions, encode_questions
 from casp_pl.data.sample import Sample
@@ -115,6 +116,19 @@ class EvaluationData(pl.LightningDataModule):
             "text_tokens": sum(map(len, self._windows)),
             "skipped": [{"id": skipped.id, "reason": skipped.reason} for skipped in self._skipped],
         }
+
+    @property
+    def work(self) -> EvaluationWork:
+        """What one evaluation computes, in all processes together."""
+        self.setup()
+        return count_work(
+            batch_groups(self._groups or [], self.images_per_batch),
+            self._processor,
+            max_new_tokens=self.max_new_tokens,
+            windows=len(self._windows),
+            window=self.window,
+            windows_per_batch=self.windows_per_batch,
+        )
 
     @property
     def samples(self) -> list[Sample]:

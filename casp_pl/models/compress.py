@@ -161,7 +161,7 @@ class BlockQuantization:
         made = {}
         for name in own:
             linear = _dense_linear(block, name)
-            made[name] = self._compress_linear(linear, targets[name], plans[name], quantizer, second, together)
+            made[name] = self.compress_linear(linear, targets[name], plans[name], quantizer, second, together)
             if together or process_count() == 1:
                 finished.add(name, *made[name])
         if together:
@@ -172,15 +172,25 @@ class BlockQuantization:
                 finished.add(name, *everyones[name])
         return found | everyones
 
-    def _compress_linear(
+    def compress_linear(
         self,
         linear: nn.Linear,
         target: Tensor,
         plan: ModulePlan,
         quantizer: Quantizer,
         moment: Tensor,
-        together: bool,
+        together: bool = False,
     ) -> tuple[QuantizedLinear | LowRankLinear, LinearReport]:
+        """What becomes of one linear.
+
+        Args:
+            linear: as it is in the original.
+            target: what to aim at (O, I).
+            plan: its rank and bits.
+            quantizer: does the rounding.
+            moment: second moment (I, I) of what it reads.
+            together: see `Quantizer.quantize`.
+        """
         start = time.perf_counter()
         # a name, not a position, seeds the linear: hash() differs between processes, a sum of bytes does not
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + sum(map(ord, plan.name)) + 7919 * plan.block)

@@ -84,12 +84,12 @@ class ModelSource:
         factory, _ = factory_and_processor(self.source, directory)
         return load_streamed(directory, factory, dtype=getattr(torch, self.dtype), device=device)
 
-    def streams(self, weight_bytes: int, free: Memory) -> bool:
+    def streams(self, weight_bytes: int, free: Memory | None) -> bool:
         """Whether a run leaves the decoder blocks of this model on disk.
 
         Args:
             weight_bytes: of all weights in memory.
-            free: for each process, before any weight is loaded.
+            free: for each process, before any weight is loaded; None where nobody knows, and it may be enough.
 
         Raises:
             ConfigError: it is to be streamed, but cannot be.
@@ -98,7 +98,9 @@ class ModelSource:
             if self.streaming:
                 raise ConfigError(f"model.streaming: '{self.source}' has no files to read from; set it to false.")
             return False
-        return not has_room(weight_bytes, free) if self.streaming is None else self.streaming
+        if self.streaming is not None:
+            return self.streaming
+        return free is not None and not has_room(weight_bytes, free)
 
     def load(self) -> tuple[Any, Any]:
         """A frozen model in evaluation mode and its processor (a tokenizer for a text model).

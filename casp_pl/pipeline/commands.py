@@ -55,7 +55,7 @@ def _fit_together(settings: RunSettings, *, override_memory: bool) -> int:
     outline, _ = prepare_outline(settings)
     check_divided(settings, streams=outline.streamed)
     estimate = planned_estimate(settings, outline)
-    if not override_memory:
+    if outline.free is not None and not override_memory:
         _check_memory(estimate.memory, outline.free)
     prepared = load_original(settings, outline, digest=True)
     with RunDirectory.open(settings.run_dir, fingerprint(settings, prepared)) as run:

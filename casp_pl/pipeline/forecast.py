@@ -5,6 +5,7 @@ spectra are missing: the first and last blocks stand in for the scores, equal ra
 """
 
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any
 
 from casp_pl.allocation import CompressionPlan
@@ -13,7 +14,7 @@ from casp_pl.checkpoint.manifest import MANIFEST_NAME
 from casp_pl.checkpoint.stored_size import ModelSize, model_size
 from casp_pl.pipeline.bit_forecast import CurveEntry, GroupForecast, forecast_bits
 from casp_pl.pipeline.outline import compressed_outline
-from casp_pl.pipeline.prepare import Prepared, prepare_outline
+from casp_pl.pipeline.prepare import Prepared, prepare_outline, wanted_device
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.stage_forecast import StageForecast, disk_free, forecast_stages
 
@@ -33,7 +34,7 @@ class RunForecast:
         original_bytes: of the original's parameters, at 16 bits each.
         stages: in the order in which they run.
         seconds_from: where times come from.
-        memory_free: bytes that each process can have, on the device that computes.
+        memory_free: bytes that each process can have, on the device that computes; None where it is not here.
         disk_free: bytes that are free where the run directory lies.
         groups: by block or linear, as bits are given out.
         curve: size against predicted error, by rising size.
@@ -47,7 +48,7 @@ class RunForecast:
     original_bytes: int
     stages: tuple[StageForecast, ...]
     seconds_from: str
-    memory_free: int
+    memory_free: int | None
     disk_free: int
     groups: tuple[GroupForecast, ...]
     curve: tuple[CurveEntry, ...]
@@ -58,9 +59,10 @@ class RunForecast:
         return value | {"seconds": self.seconds, "memory_bytes": self.memory_bytes, "disk_bytes": self.disk_bytes}
 
     @property
-    def seconds(self) -> float:
-        """Of all stages."""
-        return sum(stage.seconds for stage in self.stages)
+    def seconds(self) -> float | None:
+        """Of all stages; None where it is not known."""
+        known = [stage.seconds for stage in self.stages if stage.seconds is not None]
+        return sum(known) if known else None
 
     @property
     def memory_bytes(self) -> int:
@@ -69,12 +71,15 @@ class RunForecast:
 
     @property
     def disk_bytes(self) -> int:
-        """Of all stages."""
-        return sum(stage.disk_bytes for stage in self.stages)
+        """At most, with what earlier stages have left."""
+        kept = accumulate(stage.disk_bytes for stage in self.stages)
+        return max(left + stage.disk_passing_bytes for left, stage in zip(kept, self.stages, strict=True))
 
 
 def forecast_run(settings: RunSettings, *, quick: bool = False) -> RunForecast:
     """Forecast a fit. Reads configs, headers, the samples, and plan.json where there is one; writes nothing.
+
+    Where the recipe asks for a GPU that is not here, no time is told.
 
     Args:
         settings: the recipe.
@@ -84,12 +89,13 @@ def forecast_run(settings: RunSettings, *, quick: bool = False) -> RunForecast:
         ConfigError: a budget that cannot be met.
         InputError: the model or the data cannot be read.
     """
-    prepared, headers = prepare_outline(settings)
+    prepared, headers = prepare_outline(settings, wanted_device(settings))
     plan, plan_from = _plan(settings, prepared)
     outline = compressed_outline(prepared.adapter, plan, settings.quantizer)
     tunes = settings.block_tuning.get("epochs", 0) > 0 or settings.end_to_end.get("steps", 0) > 0
     trained = outline.trained if tunes else frozenset()
-    size = model_size(outline.model, prepared.processor, headers, trained=trained)
+    prefix = f"{prepared.adapter.decoder_name}.layers." if prepared.streamed else None
+    size = model_size(outline.model, prepared.processor, headers, trained=trained, block_prefix=prefix)
     note = _size_note(settings, size, plan_from)
     stages, seconds_from = forecast_stages(settings, prepared, plan, size, outline, quick=quick)
     groups, curve = forecast_bits(plan, settings.quantizer, settings.bits.granularity, size.weights)
@@ -102,7 +108,7 @@ def forecast_run(settings: RunSettings, *, quick: bool = False) -> RunForecast:
         original_bytes=2 * sum(parameter.numel() for parameter in prepared.adapter.model.parameters()),
         stages=stages,
         seconds_from=seconds_from,
-        memory_free=prepared.free.device,
+        memory_free=None if prepared.free is None else prepared.free.device,
         disk_free=disk_free(settings.run_dir),
         groups=groups,
         curve=curve,

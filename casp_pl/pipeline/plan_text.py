@@ -8,6 +8,7 @@ from casp_pl.callbacks.stage_table import duration, size
 from casp_pl.console import print_table, print_text
 from casp_pl.pipeline.bit_forecast import GroupForecast
 from casp_pl.pipeline.forecast import RunForecast
+from casp_pl.pipeline.stage_forecast import StageForecast
 
 __all__ = ["print_forecast"]
 
@@ -34,36 +35,57 @@ def _print_linears(forecast: RunForecast, console: Console) -> None:
     codes, total = plan.bits_per_weight_codes, plan.bits_per_weight_total
     for line in (
         f"bits per weight: {codes:.3f} codes, {total:.3f} everything counted; from {forecast.plan_from}",
-        f"size: model.safetensors {stored.weights:,} bytes ({size(stored.weights)}), {exact}",
+        f"size: {_files(stored.files)} {stored.weights:,} bytes ({size(stored.weights)}), {exact}",
         f"      beside it {stored.beside:,} bytes of config and processor (without model card and manifest);"
         f" 16-bit original {size(forecast.original_bytes)}",
     ):
         print_text(line, console)
 
 
+def _files(count: int) -> str:
+    return "model.safetensors" if count == 1 else f"{count} safetensors files, one for each block and one for the rest,"
+
+
 def _print_stages(forecast: RunForecast, console: Console) -> None:
     rows = [
         [
             stage.name,
-            duration(stage.seconds),
-            f"{duration(stage.seconds_low)} - {duration(stage.seconds_high)}",
+            *_times(stage),
             size(stage.memory_bytes),
-            size(stage.disk_bytes),
-            "yes" if stage.fits else "NO",
+            size(stage.disk_bytes + stage.disk_passing_bytes),
+            {True: "yes", False: "NO", None: "?"}[stage.fits],
         ]
         for stage in forecast.stages
     ]
     print_text("", console)
     print_table(["stage", "time", "interval", "memory", "disk", "fits"], rows, console)
-    print_text(
-        f"time: about {duration(forecast.seconds)}, from {forecast.seconds_from}; loading is not counted", console
-    )
-    memory, disk = size(forecast.memory_bytes), size(forecast.disk_bytes)
-    free = f"{size(forecast.memory_free)} and {size(forecast.disk_free)} are free"
-    print_text(f"memory: about {memory}, disk: about {disk}; {free}", console)
+    for line in _totals(forecast):
+        print_text(line, console)
     for stage in forecast.stages:
-        if not stage.fits:
+        if stage.fits is False:
             print_text(f"{stage.name} does not fit. {stage.way_out}", console)
+
+
+def _times(stage: StageForecast) -> tuple[str, str]:
+    if stage.seconds is None or stage.seconds_low is None or stage.seconds_high is None:
+        return "?", "?"
+    return duration(stage.seconds), f"{duration(stage.seconds_low)} - {duration(stage.seconds_high)}"
+
+
+def _totals(forecast: RunForecast) -> tuple[str, str]:
+    memory, disk = size(forecast.memory_bytes), size(forecast.disk_bytes)
+    if forecast.seconds is None or forecast.memory_free is None:
+        return (
+            "time: not known, trainer.accelerator asks for a GPU and there is none here; with"
+            " --trainer.accelerator cpu the times are those of this machine",
+            f"memory: a GPU with about {memory} free is needed (with less see model.streaming), disk: about {disk};"
+            f" {size(forecast.disk_free)} are free",
+        )
+    return (
+        f"time: about {duration(forecast.seconds)}, from {forecast.seconds_from}; loading is not counted",
+        f"memory: about {memory}, disk: about {disk};"
+        f" {size(forecast.memory_free)} and {size(forecast.disk_free)} are free",
+    )
 
 
 def _print_bits(forecast: RunForecast, console: Console) -> None:

@@ -24,12 +24,14 @@ __all__ = [
     "Prepared",
     "RunBatches",
     "fingerprint",
+    "is_here",
     "load_batches",
     "load_original",
     "model_device",
     "on_device",
     "prepare",
     "prepare_outline",
+    "wanted_device",
 ]
 
 
@@ -41,7 +43,7 @@ class Prepared:
         adapter: the model; an outline's is on the meta device, whatever `device` says.
         processor: of the model.
         device: where the model is computed.
-        free: memory that each process had before any weight was loaded.
+        free: memory that each process had before any weight was loaded; None where `device` is not here.
         streamed: whether the decoder blocks stay on disk.
         predicted: the plan as far as it is known before calibration.
         weights: `WeightDigest` of all tensors; empty where nobody asked for it.
@@ -50,7 +52,7 @@ class Prepared:
     adapter: ModelAdapter
     processor: Any
     device: torch.device
-    free: Memory
+    free: Memory | None
     streamed: bool
     predicted: CompressionPlan
     weights: str = ""
@@ -92,10 +94,16 @@ def load_original(settings: RunSettings, outline: Prepared, *, digest: bool = Fa
     return replace(outline, adapter=adapter, weights=weights.hexdigest() if digest else "")
 
 
-def prepare_outline(settings: RunSettings) -> tuple[Prepared, Mapping[str, torch.dtype] | None]:
+def prepare_outline(
+    settings: RunSettings, device: torch.device | None = None
+) -> tuple[Prepared, Mapping[str, torch.dtype] | None]:
     """Tell the data the model's processor, check the settings that need the model, decide whether to stream it.
 
     No weight is read. The processes of a run call this together.
+
+    Args:
+        settings: the recipe.
+        device: where the model would be computed; None for where the trainer wants it, which has to be here.
 
     Returns:
         The model without its weights, and `Skeleton.headers`.
@@ -104,9 +112,10 @@ def prepare_outline(settings: RunSettings) -> tuple[Prepared, Mapping[str, torch
         ConfigError: no such device, or a budget that cannot be met.
         InputError: the model or the data cannot be read.
     """
-    skeleton, device = load_skeleton(settings.model), model_device(settings)
+    device = model_device(settings) if device is None else device
+    skeleton = load_skeleton(settings.model)
     adapter = adapt(skeleton.model)
-    free = free_memory(device, sharing_processes(settings.trainer))
+    free = free_memory(device, sharing_processes(settings.trainer)) if is_here(device) else None
     streamed = settings.model.streams(sum(parameter.nbytes for parameter in adapter.model.parameters()), free)
     settings.bits.attach(settings.quantizer, settings.low_rank)
     settings.data.attach(skeleton.processor)
@@ -122,11 +131,23 @@ def model_device(settings: RunSettings) -> torch.device:
     Raises:
         ConfigError: there is no such device.
     """
+    device = wanted_device(settings)
+    if not is_here(device):
+        raise ConfigError("trainer.accelerator: there is no GPU here; set it to cpu.")
+    return device
+
+
+def wanted_device(settings: RunSettings) -> torch.device:
+    """Where the recipe's trainer wants the model, whether this machine has that device or not."""
     if accelerator_type(settings.trainer) == "cpu":
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError("trainer.accelerator: there is no GPU here; set it to cpu.")
-    return torch.device("cuda", torch.cuda.current_device())  # `launch` has chosen this process's own
+    # `launch` has chosen this process's own
+    return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+
+
+def is_here(device: torch.device) -> bool:
+    """Whether this machine has such a device."""
+    return device.type == "cpu" or torch.cuda.is_available()
 
 
 @dataclass(frozen=True)

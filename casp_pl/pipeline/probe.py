@@ -17,23 +17,24 @@ from torch import Tensor, nn
 
 from casp_pl.allocation import CompressionPlan, ModulePlan
 from casp_pl.kernels import head_divergence
-from casp_pl.layers import build_layer
+from casp_pl.layers import build_layer, materialized
+from casp_pl.linalg import add_products
 from casp_pl.models.adapter import ModelAdapter, adapt
 from casp_pl.models.compress import BlockQuantization, collect_moments
 from casp_pl.models.streams import BlockBatch, autocast_to, first_block_batches, run_blocks, run_blocks_seeing
 from casp_pl.modules import BlockwiseModule
 from casp_pl.modules.end_to_end import target_mask
 from casp_pl.pipeline.planning import BlockCosts
+from casp_pl.pipeline.probe_quantizing import SHARES, extrapolated, part_seconds, spectrum_seconds
 from casp_pl.quantizers import Quantizer
+from casp_pl.quantizers.low_rank import low_rank_spec
 
 __all__ = ["measured_block_costs", "one_block_model"]
 
 _REPEATS = 3
-_LEAST_SPREAD = 0.15  # stages of one recipe differ by this much from run to run
-_SLICE_ABOVE = (
-    8_000_000  # weights of a block: the search of the codes of a larger one is measured on a part of its rows
-)
-_SLICE_ROWS = 256
+_ENOUGH = 4.0  # seconds: what takes longer is not repeated
+_PARTS_ABOVE = 8_000_000  # weights of a block: a larger one is quantized in parts
+_OF_PARTS = f", its quantization on {' and '.join(f'1/{1 / share:.0f}' for share in SHARES)} of its width"
 
 
 def one_block_model(model: Any, seed: int = 0) -> ModelAdapter:
@@ -56,6 +57,9 @@ def measured_block_costs(
     quantization: BlockQuantization,
     quantizer: Quantizer,
     autocast: torch.dtype | None,
+    *,
+    answer_rows: int = 1,
+    baseline: tuple[Quantizer, int] | None = None,
 ) -> BlockCosts:
     """Time what a fit does with a block.
 
@@ -66,44 +70,46 @@ def measured_block_costs(
         quantization: settings of the block-by-block pass.
         quantizer: does the rounding.
         autocast: what matrices are multiplied in; None for the dtype of the weights.
+        answer_rows: questions that are answered together.
+        baseline: what the fit is compared with, and its bits.
     """
     block = probe.blocks[0]
     prefix, inputs = _timed(lambda: first_block_batches(probe, batches, autocast))
+    images = sum(int(probe.image_mask(batch["input_ids"]).any(1).sum()) for batch in batches)
     tokens = sum(int(batch.real.sum()) for batch in inputs)
     plain = [replace(batch, autocast=None) for batch in inputs]
     forward = _repeated(lambda: run_blocks(block, inputs))
     exact = _repeated(lambda: run_blocks(block, plain)) if autocast is not None else forward
     _, references = run_blocks_seeing(block, inputs, probe.group_heads)
-    moments = sum(
-        _timed(partial(collect_moments, block, inputs, [seen[head] for seen in references], head))[0]
-        for head in probe.group_heads
-    )
+    moments = _moments(probe, inputs, references)
     typical = _typical_block(plan)
-    quantizer.quantize(torch.randn(16, 64), torch.eye(64), bits=typical[-1].bits)  # loops are compiled at first use
-    quantize, compressed = _quantized(probe, typical, quantization, quantizer, references, inputs)
+    large = sum(module.weights for module in typical) > _PARTS_ABOVE
+    quantize, compressed = _quantized(probe, typical, quantization, quantizer, references, inputs, moments, large)
+    values = partial(spectrum_seconds, probe, references)
     pairs = [(batch, torch.randn_like(batch.hidden)) for batch in inputs]
     module = BlockwiseModule([compressed], pairs, [])
     train = _training_steps(module, pairs)
-    spread = max((max(times) - min(times)) / sum(times) * len(times) / 2 for times in (forward, exact, train))
+    spread = max((max(times) - min(times)) / sum(times) * len(times) / 2 for times in (forward, exact, *train))
     return BlockCosts(
         exact=min(exact) / tokens,
         forward=min(forward) / tokens,
+        answer=_answering(probe, answer_rows),
+        spectra=_second_moment([seen[probe.group_heads[0]] for seen in references]) / tokens,
+        values=extrapolated(values) if large else values(1.0),
         moments=moments / tokens,
         quantize=quantize,
-        train=sorted(train)[len(train) // 2],
+        baseline=0.0 if baseline is None else _rounding(probe, *baseline),
+        dense=min(_repeated(partial(_make_dense, compressed))),
+        train=sum(map(min, train)) / len(train),
         head=_head(probe, batches, autocast),
-        prefix=prefix / tokens,
+        logits=_logits(probe, inputs) / tokens,
+        vision=prefix / images if images else 0.0,
         kept_bytes=_kept_for_backward(module, pairs) / tokens,
-        source="one block of this shape, measured here",
-        spread=max(_LEAST_SPREAD, spread),
+        source="one block of this shape, measured here" + (_OF_PARTS if large else ""),
+        spread=spread,
+        measured=True,
+        extrapolated=large,
     )
-
-
-def _typical_block(plan: CompressionPlan) -> tuple[ModulePlan, ...]:
-    """The linears of the first block whose bits are those of most blocks."""
-    bits = {number: tuple(module.bits for module in plan.of_block(number)) for number in plan.blocks}
-    most, _ = Counter(bits.values()).most_common(1)[0]
-    return plan.of_block(next(number for number, levels in bits.items() if levels == most))
 
 
 def _quantized(
@@ -113,30 +119,89 @@ def _quantized(
     quantizer: Quantizer,
     references: Sequence[dict[str, Tensor]],
     inputs: Sequence[BlockBatch],
+    moments: float,
+    large: bool,
 ) -> tuple[float, nn.Module]:
-    """Seconds for the codes of one block, and the block."""
-    block = probe.blocks[0]
-    weights = sum(plan.weights for plan in plans)
-    if weights <= _SLICE_ABOVE:
-        compressed, reports = quantization.compress_block(probe, block, plans, quantizer, references, inputs)
-        return sum(report.seconds for report in reports), compressed
-    largest = max(plans, key=lambda plan: plan.weights)
-    name = next(name for name in probe.linear_names if largest.name.endswith("." + name))
-    largest_linear: Any = block.get_submodule(name)
-    rows: Tensor = largest_linear.weight[:_SLICE_ROWS].float()
-    moment = torch.eye(rows.shape[1], device=rows.device)
-    seconds, _ = _timed(lambda: quantizer.quantize(rows, moment, bits=largest.bits))
-    compressed = copy.deepcopy(block)
-    for linear in probe.linear_names:
-        original: Any = compressed.get_submodule(linear)
-        shape, bias = (original.out_features, original.in_features), original.bias is not None
-        spec = quantizer.layer_spec(*shape, bits=largest.bits, bias=bias)
-        compressed.set_submodule(linear, build_layer(spec, device=rows.device))
-    return seconds * weights / rows.numel(), compressed
+    """Seconds for all that is done with the weights of a block, without its moments, and the block."""
+    quantizer.quantize(torch.randn(16, 64), torch.eye(64), bits=plans[-1].bits)  # loops are compiled at first use
+    if large:
+        seconds = extrapolated(partial(part_seconds, probe, plans, quantization, quantizer, references))
+        return seconds, _empty_block(probe, plans, quantizer)
+    work = partial(quantization.compress_block, probe, probe.blocks[0], plans, quantizer, references, inputs)
+    seconds, (compressed, reports) = _timed(work)
+    return max(seconds - moments, sum(report.seconds for report in reports)), compressed
 
 
-def _training_steps(module: BlockwiseModule, pairs: Sequence[tuple[BlockBatch, Tensor]]) -> list[float]:
-    """Seconds of every step of training: forward, backward, Adam."""
+def _moments(probe: ModelAdapter, inputs: Sequence[BlockBatch], references: Sequence[dict[str, Tensor]]) -> float:
+    """Seconds for the moments of all groups of a block."""
+    collect = partial(collect_moments, probe.blocks[0], inputs)
+    return sum(_timed(partial(collect, [seen[head] for seen in references], head))[0] for head in probe.group_heads)
+
+
+def _typical_block(plan: CompressionPlan) -> tuple[ModulePlan, ...]:
+    """The linears of the first block whose bits are those of most blocks."""
+    bits = {number: tuple(module.bits for module in plan.of_block(number)) for number in plan.blocks}
+    most, _ = Counter(bits.values()).most_common(1)[0]
+    return plan.of_block(next(number for number, levels in bits.items() if levels == most))
+
+
+def _empty_block(probe: ModelAdapter, plans: Sequence[ModulePlan], quantizer: Quantizer) -> nn.Module:
+    """The block with compressed layers in place whose codes mean nothing: they take as long to train and to read."""
+    block = copy.deepcopy(probe.blocks[0])
+    for plan in plans:
+        name = next(name for name in probe.linear_names if plan.name.endswith("." + name))
+        linear: Any = block.get_submodule(name)
+        settings: dict[str, Any] = {"bits": plan.bits, "bias": linear.bias is not None}
+        if plan.rank is None:
+            spec = quantizer.layer_spec(*plan.shape, **settings)
+        else:
+            spec = low_rank_spec(*plan.shape, plan.rank, quantizer, **settings)
+        block.set_submodule(name, build_layer(spec, device=linear.weight.device))
+    return block
+
+
+@torch.no_grad()
+def _answering(probe: ModelAdapter, rows: int) -> float:
+    """Seconds for the linears of a block on one token of every question that is answered together."""
+    linears: list[Any] = [probe.blocks[0].get_submodule(name) for name in probe.linear_names]
+    inputs = [torch.randn(rows, linear.in_features).to(linear.weight) for linear in linears]
+    return min(_repeated(lambda: [linear(x) for linear, x in zip(linears, inputs, strict=True)]))
+
+
+def _second_moment(seen: Sequence[Tensor]) -> float:
+    """Seconds for the second moment of what a group reads."""
+    wide = torch.zeros(seen[0].shape[1], seen[0].shape[1], dtype=torch.float64, device=seen[0].device)
+
+    def add_all() -> None:
+        for x in seen:
+            add_products(wide, x.float(), x.float())
+
+    return min(_repeated(add_all))
+
+
+def _rounding(probe: ModelAdapter, baseline: Quantizer, bits: int) -> float:
+    """Seconds to round a block without calibration, from its first linear."""
+    linear: Any = probe.blocks[0].get_submodule(probe.linear_names[0])
+    identity = torch.eye(linear.in_features, device=linear.weight.device)
+    seconds, _ = _timed(lambda: baseline.quantize(linear.weight, identity, bits=bits))
+    weights = sum(rows * columns for rows, columns in probe.shapes(0).values())
+    return float(seconds * weights / linear.weight.numel())
+
+
+def _make_dense(block: nn.Module) -> None:
+    with materialized(block):
+        pass
+
+
+@torch.no_grad()
+def _logits(probe: ModelAdapter, inputs: Sequence[BlockBatch]) -> float:
+    """Seconds for the logits of all tokens of these batches."""
+    hidden = [batch.hidden[batch.real].to(probe.head.weight) for batch in inputs]
+    return min(_repeated(lambda: [probe.head(part) for states in hidden for part in torch.split(states, 512)]))
+
+
+def _training_steps(module: BlockwiseModule, pairs: Sequence[tuple[BlockBatch, Tensor]]) -> list[list[float]]:
+    """Seconds of every step of training, forward, backward and Adam, by batch."""
     optimizer: Any = module.configure_optimizers()["optimizer"]
 
     def step(pair: tuple[BlockBatch, Tensor]) -> None:
@@ -145,7 +210,7 @@ def _training_steps(module: BlockwiseModule, pairs: Sequence[tuple[BlockBatch, T
         optimizer.step()
 
     step(pairs[0])  # the first one fills caches
-    return [_timed(partial(step, pair))[0] for pair in [*pairs] * _REPEATS]
+    return [_repeated(partial(step, pair)) for pair in pairs]
 
 
 def _kept_for_backward(module: BlockwiseModule, pairs: Sequence[tuple[BlockBatch, Tensor]]) -> int:
@@ -186,4 +251,7 @@ def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def _repeated(work: Callable[[], Any]) -> list[float]:
-    return [_timed(work)[0] for _ in range(_REPEATS)]
+    times = [_timed(work)[0]]
+    while len(times) < _REPEATS and sum(times) < _ENOUGH:
+        times.append(_timed(work)[0])
+    return times

@@ -37,10 +37,10 @@ from casp_pl.pipeline.rows import show_block, show_stage, show_window
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import TrainerFactory
 
-__all__ = ["CompressionRun", "activation_store"]
+__all__ = ["SENSITIVITY_BATCHES", "CompressionRun", "activation_store"]
 
 _WORK = "stages/work_seconds.json"
-_SENSITIVITY_BATCHES = 4  # of the calibration: squares of gradients need fewer tokens than second moments
+SENSITIVITY_BATCHES = 4  # of the calibration: squares of gradients need fewer tokens than second moments
 
 
 class CompressionRun:
@@ -140,7 +140,7 @@ class CompressionRun:
         return settings.bits.plan
 
     def _sensitivity(self) -> dict[str, float]:
-        chosen = on_device(self.settings.data.first_batches(_SENSITIVITY_BATCHES), self.adapter.model.device)
+        chosen = on_device(self.settings.data.first_batches(SENSITIVITY_BATCHES), self.adapter.model.device)
         return linear_sensitivities(
             self.adapter, chosen, seed=self.settings.seed, autocast=self.trainers.autocast, keep=self.keep
         )
@@ -240,14 +240,18 @@ class CompressionRun:
     def _end_to_end(self, blocks: BlockFiles, held_back: Batches) -> BlockFiles:
         start = time.monotonic()
         if finished_blocks(self.run, FOLDER, self.adapter) is None:
-            stage = EndToEndStage(
-                self.settings, self.run, self.adapter, self.trainers, self.progress, self.broken, self.keep
-            )
-            with self._working("end to end", stage.steps):
-                stage.fit(blocks, held_back)
+            self._train_end_to_end(blocks, held_back)
         finished = BlockFiles(self.run, FOLDER, self.adapter)
         self._measure("end_to_end", finished, start)
         return finished
+
+    def _train_end_to_end(self, blocks: BlockFiles, held_back: Batches) -> None:
+        """On its own, so that nothing holds the stage's best state and callbacks while it is evaluated."""
+        stage = EndToEndStage(
+            self.settings, self.run, self.adapter, self.trainers, self.progress, self.broken, self.keep
+        )
+        with self._working("end to end", stage.steps):
+            stage.fit(blocks, held_back)
 
     def _measure(self, name: str, blocks: Sequence[nn.Module], start: float | None = None) -> None:
         if self.run.has(f"stages/{name}.json") and self.measurement.knows(name):

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
 from casp_pl.errors import ConfigError
+from casp_pl.pipeline.launch import accelerator_type
 from casp_pl.pipeline.strategies import plain_strategy
 from casp_pl.processes import process_count
 
@@ -42,7 +43,7 @@ class TrainerFactory:
         chosen = self.settings.get("precision")
         if chosen is not None:
             return chosen
-        on_cpu = self.settings.get("accelerator", "auto") == "cpu" or not torch.accelerator.is_available()
+        on_cpu = accelerator_type(self.settings) == "cpu"
         capabilities = torch.cpu.get_capabilities()
         has_bf16 = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
         return "bf16-mixed" if on_cpu and has_bf16 else None

@@ -3,6 +3,7 @@
 Letters: O out, I in, G groups a row, K codebooks, C entries a codebook, D group length, N rows of a sample.
 """
 
+import copy
 import math
 from typing import Any, NamedTuple
 
@@ -135,6 +136,13 @@ class AQLMQuantizer(Quantizer):
     def _format(self, out_features: int, in_features: int, bits: int) -> AdditiveFormat:
         self._check_bits(bits)
         return choose_format(self.formats[bits], out_features, in_features, max_overhead=self.max_codebook_overhead)
+
+    def for_part(self, share: float, out_features: int, in_features: int, bits: int) -> "AQLMQuantizer":
+        """One that does a part of a matrix as this one does the whole: in its format, with a share of k-means' rows."""
+        part = copy.copy(self)
+        part.formats = self.formats | {bits: (self._format(out_features, in_features, bits),)}
+        part.kmeans_rows = max(1, round(self.kmeans_rows * share))
+        return part
 
     def _start_codebooks(
         self, scaled: Tensor, metrics: Tensor, layout: AdditiveFormat, generator: torch.Generator, together: bool

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from casp_pl.cli import main
-from casp_pl.models.memory import Memory
+from casp_pl.models.memory import PROCESS_BYTES, Memory
+from casp_pl.pipeline.disk_forecast import StageDisk
 from casp_pl.pipeline.stage_forecast import judged_stages
 
 STAGES = ["evaluate original", "evaluate rtn", "calibration", "quantize", "evaluate quantized", "block tuning",
@@ -81,15 +82,60 @@ def test_prices_and_curve_agree_with_the_plan(afterwards: dict[str, Any], finish
     assert here[-1]["error"] >= 1 - 1e-9, "no smaller model has a smaller error"
 
 
+def test_a_gpu_that_is_not_here_is_planned_for(
+    recipe: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    def asked(*_: Any) -> None:
+        raise AssertionError("a GPU is asked that is not here")
+
+    monkeypatch.setattr("torch.cuda.mem_get_info", asked)
+    there = ("--trainer.accelerator", "gpu")
+    told, here = forecast(recipe, tmp_path / "none", *there), forecast(recipe, tmp_path / "none", "--quick")
+    assert told["seconds"] is None
+    assert told["memory_free"] is None
+    assert told["size"] == here["size"]
+    for stage, other in zip(told["stages"], here["stages"], strict=True):
+        assert (stage["seconds"], stage["seconds_low"], stage["seconds_high"]) == (None, None, None)
+        # Python and its libraries are not on the GPU
+        assert stage["memory_bytes"] == pytest.approx(other["memory_bytes"] - PROCESS_BYTES, rel=0.1)
+        assert stage["host_bytes"] > PROCESS_BYTES
+        assert stage["disk_bytes"] == other["disk_bytes"]
+        assert stage["fits"] is None
+    assert main(["plan", *recipe, "--run_dir", str(tmp_path / "none"), *there]) == 0
+    printed = capsys.readouterr().out
+    assert "time: not known, trainer.accelerator asks for a GPU and there is none here" in printed
+    assert "does not fit" not in printed
+    assert main(["fit", *recipe, "--run_dir", str(tmp_path / "none"), *there]) == 2
+    assert "there is no GPU here; set it to cpu" in capsys.readouterr().err
+
+
+def test_a_large_block_is_quantized_in_parts(
+    recipe: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("casp_pl.pipeline.probe._PARTS_ABOVE", 0)
+    told = forecast(recipe, tmp_path / "none")
+    assert "quantization on 1/8 and 1/4 of its width" in told["seconds_from"]
+    quantize = next(stage for stage in told["stages"] if stage["name"] == "quantize")
+    assert 0 < quantize["seconds_low"] < 0.65 * quantize["seconds"], "what is extrapolated is less sure"
+
+
 def test_stages_that_do_not_fit_say_the_way_out() -> None:
     seconds = {"evaluate original": 1.0, "quantize": 10.0, "save": 1.0}
     memory = {"evaluate quantized": Memory(100), "quantize": Memory(300), "save": Memory(100, 70)}
-    disk = {"evaluate": 10, "quantize": 50, "save": 30}
-    found = judged_stages(seconds, memory, disk, spread=0.2, memory_free=Memory(200, 60), disk_free=80)
+    disk = {"evaluate": StageDisk(10), "quantize": StageDisk(50, passing=15), "save": StageDisk(30)}
+    free = Memory(200, 60)
+    found = judged_stages(seconds, memory, disk, spread=lambda _: 0.2, memory_free=free, disk_free=80)
     assert [stage.fits for stage in found] == [True, False, False]
     assert "data.samples" in found[1].way_out
     assert "Disk" not in found[1].way_out, "60 of 80 bytes are written then"
     assert "Disk" in found[2].way_out
     assert "host" in found[2].way_out
     assert "host" not in found[1].way_out
-    assert (found[1].seconds_low, found[1].seconds_high) == pytest.approx((8.0, 12.0))
+    assert (found[1].seconds_low, found[1].seconds_high) == pytest.approx((8.0, 17.0))
+    passing = {**disk, "quantize": StageDisk(50, passing=25)}
+    found = judged_stages(seconds, memory, passing, spread=lambda _: 0.2, memory_free=Memory(300, 60), disk_free=80)
+    assert found[1].way_out.startswith("Disk"), "85 bytes are there while it runs"
+    unknown = judged_stages(seconds, memory, disk, spread=None, memory_free=None, disk_free=80)
+    assert [stage.fits for stage in unknown] == [None, None, False], "the disk is known"

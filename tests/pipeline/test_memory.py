@@ -1,11 +1,17 @@
 """Memory between the stages."""
 
+import gc
 import platform
+import weakref
+from contextlib import nullcontext
+from types import MethodType, SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 import torch
 
+from casp_pl.pipeline import run
 from casp_pl.pipeline.memory import release_memory
 
 
@@ -18,3 +24,31 @@ def test_freed_memory_between_kept_tensors_goes_back_to_the_system() -> None:
     release_memory()
     assert before - psutil.Process().memory_info().rss > 200e6
     assert all(bool((tensor == 1).all()) for tensor in kept)
+
+
+def test_the_end_to_end_stage_is_gone_when_it_is_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds the best state and Lightning's callbacks: half of what the evaluation had on top."""
+    stages: list[Any] = []
+
+    class Stage:
+        steps = 1
+
+        def __init__(self, *_: Any) -> None:
+            stages.append(weakref.ref(self))
+
+        def fit(self, *_: Any) -> None:
+            """Leaves nothing."""
+
+    monkeypatch.setattr(run, "EndToEndStage", Stage)
+    monkeypatch.setattr(run, "finished_blocks", lambda *_: None)
+    left: list[Any] = []
+
+    def measure(*_: Any) -> None:
+        gc.collect()
+        left.extend(stage() for stage in stages)
+
+    names = ("run", "adapter", "settings", "trainers", "progress", "broken", "keep")
+    fake: Any = SimpleNamespace(**dict.fromkeys(names), _working=lambda *_: nullcontext(), _measure=measure)
+    fake._train_end_to_end = MethodType(run.CompressionRun._train_end_to_end, fake)
+    run.CompressionRun._end_to_end(fake, [], [])  # type: ignore[arg-type]
+    assert left == [None]

@@ -4,10 +4,10 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from casp_pl.errors import NumericsError
+from casp_pl.layers.product import linear
 from casp_pl.processes import mean_of_all
 
 __all__ = ["STORED_FLOAT_BITS", "QuantizedLinear", "round_to_float16"]
@@ -90,11 +90,11 @@ class QuantizedLinear(nn.Module, ABC):
         collect = self.collect_weight_gradient and torch.is_grad_enabled()
         if self._dense is None and not collect:
             return self.multiply(x)
-        weight = self.dequantize() if self._dense is None else self._dense
+        weight = self._dense_weight(x)
         if collect:
             weight = weight if weight.requires_grad else weight.detach().requires_grad_()
             weight.register_hook(self._add_weight_gradient)  # type: ignore[no-untyped-call]
-        return F.linear(x, weight, self.bias)
+        return linear(x, weight, self.bias)
 
     @property
     def weight_count(self) -> int:
@@ -159,6 +159,15 @@ class QuantizedLinear(nn.Module, ABC):
     def extra_repr(self) -> str:
         """The spec in one line, as `print(model)` shows it."""
         return ", ".join(f"{key}={value}" for key, value in self.spec().items() if key != "kind")
+
+    def _dense_weight(self, x: Tensor) -> Tensor:
+        """The weight; a kept one in the dtype of a model that is narrower than the tables is rounded only once."""
+        if self._dense is None:
+            return self.dequantize()
+        if self._dense.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            with torch.inference_mode(False), torch.no_grad():
+                self._dense = self.dequantize().to(x.dtype)
+        return self._dense
 
     def _add_weight_gradient(self, gradient: Tensor) -> None:
         gradient = mean_of_all(gradient.detach())  # of the whole batch, as it would be in one process

@@ -132,7 +132,8 @@ class LatticeLinear(QuantizedLinear):
                 return rebuilt_linear(mixed, lambda tile: lattice_points(self.codes[tile], x.dtype), tiles, ())
 
             y = multiply_lattice(x, product, self.su, self.sv, width)
-            return y if self.bias is None else y + self.bias
+            y = y if self.bias is None else y + self.bias
+            return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
         rows = self._rows.get(lambda: LatticeRows(self.codes, self.bits, loop), self.codes)
         with torch.autocast(x.device.type, enabled=False):
             inputs = x.reshape(-1, self.in_features).float()

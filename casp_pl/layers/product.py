@@ -16,12 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["rebuilt_linear", "row_tiles"]
+__all__ = ["linear", "rebuilt_linear", "row_tiles"]
 
 _TILE_BYTES = 16 << 20
 _LARGE = 1 << 22  # weights; to rebuild smaller ones backwards costs more than to keep them
 
 WeightOfRows = Callable[[slice], Tensor]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear in the dtype of x, whatever that of the weight; under autocast in that of autocast."""
+    if torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, weight, bias)
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def row_tiles(out_features: int, in_features: int, device: torch.device) -> list[slice]:
@@ -54,7 +61,7 @@ def rebuilt_linear(
 
 
 def _multiply(x: Tensor, weight: WeightOfRows, tiles: Sequence[slice]) -> Tensor:
-    parts = (F.linear(x, weight(tile)) for tile in tiles)
+    parts = (linear(x, weight(tile)) for tile in tiles)
     first = next(parts)
     if len(tiles) == 1:
         return first

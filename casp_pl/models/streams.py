@@ -62,6 +62,13 @@ class BlockBatch:
         """The same batch further along."""
         return replace(self, hidden=hidden)
 
+    def widened(self) -> "BlockBatch":
+        """The same in float32 where it is narrower: a block whose parameters are float32 then computes in that."""
+        if self.hidden.dtype in (torch.float32, torch.float64):
+            return self
+        arguments, own = _widened(self.arguments), _widened(self.own)
+        return replace(self, hidden=self.hidden.float(), arguments=arguments, own=own)
+
     def __len__(self) -> int:
         return len(self.hidden)
 
@@ -74,6 +81,15 @@ class BlockBatch:
         arguments, own = (_rows_of(value, rows, len(self)) for value in (self.arguments, self.own))
         tensors: dict[str, Any] = {"hidden": self.hidden[rows], "real": self.real[rows], "image": self.image[rows]}
         return replace(self, **tensors, arguments=arguments, own=own)
+
+
+def _widened(argument: Any) -> Any:
+    """A block's argument with its floating tensors in float32."""
+    if isinstance(argument, tuple):
+        return tuple(map(_widened, argument))
+    if isinstance(argument, Mapping):
+        return {name: _widened(item) for name, item in argument.items()}
+    return argument.float() if isinstance(argument, Tensor) and argument.is_floating_point() else argument
 
 
 def _rows_of(argument: Any, rows: slice, count: int) -> Any:

@@ -141,6 +141,7 @@ class BlockwiseModule(pl.LightningModule):
 
     def _outputs(self, inputs: BlockBatch) -> Iterator[Tensor]:
         """Output (B, T, I) of every block in turn."""
+        inputs = inputs.widened()
         for block in self.blocks:
             inputs = inputs.with_hidden(_in_parts(block, inputs, self.halvings))
             yield inputs.hidden

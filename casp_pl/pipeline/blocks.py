@@ -28,6 +28,7 @@ from casp_pl.models.soundness import require_materialized
 from casp_pl.models.streams import BlockBatch, first_block_batches, run_blocks, run_blocks_seeing
 from casp_pl.models.surgery import round_to_storage
 from casp_pl.modules import BlockwiseModule
+from casp_pl.modules.widening import widened
 from casp_pl.pipeline.block_files import BlockFiles, LinearFiles, block_name, load_block, save_block
 from casp_pl.pipeline.memory import release_memory
 from casp_pl.pipeline.trainers import TrainerFactory
@@ -207,6 +208,7 @@ def _fit_window(module: BlockwiseModule, trainers: TrainerFactory, update: dict[
         gradient_clip_val=1.0,
         precision=trainers.working_precision,
     )
-    trainer.validate(module, verbose=False)  # the state before training competes for the best
-    trainer.fit(module)
+    with widened(module):
+        trainer.validate(module, verbose=False)  # the state before training competes for the best
+        trainer.fit(module)
     return {"held_back_before": best.first, "held_back_after": best.best}

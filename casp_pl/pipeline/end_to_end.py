@@ -22,6 +22,7 @@ from casp_pl.models.surgery import round_to_storage
 from casp_pl.modules import EndToEndModule
 from casp_pl.modules.end_to_end import teacher_states
 from casp_pl.modules.sharding import Sharding, Wrapping, parked, trained_parts, whole_tensors
+from casp_pl.modules.widening import widened
 from casp_pl.pipeline.block_files import BlockFiles, block_name, save_block
 from casp_pl.pipeline.blocks import Batches
 from casp_pl.pipeline.broken_samples import BrokenSamples
@@ -139,7 +140,7 @@ class EndToEndStage:
     def _train_whole(
         self, trainer: pl.Trainer, teacher: Mapping[str, Tensor], held_back: Batches, blocks: list[nn.Module]
     ) -> list[nn.Module]:
-        with self.adapter.with_blocks(blocks):
+        with self.adapter.with_blocks(blocks), widened(self.adapter.model):
             self._train(trainer, EndToEndModule(self.adapter, teacher, **self.arguments), held_back)
         return blocks
 

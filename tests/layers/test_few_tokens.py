@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import casp_pl.kernels.lookup as lookup
 from casp_pl.kernels.compiled import lookup_loops
 from casp_pl.kernels.lattice import LATTICE_STAGES
-from casp_pl.layers import AdditiveLinear, LatticeLinear, QuantizedLinear, UniformLinear
+from casp_pl.layers import AdditiveLinear, LatticeLinear, QuantizedLinear, UniformLinear, materialized
 
 SHAPES = [(5, 13), (130, 40), (3, 200)]
 KINDS = [
@@ -107,3 +107,27 @@ def test_new_codes_and_tables_are_seen(kind: str, settings: tuple[int, ...]) -> 
             table.mul_(1.5)
         expected = nn.functional.linear(x, layer.dequantize(), layer.bias)
         torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 70])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kind", "settings"), KINDS)
+def test_a_model_in_sixteen_bits_takes_layers_whose_tables_are_in_float32(
+    kind: str, settings: tuple[int, ...], dtype: torch.dtype, tokens: int
+) -> None:
+    layer = _layer(kind, settings, (130, 40), torch.float32)
+    x = torch.randn(tokens, 40, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = nn.functional.linear(x.double(), layer.dequantize().double(), layer.bias.double()).detach()
+    limit = 16 * torch.finfo(dtype).eps * float(expected.abs().max())
+    outputs = {"trained": layer(x.clone().requires_grad_())}
+    outputs["trained"].float().sum().backward()
+    with torch.no_grad():
+        outputs["used"] = layer(x)
+        with materialized(layer):
+            outputs["dense"], outputs["again"] = layer(x), layer(x)
+            wide = layer(x.float())
+    for name, output in outputs.items():
+        assert output.dtype == dtype, name
+        assert float((output.detach().double() - expected).abs().max()) < limit, name
+    assert wide.dtype == torch.float32
+    torch.testing.assert_close(wide.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))

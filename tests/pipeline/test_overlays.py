@@ -28,15 +28,13 @@ CLASSES = {
     "llava_next_video_7b": "LlavaNextVideoForConditionalGeneration",
     "llava_onevision_7b": "LlavaOnevisionForConditionalGeneration",
 }
-# model.dtype is not the overlays': a CPU without bf16 computes in it alone, and weights of 16 bits meet float32 there
 SMALL = """
-model: {dtype: float32}
 data: {samples: 8, fine_tuning_samples: 8, text_length: 48, max_length: 1024, holdout: 0.25}
 evaluation: {questions: 4, text_tokens: 128, window: 64}
 low_rank: {keep_ratio: 0.5}
 bits: {budget: 3.0}
 baseline: null
-block_tuning: {epochs: 0}
+block_tuning: {epochs: 1}
 end_to_end: {steps: 1}
 trainer: {accelerator: cpu}
 """
@@ -62,7 +60,7 @@ def small_recipe(overlay: str, folder: Path) -> list[str]:
     """Arguments: recipe, overlay, and what makes it small and local."""
     text_alone = overlay.startswith("llama")
     changes = yaml.safe_load(SMALL)
-    changes["model"]["source"] = str(folder / "model")
+    changes["model"] = {"source": str(folder / "model")}
     if text_alone:
         (folder / "texts").mkdir()
         for split in ("train", "test"):

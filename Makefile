@@ -7,7 +7,7 @@ TRITON := .venv/.triton
 DOCS := .venv/.docs
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 PEERS := gptqmodel==7.7.0 optimum device-smi pypcre tokenicer logbar torchao defuser threadpoolctl ninja protobuf \
-	auto-round py-cpuinfo
+	auto-round py-cpuinfo hqq==0.2.8.post1 einops termcolor
 HARNESSES := lm-eval==0.4.13 lmms-eval==0.7.3 evaluate rouge-score sacrebleu nltk regex scikit-learn joblib threadpoolctl \
 	sqlitedict word2number more-itertools pytablewriter DataProperty tabledata tcolorpy typepy mbstrdecoder pathvalidate \
 	chardet portalocker tabulate lxml colorama loguru pytz python-dateutil dateparser tzlocal jsonlines tenacity \
@@ -40,15 +40,16 @@ test-browser: browser  ## open a report in Qt's Chromium, which `test` does wher
 test-peers: peers  ## run the tests that load exports with gptqmodel, which others skip
 	.venv-peers/bin/python -m pytest tests/export -k gptqmodel
 
-bench: .venv  ## measure kernels, quantizers, training steps and growth into runs/bench (a quarter of an hour)
-	$(BIN)/python -m benchmarks
+bench: .venv  ## measure kernels, quantizers, training steps and growth into runs/bench (BENCH=--full: all, for hours)
+	$(BIN)/python -m benchmarks $(BENCH)
 
 peers: .venv  ## install the other tools of benchmarks/peers.py into .venv-peers, which sees .venv's packages
 	@$(PYTHON) -m venv .venv-peers
 	@$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
 	    > "$$(.venv-peers/bin/python -c 'import site; print(site.getsitepackages()[0])')/casp_pl.pth"
 	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --constraint constraints.txt setuptools
-	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation $(PEERS)
+	@DISABLE_CUDA=1 .venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    --no-build-isolation $(PEERS)
 
 browser: .venv  ## install Qt's Chromium into .venv (260 MB, 670 MB on disk; needs the system's libnss3 and libegl1)
 	@$(INSTALL) --no-deps $(BROWSER)

@@ -2,12 +2,13 @@
 
 usage: python -m benchmarks [--out runs/bench] [--full] [--only kernels training_step ...]
 
-Without `--full` every part is cut down to what shows the same in about a quarter of an hour on two cores. With it, it
-is what the README quotes and takes hours, most of them in the baselines. Other tools are measured by `python -m
-benchmarks.peers` in a `.venv-peers` of their own (`make peers`).
+Without `--full` every part is cut down to what shows the same in about half an hour on two cores. With it, it is what
+the README quotes and takes hours, most of them in the baselines, and the whole model is quantized as well, by ours and,
+in a `.venv-peers` of their own (`make peers`; without it they are left out), by other tools.
 """
 
 import argparse
+import os
 import platform
 import subprocess
 import sys
@@ -18,16 +19,23 @@ import torch
 
 from casp_pl.callbacks.environment import package_versions, source_commit
 
-PARTS: dict[str, tuple[list[str], list[str]]] = {
+PARTS: dict[str, tuple[list[str] | None, list[str]]] = {
     "kernels": (["--shapes", "4096x4096", "576x576", "--repeats", "7"], []),
-    "training_step": (["--repeats", "3"], []),
+    "training_step": (["--repeats", "5"], ["--repeats", "9"]),
     "quantizers": (["--blocks", "15", "--tokens", "8192"], []),
     "aqlm": (["--blocks", "15", "--tokens", "8192"], []),
+    "aqlm random": (None, ["--random", "4096x4096", "11008x4096", "--rounds", "1", "--repeats", "1"]),
+    "shares": ([], ["--blocks", "0", "15", "29", "--tokens", "32768"]),
+    "whole_model": (None, ["--methods", "gptq", "quip", "aqlm_2x8"]),
+    "peers gptqmodel": (None, []),
+    "peers auto-round": (None, []),
+    "peers hqq": (None, []),
     "growth": (["--largest", "2048"], ["--largest", "8192"]),
     "gaussian": ([], []),
     "data_sources": (["--rows", "40"], []),
 }
-"""Name -> options of the short run and of the full one."""
+"""Module, perhaps with a first argument -> options of the short run, None where it is left out, and of the full one."""
+PEERS_PYTHON = Path(".venv-peers/bin/python").absolute()
 
 
 def processor() -> str:
@@ -35,6 +43,15 @@ def processor() -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def command_of(name: str, options: list[str], out: Path) -> list[str]:
+    """The command of a part; those of other tools run in the environment of these."""
+    module, *first = name.split()
+    first = [] if first == ["random"] else first
+    picture = ["--picture", str(out / "growth.png")] if name == "growth" else []
+    python = str(PEERS_PYTHON) if module == "peers" else sys.executable
+    return [python, "-m", f"benchmarks.{module}", *first, *options, *picture]
 
 
 def main() -> int:
@@ -54,12 +71,16 @@ def main() -> int:
     )
     for name in options.only:
         short, full = PARTS[name]
-        command = [sys.executable, "-m", f"benchmarks.{name}", *(full if options.full else short)]
-        if name == "growth":
-            command += ["--picture", str(options.out / "growth.png")]
-        print("$ " + " ".join(command[1:]), flush=True)
+        wanted = full if options.full else short
+        if wanted is None or (name.startswith("peers") and not PEERS_PYTHON.exists()):
+            print(f"{name}: left out\n", flush=True)
+            continue
+        command = command_of(name, wanted, options.out)
+        print("$ python " + " ".join(command[1:]), flush=True)
         start = time.monotonic()
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        path = os.pathsep.join([str(Path(command[0]).parent), os.environ.get("PATH", "")])
+        environment = os.environ | {"PATH": path}
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
         print(done.stdout, flush=True)
         worst = max(worst, abs(done.returncode))
         with report.open("a", encoding="utf-8") as file:

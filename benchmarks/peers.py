@@ -2,9 +2,11 @@
 
 usage: python -m benchmarks.peers gptqmodel
        python -m benchmarks.peers auto-round
+       python -m benchmarks.peers hqq
 
-`make peers` installs both in `.venv-peers`: run them with its Python, and with its `bin` first in PATH. A line counts 2
-bits of codes, a float16 scale and a zero point of 2 bits a group; embeddings stay as they are.
+`make peers` installs them in `.venv-peers`: run them with its Python, and with its `bin` first in PATH. A line counts 2
+bits of codes, a float16 scale and a zero point of 2 bits (hqq: of 16) a group; embeddings stay as they are.
+llama.cpp's formats need a converted model and a build of their own: they are not compared.
 """
 
 import argparse
@@ -13,8 +15,9 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -24,6 +27,7 @@ from casp_pl.data.calibration import CalibrationData
 from casp_pl.data.evaluation import EvaluationData
 from casp_pl.evaluation.figures import StageFigures
 from casp_pl.evaluation.reference import ReferenceOutputs
+from casp_pl.models.adapter import adapt
 from casp_pl.models.demo.language import load_language_model, load_tokenizer
 from casp_pl.modules.evaluation import EvaluationModule
 
@@ -60,7 +64,27 @@ def auto_round(windows: list[Tensor]) -> Any:
     return tool.quantize()[0]
 
 
-PEERS: dict[str, Callable[[list[Tensor]], Any]] = {"gptqmodel": gptqmodel, "auto-round": auto_round}
+def hqq(_: list[Tensor]) -> Any:
+    """Half-quadratic quantization, which sees no data; its own dequantized weights."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    model, config = load_language_model(), BaseQuantizeConfig(nbits=BITS, group_size=GROUP)
+    adapter = adapt(model)
+    for block, name in product(adapter.blocks, adapter.linear_names):
+        linear = block.get_submodule(name)
+        quantized = HQQLinear(linear, config, compute_dtype=torch.float32, device="cpu", del_orig=False)
+        linear.weight.data = quantized.dequantize()
+    return model
+
+
+class Peer(NamedTuple):
+    """What a tool makes of the calibration windows, and the bits of its zero points."""
+
+    run: Callable[[list[Tensor]], Any]
+    zero_bits: int = BITS
+
+
+PEERS = {"gptqmodel": Peer(gptqmodel), "auto-round": Peer(auto_round), "hqq": Peer(hqq, zero_bits=16)}
 
 
 def calibration_windows() -> list[Tensor]:
@@ -89,10 +113,10 @@ def main() -> None:
     peer = parser.parse_args().peer
     original, outputs = evaluate(load_language_model())
     start = time.process_time()
-    model = PEERS[peer](calibration_windows())
+    model = PEERS[peer].run(calibration_windows())
     seconds = time.process_time() - start
     figures, _ = evaluate(model, outputs)
-    bits = BITS + (16 + BITS) / GROUP
+    bits = BITS + (16 + PEERS[peer].zero_bits) / GROUP
     print(f"original: perplexity {original.perplexity:.2f}")
     print("| tool | bits in all | perplexity | KL | CPU s |\n|---|---|---|---|---|")
     print(f"| {peer} | {bits:.3f} | {figures.perplexity:,.2f} | {figures.kl:.3f} | {seconds:.0f} |")

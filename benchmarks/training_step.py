@@ -2,10 +2,11 @@
 
 usage: python -m benchmarks.training_step [--repeats 5] [--threads 2]
 
-The compressed models train codebooks, scales and vectors, the dense one all weights of its decoder blocks, all of them
-the norms too, on the same batches as `configs/llava_aqlm.yaml` and against the same teacher. Contenders take turns; a
-step is loss, gradients and Adam. Peak memory is that of a process of its own that takes three steps, of the whole
-process and beyond what it held with the model loaded.
+The compressed models train codebooks, scales, vectors and norms, the dense one all weights of its decoder blocks or, as
+a lower bound, the norms alone; all on the same batches as `configs/llava_aqlm.yaml` and against the same teacher. With
+CASP W_q and W_k are products of half as many weights. Contenders take turns; a step is loss, gradients and Adam. Peak
+memory is that of a process of its own that takes three steps, of the whole process and beyond what it held with the
+model loaded.
 """
 
 import argparse
@@ -24,11 +25,13 @@ from benchmarks.clock import medians
 from casp_pl.data.calibration import CalibrationData
 from casp_pl.models import adapt, load_model
 from casp_pl.modules.end_to_end import EndToEndModule, teacher_states
-from casp_pl.quantizers import AQLMQuantizer, Quantizer, QuIPSharpQuantizer, RTNQuantizer
+from casp_pl.quantizers import AQLMQuantizer, GPTQQuantizer, Quantizer, QuIPSharpQuantizer, quantize_low_rank
 
 QUICK = AQLMQuantizer(formats={2: [[2, 256, 8]]}, kmeans_iterations=1, max_rounds=1, feedback_beam=1, sweep_beam=1)
+NORMS, CASP = "dense, norms alone", "AQLM 2x8, CASP"
 QUANTIZERS: dict[str, Quantizer | None] = {
-    "dense": None, "AQLM 2x8": QUICK, "QuIP# E8P": QuIPSharpQuantizer(), "GPTQ g64": RTNQuantizer(group_size=64),
+    "dense": None, NORMS: None, "AQLM 2x8": QUICK, CASP: QUICK, "QuIP# E8P": QuIPSharpQuantizer(),
+    "GPTQ g64 act-order": GPTQQuantizer(group_size=64, order="activation"),
 }  # fmt: skip
 CHECKPOINTED = "AQLM 2x8, activation checkpointing"
 
@@ -42,16 +45,22 @@ def contender(name: str) -> Callable[[], object]:
     data.attach(processor)
     batches = list(data.train_dataloader())
     teacher = teacher_states(adapter, batches)
-    quantizer = QUANTIZERS[name.split(",")[0]]
+    quantizer = QUANTIZERS["AQLM 2x8" if name == CHECKPOINTED else name]
     if quantizer is not None:
         block = copy.deepcopy(adapter.blocks[0])
         for linear in adapter.linear_names:
             weight = adapter.blocks[0].get_submodule(linear).weight
-            block.set_submodule(linear, quantizer.quantize(weight, torch.eye(weight.shape[1]), bits=2))
+            moment, is_low_rank = torch.eye(weight.shape[1]), name == CASP and linear in adapter.low_rank_names
+            block.set_submodule(
+                linear,
+                quantize_low_rank(weight, moment, weight.numel() // (2 * sum(weight.shape)), quantizer, bits=2)
+                if is_low_rank
+                else quantizer.quantize(weight, moment, bits=2),
+            )
         for number in range(len(adapter.blocks)):
             adapter.blocks[number] = copy.deepcopy(block)
     module = EndToEndModule(adapter, teacher, activation_checkpointing=name == CHECKPOINTED)
-    if quantizer is None:
+    if name == "dense":
         adapter.blocks.requires_grad_(True)
     optimizer: Any = module.configure_optimizers()["optimizer"]
     module.log = lambda *_, **__: None  # type: ignore[method-assign]  # there is no trainer

@@ -12,19 +12,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from casp_pl.evaluation.answers import is_yes_no, normalise_answer
 from casp_pl.evaluation.bootstrap import interval, resampled_means
 from casp_pl.evaluation.scoring import AnswerRule, ExactMatch
+from casp_pl.evaluation.wide_metric import WideMetric
 
 __all__ = ["FlipRate", "KLDivergence", "Perplexity", "VQAAccuracy"]
 
 _LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
-class VQAAccuracy(Metric):
+class VQAAccuracy(WideMetric):
     """Mean score of answers by a rule, with a bootstrap interval over images.
 
     The questions of one image stand or fall together, so images are drawn, not questions.
@@ -39,7 +39,6 @@ class VQAAccuracy(Metric):
     scores: list[Tensor]
     image: list[Tensor]
     open_ended: list[Tensor]
-    full_state_update = False
 
     def __init__(
         self,
@@ -57,7 +56,6 @@ class VQAAccuracy(Metric):
         self.seed = seed
         for name in ("scores", "image", "open_ended"):
             self.add_state(name, [], dist_reduce_fx="cat")
-        self.set_dtype(torch.float64)  # of what a process without questions sends to the others
 
     def update(self, predictions: Sequence[str], answers: Sequence[str | Sequence[str]], image_numbers: Tensor) -> None:
         """N predictions, N expected answers (or all that count), and (N,) the number of each question's image."""
@@ -81,7 +79,7 @@ class VQAAccuracy(Metric):
         }
 
 
-class _ResampledMean(Metric):
+class _ResampledMean(WideMetric):
     """Mean of values with a bootstrap interval over the units that they stand or fall with: images, windows of text.
 
     Args:
@@ -92,7 +90,6 @@ class _ResampledMean(Metric):
 
     values: list[Tensor]
     unit: list[Tensor]
-    full_state_update = False
 
     def __init__(self, *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0, **metric: Any) -> None:
         super().__init__(**metric)
@@ -101,7 +98,6 @@ class _ResampledMean(Metric):
         self.seed = seed
         for name in ("values", "unit"):
             self.add_state(name, [], dist_reduce_fx="cat")
-        self.set_dtype(torch.float64)  # of what a process without values sends to the others
 
     def _add(self, values: Tensor, units: Tensor) -> None:
         """(N,) values and the number of each value's unit."""

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from casp_pl.evaluation.bootstrap import interval, resampled_means
+from casp_pl.evaluation.wide_metric import WideMetric
 
 __all__ = ["PairedAccuracy", "PairedFigures", "mcnemar_exact"]
 
@@ -52,7 +52,7 @@ class PairedFigures(NamedTuple):
         return self._asdict()
 
 
-class PairedAccuracy(Metric):
+class PairedAccuracy(WideMetric):
     """Difference of the mean scores of two models, with a bootstrap interval over images and McNemar's exact test.
 
     Args:
@@ -64,7 +64,6 @@ class PairedAccuracy(Metric):
     original: list[Tensor]
     compressed: list[Tensor]
     image: list[Tensor]
-    full_state_update = False
 
     def __init__(self, *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0, **metric: Any) -> None:
         super().__init__(**metric)
@@ -73,7 +72,6 @@ class PairedAccuracy(Metric):
         self.seed = seed
         for name in ("original", "compressed", "image"):
             self.add_state(name, [], dist_reduce_fx="cat")
-        self.set_dtype(torch.float64)  # of what a process without questions sends to the others
 
     def update(self, original: Sequence[float], compressed: Sequence[float], image_numbers: Tensor) -> None:
         """N scores of each model, and (N,) the number of each question's image."""

@@ -23,6 +23,7 @@ def all_figures(rows):
     paired, accuracy, flips, perplexity, kl = (
         PairedAccuracy(), VQAAccuracy(), FlipRate(), Perplexity(), KLDivergence()
     )  # fmt: skip
+    torch.nn.ModuleList([paired, accuracy, flips, perplexity, kl]).to("cpu")  # Lightning does so before every stage
     for part in rows.split(7) if len(rows) else []:
         paired.update(first[part].tolist(), second[part].tolist(), images[part])
         words = [said[row] for row in part]

@@ -14,7 +14,7 @@ import torch
 from casp_pl.models.demo.language import find_gguf, load_tokenizer
 from casp_pl.models.demo.llava import demo_config, load_processor, set_end_tokens
 from casp_pl.models.load import ModelSource, explained, factory_and_processor
-from casp_pl.models.original import check_config
+from casp_pl.models.original import check_config, check_original
 from casp_pl.models.tiny import load_tiny
 from casp_pl.models.weight_files import weight_file
 
@@ -91,7 +91,7 @@ def _hugging_face(source: ModelSource) -> tuple[Any, Any, dict[str, torch.dtype]
     from transformers import AutoConfig, GenerationConfig
 
     directory = source.directory(weights=False)
-    check_config(directory)
+    (check_original if Path(source.source).is_dir() else check_config)(directory)
     factory, processor = factory_and_processor(source.source, directory)
     with explained(source.source):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)

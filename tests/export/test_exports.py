@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -320,12 +321,16 @@ def test_odd_widths_are_refused_by_gptq(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", ["fsync", "rename"])
-def test_a_killed_export_leaves_no_directory(tmp_path, killed_in, moment):
+def test_a_killed_export_leaves_no_directory(tmp_path, moment):
     source, _ = compressed(tmp_path, lambda linear, generator, _: uniform(linear, generator))
     out = tmp_path / "out" / "dense"
     out.parent.mkdir()
     command = ["export", str(source), "--format", "dense", "--out", str(out)]
-    killed_in(os, moment, main, command)
+    code = (
+        f"import os, signal, sys; from casp_pl.cli import main; os.{moment} = lambda *_, **__: os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run([sys.executable, "-c", f"{code}; main(sys.argv[1:])", *command], timeout=300, check=False)
+    assert killed.returncode == -signal.SIGKILL
     assert not out.exists()
     (leftover,) = (tmp_path / "out").iterdir()
     assert leftover.name.startswith(".tmp")

@@ -78,7 +78,7 @@ def test_plan_and_fit_from_the_hub(run_with_hub: Callable[[list[str]], list[str]
     assert f"`{NAME}@v1`, compressed" in (tmp_path / "run/model/README.md").read_text()
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert report["model"].startswith(f"{NAME}@v1 ")
-    kept = load_file(tmp_path / "run/model/model.safetensors")["model.multi_modal_projector.linear_1.weight"]
+    kept = load_file(tmp_path / "run/model/model.safetensors")["multi_modal_projector.linear_1.weight"]
     for revision, same in (("v1", True), ("main", False)):
         original = load_file(hub / "models" / NAME / revision / "model.safetensors")
         assert (kept.float() == original["multi_modal_projector.linear_1.weight"].float()).all() == same

@@ -1,7 +1,11 @@
 """Where memory runs out, halves of a batch give what the whole gives."""
 
+import json
 import multiprocessing
+import os
 import resource
+import subprocess
+import sys
 from typing import Any
 
 import psutil
@@ -107,8 +111,8 @@ class _Samples:
         return _Samples(self.x[:middle]), _Samples(self.x[middle:])
 
 
-def _run_short_of_memory(sender: Any, samples: int, free: int) -> None:
-    torch.set_num_threads(1)  # the threads of the parent are not in a fork
+def _run_short_of_memory(samples: int, free: int) -> tuple[list[int], bool | str]:
+    """In a process of its own: what earlier tests have freed would be had again. Sizes of what was computed, result."""
     block, x, sizes = _Wide(), torch.linspace(-1, 1, samples * 256 * 16).view(samples, 256, 16), []
 
     def work(batch: _Samples) -> torch.Tensor:
@@ -122,9 +126,8 @@ def _run_short_of_memory(sender: Any, samples: int, free: int) -> None:
     try:
         y = in_halves(work, _Samples(x), torch.cat)
     except ResourceError as error:
-        sender.send((sizes, str(error)))
-        return
-    sender.send((sizes, torch.equal(y, torch.cat([block(sample[None]) for sample in x]))))
+        return sizes, str(error)
+    return sizes, torch.equal(y, torch.cat([block(sample[None]) for sample in x]))
 
 
 @pytest.mark.parametrize(
@@ -132,12 +135,12 @@ def _run_short_of_memory(sender: Any, samples: int, free: int) -> None:
     [(160 << 20, [2, 2], True), (96 << 20, [1, 1, 1, 1], True), (32 << 20, [], "single sample")],
 )
 def test_memory_that_really_runs_out_is_met_with_halves(free: int, sizes: list[int], said: bool | str) -> None:
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_run_short_of_memory, args=(sender, 4, free))
-    process.start()
-    process.join(60)
-    assert process.exitcode == 0
-    done, result = receiver.recv()
-    assert done == sizes
+    command, environment = [sys.executable, __file__, str(free)], os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=120)
+    found, result = json.loads(done.stdout.splitlines()[-1])
+    assert found == sizes
     assert result is True if said is True else str(said) in result
+
+
+if __name__ == "__main__":
+    print(json.dumps(_run_short_of_memory(4, int(sys.argv[1]))))

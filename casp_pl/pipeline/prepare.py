@@ -58,9 +58,9 @@ class Prepared:
     weights: str = ""
 
 
-def prepare(settings: RunSettings) -> Prepared:
+def prepare(settings: RunSettings, *, digest: bool = False) -> Prepared:
     """`prepare_outline`, then `load_original`."""
-    return load_original(settings, prepare_outline(settings)[0])
+    return load_original(settings, prepare_outline(settings)[0], digest=digest)
 
 
 def load_original(settings: RunSettings, outline: Prepared, *, digest: bool = False) -> Prepared:

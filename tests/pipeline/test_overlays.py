@@ -47,8 +47,10 @@ def write_checkpoint(overlay: str, folder: Path, blocks: int = 2) -> None:
     if overlay in ("llava_next_7b_vicuna", "llava_next_13b"):
         shared = {"hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size"}
         config.text_config = LlamaConfig(**{name: getattr(config.text_config, name) for name in shared})
-    config.get_text_config().num_hidden_layers = blocks
-    config.get_text_config().layer_types = None
+    text = config.get_text_config()
+    text.num_hidden_layers = blocks
+    if getattr(text, "layer_types", None):  # of one entry a block
+        text.layer_types = text.layer_types[:1] * blocks
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = type(model)(config)

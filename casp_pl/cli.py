@@ -303,6 +303,10 @@ def _short_reason(message: str, recipes: Mapping[str, LightningArgumentParser], 
     foreign = re.search(r"Importing '([\w.]+)' is not allowed", message)
     if foreign:
         return f"{foreign[1]} is refused: only classes of {', '.join(_ALLOWED_PACKAGES)} are imported."
+    file = re.search(r'key "([\w.]+)":\s+Config file loop detected: (.+) -> ', message)  # after it could not be used
+    if file:
+        allowed = ", ".join(_ALLOWED_PACKAGES)
+        return f"{file[1]}: the class in {file[2]} cannot be used.\nIt has to be one for {file[1]}, of {allowed}."
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     reason = " ".join(lines[:2])[:300]
     unknown = re.search(r"'([\w.]+)' is not expected|[Uu]nrecognized arguments: --([\w.]+)|Option '([\w.]+)'", message)

@@ -15,7 +15,7 @@ __all__ = ["AHEAD", "lattice_weight", "uniform_weight"]
 
 AHEAD = 8  # bytes behind the last code that `uniform_weight` may read
 _UNIT = 8  # codes that fill whole bytes, and coordinates of a lattice point
-_NARROW = 4  # bits; eight codes of so many fit into 32
+_NARROW = 4  # bits; eight codes of so many fit into 32, which vectors shift twice as many of at once as of 64
 _FAST = {"contract", "nsz"}
 _QUARTER = np.float32(0.25)
 

@@ -57,7 +57,8 @@ class StreamingMemory:
     """Bytes at the peak of a block-by-block compression, by what they are for; activations come on top.
 
     Attributes:
-        outside: the parts of the model outside its decoder blocks; put away while blocks are quantized and tuned.
+        outside: the parts of the model outside its decoder blocks; put away while blocks are quantized and tuned, in
+            float32 while all compressed blocks are trained.
         block: one block, whose linears are replaced one by one, or those of a window; all compressed blocks if they are
             fine-tuned together.
         moments: both second moments of the widest linear and what is derived from them; not while the rest of the model
@@ -95,8 +96,9 @@ def streaming_memory(
     shapes = adapter.shapes(0)
     weights = sum(rows * columns for rows, columns in shapes.values())
     widest = max(columns for _, columns in shapes.values())
+    outside = list(adapter.outside_parameters())
     return StreamingMemory(
-        outside=sum(parameter.nbytes for parameter in adapter.outside_parameters()),
+        outside=sum(4 * part.numel() if whole_compressed else part.nbytes for part in outside),
         block=(window + 1) * weights * adapter.model.dtype.itemsize
         + int(compressed * weights) * (len(adapter.blocks) if whole_compressed else 1),
         moments=_MOMENTS * widest * widest * _WIDE,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from casp_pl.errors import ConfigError, IntegrityError
+from casp_pl.errors import IntegrityError
 from casp_pl.models.adapter import ModelAdapter, adapt
 from casp_pl.models.soundness import require_materialized
 from casp_pl.models.stored_blocks import LentBlock, StoredBlocks
@@ -25,14 +25,14 @@ def load_streamed(directory: Path, factory: Any, *, dtype: torch.dtype, device: 
     and ties. The blocks are made on the meta device then, and `LentBlock`s take their places.
 
     Args:
-        directory: a Hugging Face model as safetensors.
+        directory: a Hugging Face model as safetensors that `check_original` has passed.
         factory: the Auto class that loads such a model.
         dtype: what everything is computed in.
         device: where it is put.
 
     Raises:
         IntegrityError: a file is broken or lies outside the directory, or a tensor is missing; the message names it.
-        ConfigError: the model is already quantized, or is of a kind that casp_pl does not know.
+        ConfigError: the model is of a kind that casp_pl does not know.
     """
     files = tensor_files(directory)
     model, decoder = _load_without_blocks(directory, factory, dtype)
@@ -57,8 +57,6 @@ def _load_without_blocks(directory: Path, factory: Any, dtype: torch.dtype) -> t
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(directory)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ConfigError(f"{directory} is quantized already: give the original model as model.source.")
     text = config.get_text_config()
     whole = {"num_hidden_layers": text.num_hidden_layers}
     if getattr(text, "layer_types", None) is not None:

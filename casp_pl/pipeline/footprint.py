@@ -43,6 +43,12 @@ class BlockShape:
     vocabulary: int
     itemsize: int
 
+    @property
+    def widening(self) -> int:
+        """Bytes that everything but the linears takes more while a model in 16 bits is trained, see `widened`."""
+        beside = self.model_bytes - self.blocks * self.weights * self.itemsize
+        return beside * (_FLOAT // self.itemsize - 1)
+
     @classmethod
     def of(cls, adapter: ModelAdapter) -> "BlockShape":
         """The sizes of this model; only shapes are read."""
@@ -78,6 +84,7 @@ def stage_memory(
     kept = work.batch_tokens * kept_bytes
     moments = 3 * shape.widest**2 * _DOUBLE
     window = 2 * codes * work.tuning_window // shape.blocks
+    training = 2 * codes + shape.widening + logits + work.taught_bytes
     own = {
         "evaluate original": logits,
         "evaluate rtn": codes + dense + logits,
@@ -85,7 +92,7 @@ def stage_memory(
         "quantize": moments + 2 * block + codes // shape.blocks,
         "evaluate quantized": codes + dense + logits,
         "block tuning": window + work.tuning_window * kept if work.tuning_epochs else 0,
-        "end to end": 2 * codes + shape.blocks * kept + logits + work.taught_bytes if work.steps else 0,
+        "end to end": training + shape.blocks * kept if work.steps else 0,
         "save": codes,
     }
     return {name: int(_HEAP_SLACK * (shape.model_bytes + work.batches_bytes + size)) for name, size in own.items()}

@@ -22,9 +22,7 @@ from casp_pl.processes import is_first, process_count
 __all__ = ["accelerator_type", "die_with_parent", "launched", "processes_of", "sharing_processes"]
 
 _BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # some of what processes say lies on the CPU everywhere
-_PATIENCE = timedelta(
-    hours=1
-)  # with another process: the longest that one works alone is a linear, or writing the model
+_PATIENCE = timedelta(hours=1)  # with a process that works alone, on a linear at most, or writing the model
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
 
@@ -35,7 +33,7 @@ def accelerator_type(trainer: Mapping[str, Any]) -> str:
 
 
 def processes_of(trainer: Mapping[str, Any]) -> int:
-    """How many processes a run has: those that run, or before `launch` those that it will start."""
+    """How many processes a run has: those that run, or before `launched` those that it will start."""
     return process_count() if process_count() > 1 else _on_each(trainer) * _machines(trainer)
 
 

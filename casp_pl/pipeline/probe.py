@@ -24,6 +24,7 @@ from casp_pl.models.compress import BlockQuantization, collect_moments
 from casp_pl.models.streams import BlockBatch, autocast_to, first_block_batches, run_blocks, run_blocks_seeing
 from casp_pl.modules import BlockwiseModule
 from casp_pl.modules.end_to_end import target_mask
+from casp_pl.modules.widening import widened
 from casp_pl.pipeline.outline import module_spec
 from casp_pl.pipeline.planning import BlockCosts
 from casp_pl.pipeline.probe_quantizing import SHARES, extrapolated, part_seconds, spectrum_seconds
@@ -88,7 +89,7 @@ def measured_block_costs(
     values = partial(spectrum_seconds, probe, references)
     pairs = [(batch, torch.randn_like(batch.hidden)) for batch in inputs]
     module = BlockwiseModule([compressed], pairs, [])
-    train = _training_steps(module, pairs)
+    train, kept_bytes = _training(module, pairs)
     spread = max((max(times) - min(times)) / sum(times) * len(times) / 2 for times in (forward, exact, *train))
     return BlockCosts(
         exact=min(exact) / tokens,
@@ -104,7 +105,7 @@ def measured_block_costs(
         head=_head(probe, batches, autocast),
         logits=_logits(probe, inputs) / tokens,
         vision=prefix / images if images else 0.0,
-        kept_bytes=_kept_for_backward(module, pairs) / tokens,
+        kept_bytes=kept_bytes / tokens,
         source="one block of this shape, measured here" + (_OF_PARTS if large else ""),
         spread=spread,
         measured=True,
@@ -193,6 +194,12 @@ def _logits(probe: ModelAdapter, inputs: Sequence[BlockBatch]) -> float:
     """Seconds for the logits of all tokens of these batches."""
     hidden = [batch.hidden[batch.real].to(probe.head.weight) for batch in inputs]
     return min(_repeated(lambda: [probe.head(part) for states in hidden for part in torch.split(states, 512)]))
+
+
+def _training(module: BlockwiseModule, pairs: Sequence[tuple[BlockBatch, Tensor]]) -> tuple[list[list[float]], int]:
+    """`_training_steps` and `_kept_for_backward`, in float32 as a fit trains."""
+    with widened(module):
+        return _training_steps(module, pairs), _kept_for_backward(module, pairs)
 
 
 def _training_steps(module: BlockwiseModule, pairs: Sequence[tuple[BlockBatch, Tensor]]) -> list[list[float]]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from casp_pl.checkpoint import save_streamed
 from casp_pl.checkpoint.manifest import Manifest
@@ -22,7 +22,6 @@ from casp_pl.models.load import ModelSource
 from casp_pl.models.memory import Memory, free_memory
 from casp_pl.models.soundness import require_materialized
 from casp_pl.models.stored_blocks import LentBlock, StoredBlocks
-from casp_pl.models.streamed import load_streamed
 from casp_pl.models.streams import first_block_batches, run_blocks
 from casp_pl.models.weight_files import tensor_files
 
@@ -183,8 +182,8 @@ def test_the_memory_of_a_machine_is_divided_among_its_processes(monkeypatch: pyt
 def test_a_quantized_model_is_refused(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(ConfigError, match="quantized already"):
-        load_streamed(folder, AutoModelForImageTextToText, dtype=torch.float32, device=CPU)
+    with pytest.raises(InputError, match="quantized already"):
+        ModelSource(source=str(folder)).open(CPU, streamed=True)
 
 
 def _bytes_read() -> int:

@@ -69,4 +69,6 @@ def test_each_process_may_see_what_the_others_do_not(
     Image.new("RGB", (70, 23), "red").save(tmp_path / "wide.png")
     for number in range(4):
         Image.new("RGB", (24, 20), (60 * number, 0, 0)).save(tmp_path / f"frame{number}.png")
-    finish_together(start_together(["-c", f"NAMES = {WITH_IMAGES}\n{DRIVER}", str(tmp_path)]))
+    processes = start_together(["-c", f"NAMES = {WITH_IMAGES}\n{DRIVER}", str(tmp_path)])
+    finish_together(processes)
+    assert [process.returncode for process in processes] == [0, 0], "each has compared every step with the whole model"

@@ -13,7 +13,8 @@ from casp_pl.models.streams import first_block_batches, run_block
 from casp_pl.models.tiny import load_tiny
 from casp_pl.modules import BlockwiseModule
 from casp_pl.modules.widening import widened
-from casp_pl.quantizers import GPTQQuantizer
+from casp_pl.pipeline.footprint import BlockShape
+from casp_pl.quantizers import GPTQQuantizer, RTNQuantizer
 
 
 def test_parameters_and_buffers_are_wide_inside_and_rounded_back() -> None:
@@ -32,6 +33,19 @@ def test_parameters_and_buffers_are_wide_inside_and_rounded_back() -> None:
     assert model[1].num_batches_tracked is counted
     assert trained.unique().item() == 1.0
     assert wide.weight.unique().item() == 1 + 2.0**-12
+
+
+def test_the_forecast_counts_what_widening_takes() -> None:
+    adapter = adapt(load_tiny()[0].to(torch.bfloat16))
+    shape = BlockShape.of(adapter)
+    for block in adapter.blocks:
+        for name in adapter.linear_names:
+            weight = block.get_submodule(name).weight.float()
+            block.set_submodule(name, RTNQuantizer().quantize(weight, torch.eye(weight.shape[1]), bits=2))
+    before = sum(parameter.nbytes for parameter in adapter.model.parameters())
+    with widened(adapter.model):
+        assert sum(parameter.nbytes for parameter in adapter.model.parameters()) - before == shape.widening > 0
+    assert dataclasses.replace(shape, model_bytes=2 * shape.model_bytes, itemsize=4).widening == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -73,12 +73,14 @@ def test_in_a_recipe(text: str, mark: Path, tmp_path: Path, capsys: pytest.Captu
     ],
 )
 def test_on_the_command_line(arguments: list[str], mark: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    refused(["fit", "--config", str(ROOT / "configs/llava_aqlm.yaml"), *arguments], mark, capsys)
+    message = refused(["fit", "--config", str(ROOT / "configs/llava_aqlm.yaml"), *arguments], mark, capsys)
+    assert "evil.Thing" in message
 
 
 def test_in_a_file_for_one_class(mark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "quantizer.yaml").write_text("class_path: evil.Thing\n")
-    refused(["fit", "--quantizer", str(tmp_path / "quantizer.yaml")], mark, capsys)
+    message = refused(["fit", "--quantizer", str(tmp_path / "quantizer.yaml")], mark, capsys)
+    assert f"quantizer: the class in {tmp_path / 'quantizer.yaml'} cannot be used" in message
 
 
 def test_in_the_environment(mark: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

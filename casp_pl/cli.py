@@ -41,6 +41,7 @@ from casp_pl.pipeline.chat import Models
 from casp_pl.pipeline.data_report import data
 from casp_pl.pipeline.explain import ExplainSettings
 from casp_pl.pipeline.failures import Failure, failure_of
+from casp_pl.pipeline.memory import modules_kept_apart
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.watch import ToldByFirstError
 from casp_pl.quantizers import Quantizer
@@ -263,7 +264,8 @@ def _run(arguments: list[str], verbose: bool) -> int:
     except (ArgumentError, argparse.ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(_short_reason(str(error), recipes, arguments)) from error
     extra = {key: config[command][key] for key in _OWN_ARGUMENTS.get(command, ())}
-    return COMMANDS[command][0](settings, **extra)
+    with modules_kept_apart():
+        return COMMANDS[command][0](settings, **extra)
 
 
 def _explain_settings(run_dir: Path) -> ExplainSettings:

@@ -3,10 +3,22 @@
 import ctypes
 import gc
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
-__all__ = ["release_memory"]
+__all__ = ["modules_kept_apart", "release_memory"]
+
+
+@contextmanager
+def modules_kept_apart() -> Iterator[None]:
+    """Half a million objects of imported modules are not searched for garbage: after every block that took 0.5 s."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def release_memory() -> None:

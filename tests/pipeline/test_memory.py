@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from casp_pl.pipeline import run
-from casp_pl.pipeline.memory import release_memory
+from casp_pl.pipeline.memory import modules_kept_apart, release_memory
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to give memory back")
@@ -24,6 +24,17 @@ def test_freed_memory_between_kept_tensors_goes_back_to_the_system() -> None:
     release_memory()
     assert before - psutil.Process().memory_info().rss > 200e6
     assert all(bool((tensor == 1).all()) for tensor in kept)
+
+
+def test_garbage_of_a_command_is_found_though_modules_are_not_searched() -> None:
+    with modules_kept_apart():
+        assert gc.get_freeze_count() > 100_000
+        cycle = torch.nn.Module()
+        cycle.__dict__["itself"], found = cycle, weakref.ref(cycle)
+        del cycle
+        release_memory()
+        assert found() is None
+    assert gc.get_freeze_count() == 0
 
 
 def test_the_end_to_end_stage_is_gone_when_it_is_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:

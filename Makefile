@@ -47,8 +47,8 @@ peers: .venv  ## install the other tools of benchmarks/peers.py into .venv-peers
 	@$(PYTHON) -m venv .venv-peers
 	@$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
 	    > "$$(.venv-peers/bin/python -c 'import site; print(site.getsitepackages()[0])')/casp_pl.pth"
-	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --constraint constraints.txt setuptools
-	@DISABLE_CUDA=1 .venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	@.venv-peers/bin/python -m pip install --quiet --quiet --disable-pip-version-check --upgrade --constraint constraints.txt setuptools
+	@DISABLE_CUDA=1 .venv-peers/bin/python -m pip install --quiet --quiet --disable-pip-version-check --no-deps \
 	    --no-build-isolation $(PEERS)
 
 browser: .venv  ## install Qt's Chromium into .venv (260 MB, 670 MB on disk; needs the system's libnss3 and libegl1)
@@ -60,7 +60,7 @@ harnesses: .venv  ## install lm-eval and lmms-eval into .venv-eval, which sees .
 	@$(PYTHON) -m venv .venv-eval
 	@$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
 	    > "$$(.venv-eval/bin/python -c 'import site; print(site.getsitepackages()[0])')/casp_pl.pth"
-	@.venv-eval/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation $(HARNESSES)
+	@.venv-eval/bin/python -m pip install --quiet --quiet --disable-pip-version-check --no-deps --no-build-isolation $(HARNESSES)
 
 lint: .venv  ## check style and formatting
 	$(BIN)/ruff check .

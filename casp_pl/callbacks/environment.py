@@ -11,7 +11,10 @@ from pathlib import Path
 import psutil
 import torch
 
-__all__ = ["machine_parts", "package_versions", "peak_memory_bytes", "source_commit"]
+from casp_pl.kernels.compiled import backend_name
+from casp_pl.linalg.orthogonal import transform_name
+
+__all__ = ["backend_parts", "machine_parts", "package_versions", "peak_memory_bytes", "source_commit"]
 
 _PACKAGES = ("casp_pl", "torch", "lightning", "transformers", "torchmetrics", "safetensors", "tokenizers", "numpy")
 
@@ -51,6 +54,17 @@ def machine_parts() -> dict[str, str]:
     if torch.cuda.is_available():
         parts["accelerator"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return parts
+
+
+def backend_parts(device: torch.device, *, transforms: bool) -> dict[str, str]:
+    """Which code a run computes with, where there are several.
+
+    Args:
+        device: where the model computes.
+        transforms: whether the run's layers have Hadamard transforms.
+    """
+    parts = {"kernels": backend_name(device)}
+    return parts | {"Hadamard transform": transform_name(device)} if transforms else parts
 
 
 def _processor() -> str:

@@ -157,7 +157,7 @@ class CompressionReport:
         data: counts of what really entered calibration.
         examples: a few questions with both answers.
         command: what was typed to make the run.
-        machine: what it ran on: system, processor, memory, accelerator.
+        machine: what it ran on: system, processor, memory, accelerator; and the code that was chosen for it.
         planned_stages: names of all stages that the recipe has; those without a row have not been measured yet.
     """
 

@@ -16,11 +16,11 @@ __all__ = [
     "VectorLoops",
     "WeightLoops",
     "additive_loops",
+    "backend_name",
     "compiled_search",
     "lattice_loops",
     "lookup_loop",
     "lookup_loops",
-    "search_path",
     "weight_loops",
 ]
 
@@ -115,6 +115,23 @@ def lookup_loop(device: torch.device) -> LookupLoop | None:
     return next(iter(lookup_loops().values()), None) if device.type == "cpu" else None
 
 
+def backend_name(device: torch.device) -> str:
+    """What works with codes on a device, for people: `numba 0.67.0 (vectors)`; `torch` where nothing faster runs.
+
+    In brackets is the first of `lookup_loops`. A loop that does not run while others do is told when it is tried.
+    """
+    if lookup_loop(device) is None:
+        return "torch"
+    if device.type == "cuda":
+        return f"Triton {_version('triton')} for few tokens, torch for all else"
+    return f"numba {_version('numba')} ({next(iter(lookup_loops()))})"
+
+
+def _version(package: str) -> str:
+    # what metadata says of triton differs between builds of torch
+    return str(importlib.import_module(package).__version__)
+
+
 @cache
 def lookup_loops() -> dict[str, LookupLoop]:
     """All loops of this machine's CPU by name, `bytes`, `vectors` and `floats`, the fastest first."""
@@ -177,11 +194,6 @@ def _reason(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def search_path() -> str:
-    """Which code searches on a CPU, for people: `numba` or `torch`."""
-    return "torch" if _load("search", "search") is None else "numba"
-
-
 def _fits(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype == torch.float32
 
@@ -235,12 +247,22 @@ def _smallest_arguments(name: str) -> list[Any]:
 
 
 @cache
+def _numba() -> Any:
+    """The package, or None; asked once, so that one line tells of all loops at once."""
+    try:
+        return importlib.import_module("numba")
+    except Exception as error:  # a broken installation raises whatever it likes
+        _LOG.info("work on codes is done by torch, which takes longer: numba does not run here (%s)", _reason(error))
+        return None
+
+
+@cache
 def _load(module: str, name: str) -> Callable[..., None] | None:
     """Import a loop of numba's and try it once; what is installed need not work."""
+    if (numba := _numba()) is None:
+        return None
     threads = torch.get_num_threads()
     try:
-        import numba
-
         loop: Any = getattr(importlib.import_module(f"casp_pl.kernels.numba_{module}"), name)
         loop(*_arrays(*_smallest_arguments(name)))
         # numba's first loop sets OpenMP's number of threads for all, whatever OMP_NUM_THREADS says
@@ -248,8 +270,7 @@ def _load(module: str, name: str) -> Callable[..., None] | None:
     except Exception as error:  # an optional package fails in its own ways: a missing library, no place for its cache
         _LOG.info("code %s is done by torch, which takes longer: numba does not run here (%s)", name, _reason(error))
         return None
-    config: Any = numba.config
-    most = config.NUMBA_NUM_THREADS
+    most = numba.config.NUMBA_NUM_THREADS
 
     def run(*arguments: Any) -> None:
         numba.set_num_threads(min(most, torch.get_num_threads()))

@@ -6,16 +6,18 @@ is used on a device only after it gave the right numbers there.
 
 import logging
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
 
 from casp_pl.linalg.hadamard import hadamard_matrix
 
-__all__ = ["extension_transform", "runs_extension"]
+__all__ = ["extension_name", "extension_transform", "runs_extension", "takes_extension"]
 
 _logger = logging.getLogger(__name__)
 _TRIAL_WIDTH = 64
+_MOST_WIDTH = 32768  # its largest kernel
 _TRIED = ("cuda",)  # types of devices that it is tried on; it has nothing for others
 
 
@@ -33,6 +35,19 @@ def runs_extension(device: torch.device) -> bool:
         works, reason = False, f": {error}"
     _logger.info("fast_hadamard_transform is %s on %s%s", "used" if works else "not used", device, reason)
     return works
+
+
+def takes_extension(width: int, dtype: torch.dtype) -> bool:
+    """Whether the package has a kernel for such vectors; others it refuses, or pads."""
+    return width & (width - 1) == 0 and width <= _MOST_WIDTH and dtype == torch.float32
+
+
+def extension_name() -> str:
+    """The package with its version, for people."""
+    try:
+        return f"fast-hadamard-transform {version('fast-hadamard-transform')}"
+    except PackageNotFoundError:  # a copy that was not installed
+        return "fast-hadamard-transform"
 
 
 def extension_transform(x: Tensor) -> Tensor:

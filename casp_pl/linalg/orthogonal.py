@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from casp_pl.linalg.hadamard import hadamard_matrix, is_constructible
-from casp_pl.linalg.hadamard_extension import extension_transform, runs_extension
+from casp_pl.linalg.hadamard_extension import extension_name, extension_transform, runs_extension, takes_extension
 
 __all__ = [
     "TransformOrders",
     "transform_columns",
     "transform_matrix",
+    "transform_name",
     "transform_orders",
     "transform_path",
     "transform_rows",
@@ -63,10 +64,14 @@ def transform_matrix(width: int) -> Tensor:
     return torch.kron(*_factors(width, torch.float64, torch.device("cpu")))
 
 
-def transform_path(width: int, device: torch.device) -> str:
-    """What a transform runs for this width and device: "gemm" or "fast_hadamard_transform"."""
-    sylvester = width & (width - 1) == 0
-    return "fast_hadamard_transform" if sylvester and runs_extension(device) else "gemm"
+def transform_path(width: int, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """What a transform runs for such vectors on this device: "gemm" or "fast_hadamard_transform"."""
+    return "fast_hadamard_transform" if takes_extension(width, dtype) and runs_extension(device) else "gemm"
+
+
+def transform_name(device: torch.device) -> str:
+    """What transforms run on this device, for people: `ours`, or the package and which widths it is for."""
+    return f"{extension_name()} for powers of two, ours for others" if runs_extension(device) else "ours"
 
 
 def transform_rows(x: Tensor, *, inverse: bool = False) -> Tensor:
@@ -77,7 +82,7 @@ def transform_rows(x: Tensor, *, inverse: bool = False) -> Tensor:
         inverse: U^T instead of U.
     """
     width = x.shape[-1]
-    if transform_path(width, x.device) != "gemm":
+    if transform_path(width, x.device, x.dtype) != "gemm":
         return extension_transform(x)  # Sylvester's matrix is symmetric: it is its own inverse
     outer, inner = _factors(width, x.dtype, x.device, inverse)
     return (outer @ (x.reshape(-1, len(outer), len(inner)) @ inner.T)).reshape(x.shape)
@@ -86,7 +91,7 @@ def transform_rows(x: Tensor, *, inverse: bool = False) -> Tensor:
 def transform_columns(x: Tensor, *, inverse: bool = False) -> Tensor:
     """U X for a matrix X (n, N), or U^T X: `transform_rows` of the transposed without transposing."""
     width = len(x)
-    if transform_path(width, x.device) != "gemm":
+    if transform_path(width, x.device, x.dtype) != "gemm":
         return extension_transform(x.T.contiguous()).T
     outer, inner = _factors(width, x.dtype, x.device, inverse)
     mixed = outer @ x.reshape(len(outer), -1)

@@ -78,7 +78,7 @@ def _fit(settings: RunSettings, prepared: Prepared, run: RunDirectory, progress:
 
     def report_now(done: CompressionRun) -> CompressionReport:
         times = done.seconds, done.work_seconds()
-        return build_report(settings, run, done.rows(), done.linears, measurement, *times)
+        return build_report(settings, run, done.rows(), done.linears, measurement, *times, done.backends)
 
     def show(done: CompressionRun) -> None:
         _write_report(report_now(done), run, draw=False)

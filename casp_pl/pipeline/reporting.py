@@ -34,6 +34,7 @@ def build_report(
     measurement: Measurement,
     seconds: float,
     work_seconds: dict[str, float],
+    backends: dict[str, str],
 ) -> CompressionReport:
     """Everything a run has to say by now; what has not been measured yet is left empty.
 
@@ -45,6 +46,7 @@ def build_report(
         measurement: knows the answers of each stage.
         seconds: wall time of the run so far, interrupted parts included.
         work_seconds: see `CompressionRun.work_seconds`.
+        backends: see `CompressionRun.backends`.
     """
     plan = CompressionPlan.from_json(run.read_json("plan.json")) if run.has("plan.json") else None
     return CompressionReport(
@@ -62,7 +64,7 @@ def build_report(
         data={"calibration": settings.data.counts, "evaluation": settings.evaluation.counts},
         examples=_examples(settings.evaluation, measurement, rows[-1].name),
         command=settings.command or None,
-        machine=machine_parts(),
+        machine=machine_parts() | backends,
         planned_stages=settings.planned_stages,
     )
 

@@ -9,17 +9,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
 from casp_pl.allocation import CompressionPlan
 from casp_pl.callbacks import Advance
+from casp_pl.callbacks.environment import backend_parts
 from casp_pl.callbacks.report import StageRow
 from casp_pl.callbacks.stage_table import duration
 from casp_pl.checkpoint import RunDirectory
 from casp_pl.console import RunProgress
 from casp_pl.errors import InputError, NumericsError
+from casp_pl.layers import LatticeLinear
 from casp_pl.models.activations import ActivationStore
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.compress import LinearReport, round_to_nearest
@@ -81,6 +84,7 @@ class CompressionRun:
 
     def stages(self, batches: RunBatches) -> BlockFiles:
         """Run (or read) all stages; returns the final blocks."""
+        self.progress.say(", ".join(f"{part}: {what}" for part, what in self.backends.items()))
         if self.adapter.stored is not None:
             self.progress.say("streaming: the decoder blocks stay on disk and are read one at a time")
         self._measure("original", list(self.adapter.blocks))
@@ -144,6 +148,12 @@ class CompressionRun:
         return linear_sensitivities(
             self.adapter, chosen, seed=self.settings.seed, autocast=self.trainers.autocast, keep=self.keep
         )
+
+    @cached_property
+    def backends(self) -> dict[str, str]:
+        """Which code this run computes with, for the console and the report."""
+        transforms = issubclass(self.settings.quantizer.layer, LatticeLinear)
+        return backend_parts(self.adapter.device, transforms=transforms)
 
     @property
     def seconds(self) -> float:

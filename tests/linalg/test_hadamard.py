@@ -12,6 +12,7 @@ from casp_pl.linalg.hadamard_extension import runs_extension
 from casp_pl.linalg.orthogonal import (
     transform_columns,
     transform_matrix,
+    transform_name,
     transform_orders,
     transform_path,
     transform_rows,
@@ -112,6 +113,7 @@ def test_gradients_flow_and_inference_mode_leaves_no_trace() -> None:
 
 def test_a_cpu_uses_matrix_products() -> None:
     assert transform_path(64, torch.device("cpu")) == "gemm"
+    assert transform_name(torch.device("cpu")) == "ours"
 
 
 @pytest.mark.parametrize(
@@ -135,7 +137,9 @@ def test_the_extension_is_used_only_where_it_gives_the_right_numbers(monkeypatch
         device = torch.device("cpu")
         assert runs_extension(device) == used
         assert transform_path(64, device) == ("fast_hadamard_transform" if used else "gemm")
+        assert transform_name(device).startswith("fast-hadamard-transform" if used else "ours")
         assert transform_path(96, device) == "gemm"
+        assert transform_path(2**16, device) == transform_path(64, device, torch.float64) == "gemm"
         x = torch.randn(3, 64)
         torch.testing.assert_close(transform_rows(x).double(), x.double() @ transform_matrix(64).T, rtol=0, atol=1e-5)
         columns = transform_columns(x.T, inverse=True)

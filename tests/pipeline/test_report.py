@@ -4,14 +4,24 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
+import types
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+import torch
 
 from casp_pl.cli import main
+from casp_pl.kernels.compiled import backend_name
+from casp_pl.linalg.hadamard import hadamard_matrix
+from casp_pl.linalg.hadamard_extension import runs_extension
+from casp_pl.linalg.orthogonal import transform_name
+
+ROOT = Path(__file__).parents[2]
+QUIP = ["--config", str(ROOT / "configs/llava_quip.yaml"), "--config", str(ROOT / "configs/models/tiny.yaml")]
 
 
 def _sections(run: Path) -> dict[str, ElementTree.Element]:
@@ -37,6 +47,10 @@ def test_a_finished_run_shows_everything(finished_run: Path) -> None:
     assert report["planned_stages"] == [stage["name"] for stage in report["stages"]]
     assert report["command"].startswith("python -m casp_pl fit --config")
     assert report["command"] in _said(sections["made"])
+    assert report["machine"]["kernels"] == backend_name(torch.device("cpu"))
+    assert "Hadamard transform" not in report["machine"], "AQLM has none"
+    assert f"kernels {report['machine']['kernels']}" in _said(sections["made"])
+    assert f"- kernels: {report['machine']['kernels']}\n" in (finished_run / "report.md").read_text()
     measured = sum(stage["seconds"] for stage in report["stages"]) + report["work_seconds"]["calibration"]
     assert 0 < measured <= report["wall_seconds"]
 
@@ -52,6 +66,29 @@ def test_a_report_is_made_again_from_the_files(finished_run: Path, tmp_path: Pat
     assert main(["report", str(copy)]) == 0
     assert {path: path.read_bytes() for path in before} == before
     assert main(["verify", str(copy)]) == 0
+
+
+@pytest.mark.slow
+def test_a_run_says_which_transform_it_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = types.ModuleType("fast_hadamard_transform")
+    package.hadamard_transform = lambda x, scale: scale * x @ hadamard_matrix(x.shape[-1]).to(x.dtype)
+    monkeypatch.setitem(sys.modules, "fast_hadamard_transform", package)
+    monkeypatch.setattr("casp_pl.linalg.hadamard_extension._TRIED", ("cpu",))
+    runs_extension.cache_clear()
+    short = ["--block_tuning.epochs", "0", "--end_to_end.steps", "0", "--evaluation.questions", "8"]
+    try:
+        assert main(["fit", *QUIP, *short, "--run_dir", str(tmp_path / "run")]) == 0
+    finally:
+        monkeypatch.undo()
+        runs_extension.cache_clear()
+    used = "fast-hadamard-transform for powers of two, ours for others"
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count(f"kernels: {backend_name(torch.device('cpu'))}, Hadamard transform: {used}") == 1
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert transform_name(torch.device("cpu")) == "ours", "by now; the report tells of the run"
+    assert f"Hadamard transform {used}" in _said(_sections(tmp_path / "run")["made"])
 
 
 def test_a_run_without_a_report_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

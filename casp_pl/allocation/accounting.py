@@ -26,6 +26,9 @@ class BitCosts(Protocol):
     def storage_bits(self, out_features: int, in_features: int, *, bits: int) -> int:
         """Bits of everything stored for an (O, I) weight: codes, codebooks, scales, zeros."""
 
+    def for_module(self, name: str) -> "BitCosts":
+        """What states the costs of the linear with this full name."""
+
 
 @dataclass(frozen=True)
 class ModuleBits:

@@ -113,7 +113,9 @@ def modules_cost(
     quantizer: BitCosts, modules: Iterable[ModuleShape], bits: int, ranks: Mapping[str, int] | None = None
 ) -> ModuleBits:
     """What these linears cost together at `bits`, as low-rank products where they have a rank."""
-    parts = [module_bits(quantizer, module.shape, bits=bits, rank=(ranks or {}).get(module.name)) for module in modules]
+    parts = (
+        module_bits(quantizer.for_module(m.name), m.shape, bits=bits, rank=(ranks or {}).get(m.name)) for m in modules
+    )
     return sum(parts, start=ModuleBits(0, 0))
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from casp_pl.allocation.accounting import BitCosts
 from casp_pl.errors import ConfigError
+from casp_pl.quantizers.name_parts import names_with
 
 __all__ = ["override_bits"]
 
@@ -26,9 +27,7 @@ def override_bits(
     """
     chosen: dict[str, tuple[int, str]] = {}
     for pattern, bits in overrides.items():
-        found = [name for name in names if f".{pattern.strip('.')}." in f".{name}."]
-        if not found:
-            raise ConfigError(f"bits.overrides: no linear has '{pattern}' in its name; one is called {names[0]}.")
+        found = names_with(pattern, names, "bits.overrides")
         if bits not in quantizer.levels:
             levels = ", ".join(map(str, quantizer.levels))
             raise ConfigError(f"bits.overrides: {quantizer.name} cannot do {bits} bits for '{pattern}', only {levels}.")

@@ -83,7 +83,8 @@ class BitAllocation(pl.Callback):
         """The plan; without statistics (a dry run) measured scores are replaced by `first_last`.
 
         Raises:
-            ConfigError: the budget is impossible; the message names the feasible interval.
+            ConfigError: the budget is impossible (the message names the feasible interval), or a setting of the
+                quantizer is of no linear.
         """
         if self.quantizer is None:
             raise ValueError("attach() comes first")
@@ -92,6 +93,7 @@ class BitAllocation(pl.Callback):
             for number in range(len(adapter.blocks))
             for name, shape in adapter.shapes(number).items()
         ]
+        self.quantizer.check_names([module.name for module in modules])
         return build_plan(
             model=type(adapter.model).__name__,
             modules=modules,

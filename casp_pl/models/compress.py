@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from casp_pl.allocation import ModulePlan
+from casp_pl.errors import NumericsError
 from casp_pl.layers import LowRankLinear, QuantizedLinear, materialized
 from casp_pl.linalg import PropagationTarget, add_products, full_width_products, relative_proxy_loss
 from casp_pl.models.adapter import ModelAdapter
@@ -190,6 +191,9 @@ class BlockQuantization:
             quantizer: does the rounding.
             moment: second moment (I, I) of what it reads.
             together: see `Quantizer.quantize`.
+
+        Raises:
+            NumericsError: as `Quantizer.quantize`; the message begins with the name.
         """
         start = time.perf_counter()
         # a name, not a position, seeds the linear: hash() differs between processes, a sum of bytes does not
@@ -197,11 +201,15 @@ class BlockQuantization:
         settings: dict[str, Any] = {
             "bits": plan.bits, "bias": linear.bias, "generator": generator, "together": together,
         }  # fmt: skip
+        quantizer = quantizer.for_module(plan.name)
         layer: QuantizedLinear | LowRankLinear
-        if plan.rank is None:
-            layer = quantizer.quantize(target, moment, **settings)
-        else:
-            layer = quantize_low_rank(target, moment, plan.rank, quantizer, **settings)
+        try:
+            if plan.rank is None:
+                layer = quantizer.quantize(target, moment, **settings)
+            else:
+                layer = quantize_low_rank(target, moment, plan.rank, quantizer, **settings)
+        except NumericsError as error:
+            raise NumericsError(f"{plan.name}: {error}") from error
         loss = relative_proxy_loss(linear.weight, layer.dequantize().detach(), moment)
         seconds = time.perf_counter() - start
         dead = int((moment.diagonal() == 0).sum())
@@ -247,12 +255,12 @@ def collect_moments(
 @torch.no_grad()
 def round_to_nearest(adapter: ModelAdapter, quantizer: Quantizer, bits: int) -> Iterator[nn.Module]:
     """Compressed copies of all blocks, one after the other, without any calibration: the baseline of every report."""
-    for original in adapter.originals():
+    for number, original in enumerate(adapter.originals()):
         block = adapter.own(original)
         for name in adapter.linear_names:
             linear = _dense_linear(block, name)
-            identity = torch.eye(linear.in_features)
-            block.set_submodule(name, quantizer.quantize(linear.weight, identity, bits=bits, bias=linear.bias))
+            identity, own = torch.eye(linear.in_features), quantizer.for_module(adapter.full_name(number, name))
+            block.set_submodule(name, own.quantize(linear.weight, identity, bits=bits, bias=linear.bias))
         yield block
 
 

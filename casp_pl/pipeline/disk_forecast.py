@@ -76,8 +76,11 @@ def _baseline_bytes(settings: RunSettings, prepared: Prepared) -> int:
     if settings.baseline is None:
         return 0
     adapter, bits = prepared.adapter, settings.baseline_bits
-    shapes = [shape for number in range(len(adapter.blocks)) for shape in adapter.shapes(number).values()]
-    return sum(settings.baseline.storage_bits(*shape, bits=bits) for shape in shapes) // 8
+    return sum(
+        settings.baseline.for_module(adapter.full_name(number, name)).storage_bits(*shape, bits=bits)
+        for number in range(len(adapter.blocks))
+        for name, shape in adapter.shapes(number).items()
+    ) // 8  # fmt: skip
 
 
 def _checkpoint_bytes(settings: RunSettings, outline: CompressedOutline) -> int:

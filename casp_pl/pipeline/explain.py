@@ -60,7 +60,8 @@ def explanation(settings: ExplainSettings, module: str) -> list[str]:
     settings.bits.attach(settings.quantizer, settings.low_rank)
     entry = find_module(plan, module)
     choices, levels = choices_of_plan(plan, settings.quantizer, settings.bits.granularity)
-    lines = [f"{entry.name}  {_by(entry.shape)}, block {entry.block}, {entry.quantizer}", f"  {entry.why}"]
+    method = f"{entry.quantizer}{_groups(settings.quantizer, entry)}"
+    lines = [f"{entry.name}  {_by(entry.shape)}, block {entry.block}, {method}", f"  {entry.why}"]
     lines += _score(plan, entry, settings.bits.score)
     if entry.name in statistics.spectra:
         lines += _spectrum(settings, entry, statistics.spectra[entry.name])
@@ -92,6 +93,13 @@ def find_module(plan: CompressionPlan, name: str) -> ModulePlan:
     )
 
 
+def _groups(quantizer: Quantizer, entry: ModulePlan) -> str:
+    """The group size of its codes, where they have groups."""
+    rows, columns = entry.shape
+    spec = quantizer.for_module(entry.name).layer_spec(entry.rank or rows, columns, bits=entry.bits)
+    return f" in groups of {spec['group_size']}" if "group_size" in spec else ""
+
+
 def _score(plan: CompressionPlan, entry: ModulePlan, kind: str) -> list[str]:
     by_block = {block: sum(module.score for module in plan.of_block(block)) for block in plan.blocks}
     order = sorted(by_block, key=lambda block: -by_block[block])
@@ -115,7 +123,7 @@ def _spectrum(settings: ExplainSettings, entry: ModulePlan, spectrum: Tensor) ->
         wanted |= {rank for rank in (entry.rank - grain, entry.rank, entry.rank + grain) if 1 <= rank <= full}
     factor_bits = entry.bits if entry.rank is not None else settings.bits.factor_bits
     for rank in sorted(wanted):
-        cost = module_bits(settings.quantizer, entry.shape, bits=factor_bits, rank=rank).total
+        cost = module_bits(settings.quantizer.for_module(entry.name), entry.shape, bits=factor_bits, rank=rank).total
         mark = "  <- chosen" if rank == entry.rank else ""
         lines.append(
             f"  rank {rank:5d}  error {tails[rank - 1]:.2e}  {size(-(-cost // 8)):>9} at {factor_bits} bits{mark}"

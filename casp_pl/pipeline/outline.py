@@ -56,6 +56,7 @@ def plan_specs(plan: CompressionPlan, adapter: ModelAdapter, quantizer: Quantize
 def module_spec(plan: ModulePlan, linear: Any, quantizer: Quantizer) -> dict[str, Any]:
     """The spec of the layer that takes the place of this linear."""
     settings: dict[str, Any] = {"bits": plan.bits, "bias": linear.bias is not None}
+    quantizer = quantizer.for_module(plan.name)
     if plan.rank is None:
         return quantizer.layer_spec(*plan.shape, **settings)
     return low_rank_spec(*plan.shape, plan.rank, quantizer, **settings)

@@ -122,6 +122,8 @@ def prepare_outline(
     settings.evaluation.attach(skeleton.processor)
     # an impossible budget or rank is found now, not after an hour
     predicted = settings.bits.make_plan(adapter, settings.low_rank.choose(adapter, None), None)
+    if settings.baseline is not None:
+        settings.baseline.check_names([module.name for module in predicted.modules])
     return Prepared(adapter, skeleton.processor, device, free, streamed, predicted), skeleton.headers
 
 

@@ -83,7 +83,7 @@ def measured_block_costs(
     exact = _repeated(lambda: run_blocks(block, plain)) if autocast is not None else forward
     _, references = run_blocks_seeing(block, inputs, probe.group_heads)
     moments = _moments(probe, inputs, references)
-    typical = _typical_block(plan)
+    typical = _typical_block(plan, quantizer)
     large = sum(module.weights for module in typical) > _PARTS_ABOVE
     quantize, compressed = _quantized(probe, typical, quantization, quantizer, references, inputs, moments, large)
     values = partial(spectrum_seconds, probe, references)
@@ -139,11 +139,14 @@ def _moments(probe: ModelAdapter, inputs: Sequence[BlockBatch], references: Sequ
     return sum(_timed(partial(collect, [seen[head] for seen in references], head))[0] for head in probe.group_heads)
 
 
-def _typical_block(plan: CompressionPlan) -> tuple[ModulePlan, ...]:
-    """The linears of the first block whose bits are those of most blocks."""
-    bits = {number: tuple(module.bits for module in plan.of_block(number)) for number in plan.blocks}
-    most, _ = Counter(bits.values()).most_common(1)[0]
-    return plan.of_block(next(number for number, levels in bits.items() if levels == most))
+def _typical_block(plan: CompressionPlan, quantizer: Quantizer) -> tuple[ModulePlan, ...]:
+    """The linears of the first block whose bits, and settings that go by names, are those of most blocks."""
+    work = {
+        number: tuple((module.bits, quantizer.for_module(module.name)) for module in plan.of_block(number))
+        for number in plan.blocks
+    }
+    most, _ = Counter(work.values()).most_common(1)[0]
+    return plan.of_block(next(number for number, own in work.items() if own == most))
 
 
 def _empty_block(probe: ModelAdapter, plans: Sequence[ModulePlan], quantizer: Quantizer) -> nn.Module:

@@ -1,6 +1,7 @@
 """What every quantizer offers: a weight and a second moment in, a layer out, its true cost known beforehand."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -56,6 +57,21 @@ class Quantizer(ABC):
             InputError: the shapes do not fit each other.
             NumericsError: the weight or the second moment holds NaN or infinity.
         """
+
+    def for_module(self, name: str) -> "Quantizer":
+        """The quantizer of the linear with this full name: this one, unless a setting goes by names.
+
+        Everything that knows the name of what it quantizes, or of what it states the cost of, asks for it.
+        """
+        return self
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Passes silently where settings that go by names fit a model whose linears have these full names.
+
+        Raises:
+            ConfigError: one of them is of no linear.
+        """
+        return
 
     def layer_spec(self, out_features: int, in_features: int, *, bits: int, bias: bool = False) -> dict[str, Any]:
         """What `spec()` of the layer that `quantize` returns will say. `build_layer` makes the empty layer from it.

@@ -14,6 +14,8 @@ Searching grids in the conditional metric (what an error costs after later colum
 Letters: O out, I in, G groups a row, D group size.
 """
 
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import torch
@@ -23,8 +25,10 @@ from casp_pl.errors import ConfigError
 from casp_pl.layers.uniform import UniformLinear
 from casp_pl.processes import RowShare
 from casp_pl.quantizers.base import Quantizer
-from casp_pl.quantizers.gptq_codes import ColumnOrder, OrderedFeedback, gptq_codes, ordered_feedback
+from casp_pl.quantizers.gptq_codes import ColumnOrder, OrderedFeedback, gptq_codes, live_columns, ordered_feedback
+from casp_pl.quantizers.name_parts import names_with, setting_of
 from casp_pl.quantizers.shared import MadeOfMoment
+from casp_pl.quantizers.uniform_grids import check_scales
 
 __all__ = ["GPTQQuantizer"]
 
@@ -33,10 +37,14 @@ class GPTQQuantizer(Quantizer):
     """Rounds a weight column by column; what one column does wrong the later ones make up for.
 
     Zero points are integers of `bits` bits, scales float16: 2 bits in groups of 64 cost 2.28 bits a weight in all, and
-    storing the groups of the columns (see `order`) another log2(G) / O.
+    storing the groups of the columns (see `order`) another log2(G) / O. Weights of dead columns, inputs that were 0 in
+    every calibration token, become 0, unless all are dead.
 
     Args:
         group_size: D, weights of a row that share a scale and a zero point.
+        group_sizes: other group sizes, of every linear with a part of a name in it, words between dots
+            (`mlp.down_proj: 128`, `layers.0: 32`; the last that fits counts). Linears that read one input share its
+            factorisation only where their group sizes are the same.
         order: in which columns are rounded: `none` from left to right; `activation` the loudest inputs first, which is
             best; `group_aware` whole groups first, then columns inside their group. With `activation` a group is any D
             columns, and which ones is stored, unless `static_groups`.
@@ -57,6 +65,7 @@ class GPTQQuantizer(Quantizer):
         self,
         *,
         group_size: int = 64,
+        group_sizes: dict[str, int] | None = None,
         order: ColumnOrder = "activation",
         static_groups: bool = False,
         scale_search: bool = True,
@@ -64,17 +73,37 @@ class GPTQQuantizer(Quantizer):
     ) -> None:
         if group_size < 1:
             raise ConfigError(f"gptq: group_size must be at least 1, not {group_size}")
+        for part, size in (group_sizes or {}).items():
+            if size < 1:
+                raise ConfigError(f"gptq: group_sizes must be at least 1, not {size} for '{part}'")
         if order not in get_args(ColumnOrder):
             raise ConfigError(f"gptq: order must be one of {', '.join(get_args(ColumnOrder))}, not {order}")
         if not 0 <= damping < float("inf"):
             raise ConfigError(f"gptq: damping must be at least 0, not {damping}")
         self.group_size = group_size
+        self.group_sizes: Mapping[str, int] = group_sizes or {}
         self.order: ColumnOrder = order
         self.static_groups = static_groups
         self.scale_search = scale_search
         self.damping = damping
         self.rank_grain = 8  # so many codes fill whole bytes; a whole group is more than a small W_k can spare
         self._inputs = MadeOfMoment[OrderedFeedback]()
+        self._variants: dict[int, GPTQQuantizer] = {}
+
+    def for_module(self, name: str) -> "GPTQQuantizer":
+        """See `Quantizer.for_module`: one with the group size of that linear, the same for all that have that size."""
+        size = setting_of(name, self.group_sizes, self.group_size)
+        if size == self.group_size:
+            return self
+        if size not in self._variants:
+            variant = self._variants[size] = copy.copy(self)  # shares what was made of second moments
+            variant.group_size, variant.group_sizes = size, {}
+        return self._variants[size]
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """See `Quantizer.check_names`."""
+        for part in self.group_sizes:
+            names_with(part, names, "quantizer.group_sizes")
 
     @torch.no_grad()
     def quantize(
@@ -100,12 +129,15 @@ class GPTQQuantizer(Quantizer):
             static_groups=self.static_groups,
             scale_search=self.scale_search,
         )
-        column_groups = found.column_groups if self._regroups(weight.shape[1]) else None
+        codes, zeros, scales = (share.join(part) for part in found[:3])
+        check_scales(weight, scales, found.column_groups, live_columns(moment.diagonal()))
         return UniformLinear.from_codes(
-            *(share.join(part) for part in found[:3]),
+            codes,
+            zeros,
+            scales,
             bits=bits,
             group_size=self.group_size,
-            column_groups=column_groups,
+            column_groups=found.column_groups if self._regroups(weight.shape[1]) else None,
             bias=bias,
         )
 

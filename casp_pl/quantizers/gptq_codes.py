@@ -32,6 +32,7 @@ __all__ = [
     "column_order",
     "error_feedback",
     "gptq_codes",
+    "live_columns",
     "ordered_feedback",
 ]
 
@@ -97,7 +98,7 @@ def ordered_feedback(
 def gptq_codes(
     weight: Tensor, ordered: OrderedFeedback, *, bits: int, group_size: int, static_groups: bool, scale_search: bool
 ) -> UniformCodes:
-    """GPTQ of one weight; deterministic.
+    """GPTQ of one weight; deterministic. Weights of dead columns become 0 and move no grid.
 
     Args:
         weight: W (O, I), float32 or float64, in which everything is computed.
@@ -109,10 +110,11 @@ def gptq_codes(
         scale_search: whether grids are shrunk where that pays.
     """
     columns, groups, feedback, importance = ordered
-    state = _start(weight.T[columns].contiguous(), feedback, importance, groups, bits, scale_search)
     back = columns.argsort()
+    wanted = _without_dead(weight.T, importance[back])
+    state = _start(wanted[columns].contiguous(), feedback, importance, groups, bits, scale_search)
     if static_groups:
-        _fit_runs(state, weight.T, importance[back], group_size)
+        _fit_runs(state, wanted, importance[back], group_size)
     _round_all(state, _SPAN if static_groups else group_size, fit=not static_groups)
     return UniformCodes(
         codes=state.codes[back].T.contiguous(),
@@ -120,6 +122,12 @@ def gptq_codes(
         scales=state.scales.T.contiguous(),
         column_groups=groups[back],
     )
+
+
+def live_columns(importance: Tensor) -> Tensor:
+    """Which columns are not dead (I,), of what errors in them cost (I,). Where all are, nothing is known: none is."""
+    live = importance > 0
+    return live | ~live.any()
 
 
 def column_order(diagonal: Tensor, group_size: int, order: ColumnOrder) -> Tensor:
@@ -185,6 +193,12 @@ def _start(target: Tensor, feedback: Tensor, importance: Tensor, groups: Tensor,
     zeros, scales = (target.new_zeros(int(groups.max()) + 1, target.shape[1]) for _ in range(2))
     error, codes = torch.zeros_like(target), torch.zeros_like(target, dtype=torch.uint8)
     return _State(target, error, codes, zeros, scales, feedback, importance, groups.tolist(), bits, search)
+
+
+def _without_dead(weight: Tensor, importance: Tensor) -> Tensor:
+    """W^T (I, O) with 0 in dead columns, as in GPTQ's code; the same tensor where there is none."""
+    live = live_columns(importance)
+    return weight if bool(live.all()) else weight.masked_fill(~live.unsqueeze(1), 0)
 
 
 def _fit_runs(state: _State, weight: Tensor, importance: Tensor, group_size: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from casp_pl.errors import ConfigError
 from casp_pl.layers.uniform import UniformLinear
 from casp_pl.quantizers.base import Quantizer
-from casp_pl.quantizers.uniform_grids import nearest_codes, range_grid
+from casp_pl.quantizers.uniform_grids import check_scales, nearest_codes, range_grid
 
 __all__ = ["RTNQuantizer", "round_to_grid"]
 
@@ -47,6 +47,8 @@ class RTNQuantizer(Quantizer):
         """See `Quantizer.quantize`. Deterministic: the generator is not used. Takes too little time to share out."""
         self._check_inputs(weight, second_moment, bits)
         codes, zeros, scales = round_to_grid(weight.detach().to(torch.float32), bits, self.group_size)
+        groups = torch.arange(weight.shape[1], device=weight.device) // self.group_size
+        check_scales(weight.detach(), scales, groups)
         return UniformLinear.from_codes(codes, zeros, scales, bits=bits, group_size=self.group_size, bias=bias)
 
     def _structure(self, out_features: int, in_features: int, bits: int) -> dict[str, Any]:

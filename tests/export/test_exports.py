@@ -24,6 +24,7 @@ from casp_pl.errors import ConfigError, ResourceError
 from casp_pl.export import export_model
 from casp_pl.layers import AdditiveLinear, UniformLinear
 from casp_pl.models import adapt, load_model
+from casp_pl.quantizers import GPTQQuantizer
 
 IDS = torch.tensor([[1, 5, 9, 33, 2, 17, 40]])
 
@@ -194,6 +195,34 @@ def test_gptq_names_the_modules_that_differ(tmp_path: Path) -> None:
     found = {name for name in names if pattern.match(name)}
     assert found == {"model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"}
     assert all(entry == {"bits": 4, "group_size": 32} for entry in config["dynamic"].values())
+
+
+def test_group_sizes_by_name_are_exported_bit_by_bit(tmp_path: Path) -> None:
+    """Groups of 48 and of 40, which do not divide their rows, among those of 32; `verify` knows them too."""
+    quantizer = GPTQQuantizer(group_size=32, group_sizes={"down_proj": 40, "layers.0.self_attn.v_proj": 48})
+    model = make_llama()
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def quantized(linear, generator, number):
+        moment = torch.diag(torch.rand(linear.in_features, generator=generator))
+        own = quantizer.for_module(names[id(linear)])
+        return own.quantize(linear.weight.detach(), moment, bits=2, bias=linear.bias)
+
+    source, _ = compressed(tmp_path, quantized, model)
+    export_model(source, tmp_path / "out", "gptq_v2")
+    verify(tmp_path / "out")
+    tensors, (ours, _) = load_file(tmp_path / "out/model.safetensors"), load_compressed(source)
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert config["group_size"] == 32
+    found = {}
+    for name in (name for name, layer in ours.named_modules() if isinstance(layer, UniformLinear)):
+        own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        weight = ours.get_submodule(name).dequantize().detach()
+        torch.testing.assert_close(gptq_weight(own, 2, 2), weight, rtol=1e-6, atol=1e-7)
+        rules = [rule for key, rule in config["dynamic"].items() if re.match(key.removeprefix("+:"), name)]
+        assert len(own["scales"]) == -(-weight.shape[1] // (rules[0] if rules else config)["group_size"])
+        found |= {name.removeprefix("model.layers."): rule["group_size"] for rule in rules}
+    assert found == {"0.mlp.down_proj": 40, "1.mlp.down_proj": 40, "0.self_attn.v_proj": 48}
 
 
 def mixed_llava(folder):

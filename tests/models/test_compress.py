@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from casp_pl.allocation import ModulePlan
+from casp_pl.allocation import ModulePlan, module_bits
+from casp_pl.errors import NumericsError
 from casp_pl.layers import LowRankLinear, QuantizedLinear, UniformLinear
 from casp_pl.models import ModelAdapter
 from casp_pl.models.compress import BlockQuantization, collect_moments, round_to_nearest
 from casp_pl.models.streams import BlockBatch, first_block_batches, run_block, run_blocks, run_blocks_seeing
-from casp_pl.quantizers import AQLMQuantizer, RTNQuantizer
+from casp_pl.quantizers import AQLMQuantizer, GPTQQuantizer, RTNQuantizer
 
 BITS = {"q_proj": 3, "k_proj": 4, "v_proj": 2, "o_proj": 8, "gate_proj": 2, "up_proj": 3, "down_proj": 2}
 
@@ -181,6 +182,34 @@ def test_bits_of_every_module_are_those_of_the_plan(adapter: ModelAdapter, batch
         assert report.bits_codes == pytest.approx(plan.bits * codes / plan.weights)
         assert report.bits_total == pytest.approx(layer.storage_bits / plan.weights)
         assert report.bits_total > report.bits_codes
+
+
+def test_group_sizes_go_by_name(adapter: ModelAdapter, batches: list[dict[str, Any]]) -> None:
+    """A block, with a low-rank product in it, and the baseline; what costs were told is what they are."""
+    streams, original = first_block_batches(adapter, batches), adapter.blocks[1]
+    plans = _plans(adapter, 1, {"q_proj": 11}, o_proj=3)
+    quantizer = GPTQQuantizer(group_size=16, group_sizes={"mlp": 9, "layers.1.self_attn.q_proj": 5, "down_proj": 24})
+    sizes = {"gate_proj": 9, "up_proj": 9, "down_proj": 24, "q_proj": 5}
+    seen = _seen(adapter, original, streams)
+    block, reports = BlockQuantization().compress_block(adapter, original, plans, quantizer, seen, streams)
+    for plan, report, name in zip(plans, reports, adapter.linear_names, strict=True):
+        layer, size = block.get_submodule(name), sizes.get(name.rsplit(".", 1)[-1], 16)
+        parts = [layer] if plan.rank is None else [layer.input_factor, layer.output_factor]
+        assert {part.group_size for part in parts} == {size}
+        told = module_bits(quantizer.for_module(plan.name), plan.shape, bits=plan.bits, rank=plan.rank)
+        assert (layer.code_bits, layer.storage_bits) == (told.codes, told.total)
+        assert report.bits_total == told.total / plan.weights
+    for number, baseline in enumerate(round_to_nearest(adapter, quantizer, 2)):
+        query = baseline.get_submodule("self_attn.q_proj")
+        assert query.group_size == (5 if number == 1 else 16)
+        assert baseline.get_submodule("mlp.down_proj").group_size == 24
+
+
+def test_a_linear_that_cannot_be_quantized_is_named(adapter: ModelAdapter) -> None:
+    plan, linear = _plans(adapter, 0)[3], copy.deepcopy(adapter.blocks[0].self_attn.o_proj)
+    moment = torch.eye(linear.in_features)
+    with pytest.raises(NumericsError, match=rf"^{plan.name}: all \d+ groups of the weight .* outside float16"):
+        BlockQuantization().compress_linear(linear, 1e-10 * linear.weight, plan, RTNQuantizer(), moment)
 
 
 def test_inputs_that_are_always_0_are_counted(adapter: ModelAdapter, batches: list[dict[str, Any]]) -> None:

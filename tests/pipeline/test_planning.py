@@ -8,8 +8,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from casp_pl.allocation import CompressionPlan, ModulePlan
 from casp_pl.callbacks import BitAllocation, LowRankAllocation
 from casp_pl.data.evaluation_work import EvaluationWork
+from casp_pl.errors import ConfigError
 from casp_pl.models.adapter import ModelAdapter, adapt
 from casp_pl.models.load import load_model
 from casp_pl.pipeline.footprint import BlockShape, kept_activations, stage_memory
@@ -22,6 +24,7 @@ from casp_pl.pipeline.planning import (
     stage_reads,
     stage_seconds,
 )
+from casp_pl.pipeline.probe import _typical_block
 from casp_pl.pipeline.probe_quantizing import extrapolated
 from casp_pl.pipeline.reading import ReadCosts, reading_seconds
 from casp_pl.quantizers import GPTQQuantizer
@@ -161,19 +164,56 @@ def test_memory_holds_the_model_and_grows_with_batch_and_data(adapter: ModelAdap
 
 @pytest.mark.parametrize("bits", [2, 8])
 def test_compressed_linears_take_what_their_layers_take(bits: int, adapter: ModelAdapter) -> None:
-    quantizer, low_rank = GPTQQuantizer(), LowRankAllocation(keep_ratio=0.5)
+    quantizer = GPTQQuantizer(group_sizes={"down_proj": 10, "layers.0.self_attn": 7, "layers.1.self_attn.v_proj": 24})
+    low_rank = LowRankAllocation(keep_ratio=0.5)
     allocation = BitAllocation(budget=float(bits), factor_bits=bits)
     allocation.attach(quantizer, low_rank)
     plan = allocation.make_plan(adapter, low_rank.choose(adapter, None), None)
-    taken = 0
+    taken = stored = 0
     for module in plan.modules:
+        own = quantizer.for_module(module.name)
         weight = adapter.model.get_submodule(module.name).weight.detach()
         made = [(weight, weight.shape[1])]
         if module.rank is not None:
             made = [(weight[: module.rank], weight.shape[1]), (weight[:, : module.rank], module.rank)]
-        layers = [quantizer.quantize(part, torch.eye(width), bits=module.bits) for part, width in made]
+        layers = [own.quantize(part, torch.eye(width), bits=module.bits) for part, width in made]
+        stored += sum(layer.storage_bits for layer in layers)
+        expected = {"q_proj": (7, 64), "k_proj": (7, 64), "v_proj": (7, 24), "o_proj": (7, 64), "down_proj": (10, 10)}
+        size = expected.get(module.name.rsplit(".", 1)[-1], (64, 64))[".layers.1." in module.name]
+        assert {layer.group_size for layer in layers} == {size}
         taken += sum(tensor.nbytes for layer in layers for tensor in layer.state_dict().values())
     assert compressed_bytes(adapter, plan, quantizer) == taken
+    assert plan.bits_per_weight_total == stored / plan.weights
+
+
+def test_group_sizes_of_no_linear_are_refused(adapter: ModelAdapter) -> None:
+    allocation, low_rank = BitAllocation(budget=2.0), LowRankAllocation(keep_ratio=0.5)
+    allocation.attach(GPTQQuantizer(group_sizes={"down_prj": 32}), low_rank)
+    with pytest.raises(ConfigError, match="quantizer.group_sizes: no linear has 'down_prj' in its name; one is called"):
+        allocation.make_plan(adapter, low_rank.choose(adapter, None), None)
+
+
+def test_the_block_that_is_measured_has_the_group_sizes_of_most(adapter: ModelAdapter) -> None:
+    def module(block: int) -> ModulePlan:
+        name = f"model.layers.{block}.mlp.up_proj"
+        return ModulePlan(
+            name=name,
+            block=block,
+            shape=(8, 8),
+            quantizer="gptq",
+            bits=2,
+            rank=None,
+            factor_bits=None,
+            score=1.0,
+            why=".",
+        )
+
+    plan = CompressionPlan(
+        model="m", modules=tuple(map(module, range(4))), budget=2.0, counts="codes",
+        bits_per_weight_codes=2.0, bits_per_weight_total=2.0,
+    )  # fmt: skip
+    for sizes, number in (({}, 0), ({"layers.0": 8}, 1), ({"layers.0": 8, "layers.1": 8, "layers.3": 8}, 0)):
+        assert _typical_block(plan, GPTQQuantizer(group_sizes=sizes)) == plan.of_block(number)
 
 
 def test_rates_are_measured() -> None:

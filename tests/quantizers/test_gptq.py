@@ -12,6 +12,8 @@ from casp_pl.layers import UniformLinear, build_layer
 from casp_pl.linalg.losses import relative_proxy_loss
 from casp_pl.modules.parameters import trainable_parameters
 from casp_pl.quantizers import GPTQQuantizer, RTNQuantizer, quantize_low_rank
+from casp_pl.quantizers.gptq_codes import ordered_feedback
+from casp_pl.quantizers.low_rank import low_rank_spec, low_rank_storage_bits
 
 OPTIONS = [
     {"order": order, "static_groups": static, "scale_search": search}
@@ -154,6 +156,72 @@ def test_weights_of_dead_columns_do_not_cost_the_others(options: dict) -> None:
     assert first.isfinite().all()
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("rows", "columns", "group_size"), [(1, 6, 3), (7, 25, 8), (5, 65, 16), (4, 31, 5)])
+def test_dead_columns_become_zero(rows: int, columns: int, group_size: int, options: dict) -> None:
+    """A whole group of them, the short last one, and some among others; the rest as if those weights had been 0."""
+    weight, moment = _problem(rows, columns)
+    dead = torch.zeros(columns, dtype=torch.bool)
+    dead[:group_size], dead[-1], dead[columns // 2] = True, columns % group_size == 1, True
+    alive = ~dead
+    moment = moment * alive * alive[:, None]
+    quantizer = GPTQQuantizer(group_size=group_size, **options)
+    for bits in (2, 3):
+        layer = quantizer.quantize(weight + 7 * dead, moment, bits=bits)
+        assert (layer.dequantize()[:, dead] == 0).all()
+        without = quantizer.quantize(weight * alive, moment, bits=bits)
+        for name, tensor in without.state_dict().items():
+            assert torch.equal(layer.state_dict()[name], tensor)
+        assert layer.dequantize()[:, alive].count_nonzero() > 0
+
+
+@pytest.mark.parametrize("order", ["none", "activation", "group_aware"])
+def test_group_sizes_by_name(order: str) -> None:
+    """Each linear as a quantizer with that one group size makes it; the last part that fits counts."""
+    quantizer = GPTQQuantizer(order=order, group_size=16, group_sizes={"down_proj": 24, ".layers.0.": 5, "q_proj": 16})
+    sizes = {
+        "model.layers.1.mlp.down_proj": 24,
+        "model.layers.0.mlp.down_proj": 5,
+        "model.layers.10.mlp.up_proj": 16,
+        "model.layers.0.self_attn.q_proj": 16,
+        "model.layers.1.mlp.down_proj_extra": 16,
+    }
+    weight, moment = _problem(9, 43)
+    for name, size in sizes.items():
+        own, plain = quantizer.for_module(name), GPTQQuantizer(order=order, group_size=size)
+        assert own is quantizer.for_module(name)
+        assert own.for_module(name) is own
+        layer, expected = (each.quantize(weight, moment, bits=3) for each in (own, plain))
+        assert layer.spec() == expected.spec() == own.layer_spec(9, 43, bits=3)
+        for key, tensor in expected.state_dict().items():
+            assert torch.equal(layer.state_dict()[key], tensor)
+        assert layer.storage_bits == own.storage_bits(9, 43, bits=3)
+        product = quantize_low_rank(weight, moment, 8, own, bits=2)
+        assert product.spec() == low_rank_spec(9, 43, 8, own, bits=2)
+        assert product.storage_bits == low_rank_storage_bits(9, 43, 8, own, bits=2)
+    assert quantizer.for_module("model.layers.5.mlp.up_proj") is quantizer
+    quantizer.check_names(list(sizes))
+    with pytest.raises(
+        ConfigError, match=r"quantizer.group_sizes: no linear has 'layers.0' in its name; one is called"
+    ):
+        GPTQQuantizer(group_sizes={"layers.0": 8}).check_names(["model.layers.00.mlp.up_proj"])
+
+
+def test_linears_of_one_input_share_its_factorisation_whatever_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def counted(moment: Tensor, group_size: int, *settings: object) -> object:
+        made.append(group_size)
+        return ordered_feedback(moment, group_size, *settings)
+
+    monkeypatch.setattr("casp_pl.quantizers.gptq.ordered_feedback", counted)
+    weight, moment = _problem(6, 20)
+    quantizer = GPTQQuantizer(group_size=4, group_sizes={"v_proj": 8, "k_proj": 8, "o_proj": 4})
+    for name in ("q_proj", "o_proj", "k_proj", "v_proj"):
+        quantizer.for_module(name).quantize(weight, moment, bits=2)
+    assert made == [4, 8]
+
+
 def test_damping_is_raised_where_it_is_not_enough(caplog: pytest.LogCaptureFixture) -> None:
     weight, _ = _problem(6, 10)
     rank_one = torch.ones(10, 10)
@@ -217,6 +285,7 @@ def test_factors_of_low_rank_keep_their_bits() -> None:
     ("settings", "message"),
     [
         ({"group_size": 0}, "group_size must be at least 1, not 0"),
+        ({"group_sizes": {"down_proj": 8, "up_proj": 0}}, "group_sizes must be at least 1, not 0 for 'up_proj'"),
         ({"order": "random"}, "one of none, activation, group_aware, not random"),
         ({"damping": -0.1}, "damping"),
         ({"damping": float("nan")}, "damping"),

@@ -1,9 +1,13 @@
 """Grids of uniform codes against trying every point."""
 
+import logging
+
 import pytest
 import torch
 from torch import Tensor
 
+from casp_pl.errors import NumericsError
+from casp_pl.quantizers import GPTQQuantizer, Quantizer, RTNQuantizer
 from casp_pl.quantizers.uniform_grids import nearest_codes, range_grid, searched_grid
 
 
@@ -72,3 +76,35 @@ def test_groups_are_independent_and_scales_fit_float16(search: bool) -> None:
         alone = searched_grid(weight[g], importance[g], 3, search=search)
         assert torch.equal(zeros[g], alone[0])
         assert torch.equal(scales[g], alone[1])
+
+
+@pytest.mark.parametrize("quantizer", [RTNQuantizer(group_size=6), GPTQQuantizer(group_size=6)])
+@pytest.mark.parametrize(("factor", "words"), [(1e-9, "those of 2 small groups"), (1e8, "those of 2 large ones")])
+def test_scales_outside_float16_are_told(
+    quantizer: Quantizer, factor: float, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two of 5 rows, 13 columns in 3 groups; a group of zeros or dead columns needs no scale."""
+    weight = torch.randn(5, 13, generator=torch.Generator().manual_seed(0)) + 3
+    weight[[1, 3]] *= factor
+    weight[1, :6] = weight[3, 6:12] = 0
+    weight[:, 12] = 1
+    with caplog.at_level(logging.WARNING):
+        quantizer.quantize(weight, torch.diag(torch.arange(13.0, 0, -1)), bits=2)  # the order of columns stays
+    assert len(caplog.records) == 1
+    assert caplog.messages[0].startswith("2 of 15 groups of the weight (5, 13) need scales outside float16, 6.0e-08 to")
+    assert words in caplog.messages[0]
+    with pytest.raises(NumericsError, match=r"all \d+ groups of the weight \(5, 13\) need scales outside float16"):
+        quantizer.quantize(factor * torch.ones(5, 13), torch.eye(13), bits=2)
+
+
+def test_nothing_is_told_of_weights_that_fit(caplog: pytest.LogCaptureFixture) -> None:
+    weight = torch.randn(4, 20, generator=torch.Generator().manual_seed(0))
+    weight[:, :8] = 0
+    moment = torch.diag((torch.arange(20) != 11).float())
+    weight[:, 11] = 1e9
+    with caplog.at_level(logging.WARNING):
+        for factor in (1e-3, 1.0, 1e3):
+            layer = GPTQQuantizer(group_size=4, static_groups=True).quantize(factor * weight, moment, bits=4)
+            assert (layer.dequantize()[:, 11] == 0).all()
+        RTNQuantizer(group_size=4).quantize(torch.zeros(4, 20), moment, bits=2)
+    assert not caplog.records

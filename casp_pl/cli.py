@@ -152,7 +152,10 @@ def _recipe_parser(name: str, text: str) -> LightningArgumentParser:
     parser.add_argument("--block_tuning.window", type=PositiveInt, default=1, help="blocks that are tuned together")
     parser.add_class_arguments(EndToEndModule, "end_to_end", skip={"adapter", "teacher", "sharding"}, **kwargs_only)
     parser.add_argument(
-        "--end_to_end.checkpoint_every", type=NonNegativeInt, default=10, help="steps between checkpoints; 0 for none"
+        "--end_to_end.checkpoint_every",
+        type=NonNegativeInt,
+        default=10,
+        help="steps between checkpoints; 0 for none but a stop's",
     )
     parser.add_class_arguments(CodebookUpdate, "codebook_update", **kwargs_only)
     parser.add_class_arguments(pl.Trainer, "trainer", fail_untyped=False, **kwargs_only)

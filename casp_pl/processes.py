@@ -17,6 +17,7 @@ __all__ = [
     "RowShare",
     "is_first",
     "is_lost_connection",
+    "largest_of_all",
     "lost_process",
     "mean_of_all",
     "of_all",
@@ -64,6 +65,16 @@ def sum_of_all(tensor: Tensor) -> Tensor:
 def mean_of_all(tensor: Tensor) -> Tensor:
     """The mean over processes; alone, the tensor itself."""
     return tensor if process_count() == 1 else sum_of_all(tensor) / process_count()
+
+
+def largest_of_all(number: int, device: torch.device) -> int:
+    """The largest over processes of a small number; `device` is one that the backend takes tensors of."""
+    if process_count() == 1:
+        return number
+    largest = torch.tensor(number, device=device)
+    with _others_alive():
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def of_all(value: T) -> list[T]:

@@ -15,8 +15,11 @@ from torch.optim import Optimizer
 
 from casp_pl.callbacks.best_state import BestState
 from casp_pl.checkpoint import RunDirectory
+from casp_pl.errors import StopRun
 from casp_pl.layers import AdditiveLinear
 from casp_pl.modules.sharding import local, own_parts, plain_name, trained_parts
+from casp_pl.processes import largest_of_all, wait_for_all
+from casp_pl.stopping import LateStop
 
 __all__ = ["StageCheckpoint"]
 
@@ -27,6 +30,9 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 class StageCheckpoint(pl.Callback):
     """Saves trained parts, moments of Adam and the best state between two steps, and puts them back.
 
+    It does so every so many steps, and when a SIGTERM or SIGINT reaches any of the processes: the step under way is
+    finished, and all of them save and end before the next one.
+
     What else a step depends on follows from its number: the learning rate, and the batch (a loader that begins at
     `step`). The module is a `EndToEndModule` that is optimized by Adam under a `LambdaLR`.
 
@@ -34,7 +40,7 @@ class StageCheckpoint(pl.Callback):
         run: checkpoints are kept there as FOLDER/NNNNNN, NNNNNN the number of finished steps; the last one remains.
         best: keeps the best state; saved along.
         folder: of the stage.
-        every: steps between two checkpoints; 0 for none.
+        every: steps between two checkpoints; 0 for none but that of a stop.
         layout: how parameters are divided; a checkpoint of another layout is not read.
         divided: whether every process has tensors of its own.
 
@@ -53,6 +59,11 @@ class StageCheckpoint(pl.Callback):
         self.divided = divided
         self._found = self._find()
         self.step = int(self._found.rsplit("/", 1)[1]) if self._found else 0
+        self._stop = LateStop()
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """Before Lightning sets handlers of its own."""
+        self._stop.remember()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Put back what was saved; the trainer counts on from `step`."""
@@ -68,16 +79,43 @@ class StageCheckpoint(pl.Callback):
             layer.weight_gradient = None if gradient is None else gradient.to(layer.codes.device)
         _count_on(trainer, self.step, self.best.rate)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """From here on a stop waits for the end of a step."""
+        self._stop.begin()
+
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: object, batch_idx: int) -> None:
-        """Before a step, when validation and code updates of the one before are done: save."""
-        step = trainer.global_step
-        if self.every > 0 and step > self.step and step % self.every == 0:
-            self._save(trainer, pl_module, step)
+        """Before a step, when validation and code updates of the one before are done: save, and stop where asked to.
+
+        Raises:
+            StopRun: in every process, where one of them was sent a signal.
+        """
+        self._between_steps(trainer, pl_module, due=self.every > 0 and trainer.global_step % self.every == 0)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """A stop in the last step.
+
+        Raises:
+            StopRun: as before a step.
+        """
+        self._stop.end()
+        self._between_steps(trainer, pl_module, due=False)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Signals do again what they did before."""
+        self._stop.end()
 
     def discard(self) -> None:
         """Delete all checkpoints; the stage is finished."""
         if self.run.names(self.folder):
             self.run.discard(self.folder)
+
+    def _between_steps(self, trainer: pl.Trainer, module: Any, *, due: bool) -> None:
+        number = largest_of_all(self._stop.number, trainer.strategy.root_device)
+        if (due or number) and trainer.global_step > self.step:
+            self._save(trainer, module, trainer.global_step)
+        if number:
+            wait_for_all()  # who hears that another has stopped is interrupted, and might not have finished its file
+            raise StopRun(number)
 
     def _find(self) -> str | None:
         names = sorted({name.rsplit("/", 1)[0] for name in self.run.names(self.folder)})

@@ -134,7 +134,9 @@ class EndToEndStage:
     def _train(self, trainer: pl.Trainer, module: EndToEndModule, held_back: Batches) -> None:
         if self.checkpoint.step == 0:  # the state before training competes for the best
             trainer.validate(module, dataloaders=as_loader(held_back), verbose=False)
-        batches: Any = _Steps(self.settings.data.train_dataloader(), self.checkpoint.step, self.steps)
+        # Lightning warns of a loader without a batch; after the last step it takes none
+        first = min(self.checkpoint.step, self.steps - 1)
+        batches: Any = _Steps(self.settings.data.train_dataloader(), first, self.steps)
         trainer.fit(module, train_dataloaders=batches, val_dataloaders=as_loader(held_back))
 
     def _train_whole(

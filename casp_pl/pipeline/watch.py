@@ -24,6 +24,7 @@ import torch.distributed as dist
 from casp_pl.errors import CaspError, StopRun
 from casp_pl.pipeline.failures import Failure, failure_of
 from casp_pl.processes import of_all, process_count, rank_and_count, said_by_first, wait_for_all
+from casp_pl.stopping import at_once
 
 __all__ = ["ToldByFirstError", "watched"]
 
@@ -103,6 +104,8 @@ class _Watch:
         except dist.DistError:  # the store is gone, and who else could tell
             return error
         heard = self._heard_by(self.outlives if self.rank == 0 else [0])
+        with suppress(dist.DistError):
+            self._note_heard()  # where all fail at once, as after a signal, the first waits for no `_look` in vain
         speaks = teller == self.rank and (self.rank == 0 or not heard)
         return error if speaks else self._other_failed(told)
 
@@ -138,9 +141,10 @@ class _Watch:
         return Failure(message, code)
 
     def _end(self, failure: Failure) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        if self._done.wait(_GRACE):
-            return
+        with at_once():
+            os.kill(os.getpid(), signal.SIGTERM)
+            if self._done.wait(_GRACE):
+                return
         if self.rank == 0 or failure is _FIRST_IS_GONE:
             os.write(sys.stderr.fileno(), f"{failure.message}\n".encode())
         os._exit(failure.exit_code)

@@ -18,11 +18,11 @@ from casp_pl.cli import main
 Start = Callable[..., list[subprocess.Popen[bytes]]]
 Finish = Callable[..., None]
 
-STEPS, STOPPED_AT = 9, 5  # an epoch is seven batches
+STEPS, STOPPED_AT, SIGNALLED_AT = 9, 5, 4  # an epoch is seven batches
 TIMEOUT = 300
 
 DRIVER = """
-import sys
+import os, signal, sys
 from casp_pl.cli import main
 from casp_pl.modules import EndToEndModule
 
@@ -33,11 +33,18 @@ def stopping(self, batch, batch_idx):
         raise OSError("the plug was pulled")
     return step(self, batch, batch_idx)
 
-for strategy, folder, interrupted in {runs}:
+def signalled(self, batch, batch_idx):
+    if self.global_step == {signalled_at} and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(self, batch, batch_idx)
+
+for strategy, folder, how in {runs}:
     arguments = [*{arguments}, "--trainer.devices", "2", "--trainer.strategy", strategy, "--run_dir", folder]
-    if interrupted:
-        EndToEndModule.training_step = stopping
-        assert main(arguments) == 1
+    if how != "whole":
+        EndToEndModule.training_step = stopping if how == "stopped" else signalled
+        assert main(arguments) == (1 if how == "stopped" else 143), (strategy, folder)
+        if how == "signalled":
+            assert os.listdir(folder + "/end_to_end/steps") == [f"{{{signalled_at} + 1:06d}}"]
         EndToEndModule.training_step = step
     assert main(arguments) == 0, (strategy, folder)
 """
@@ -76,14 +83,14 @@ def alone(recipe: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def divided(recipe: list[str], alone: Path, start_together: Start, finish_together: Finish) -> Path:
-    """Folder of the runs STRATEGY and STRATEGY-stopped, the latter stopped in the middle of an epoch."""
+    """Folder of the runs STRATEGY-whole, and -stopped and -signalled: these two end in mid-epoch and go on."""
     runs = []
     for strategy in ("ddp", "fsdp", "fsdp2"):
-        for stopped in (False, True):
-            folder = before_the_stage(alone, alone.parent / f"{strategy}{'-stopped' * stopped}")
-            runs.append((strategy, str(folder), stopped))
-    script = DRIVER.format(stopped_at=STOPPED_AT, runs=runs, arguments=arguments(recipe))
-    finish_together(start_together(["-c", script]))
+        for how in ("whole", "stopped", "signalled"):
+            folder = before_the_stage(alone, alone.parent / f"{strategy}-{how}")
+            runs.append((strategy, str(folder), how))
+    script = DRIVER.format(stopped_at=STOPPED_AT, signalled_at=SIGNALLED_AT, runs=runs, arguments=arguments(recipe))
+    finish_together(start_together(["-c", script]), timeout=2 * TIMEOUT)
     return alone.parent
 
 
@@ -110,26 +117,28 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp2"])
 def test_divided_training_is_that_of_one_process(strategy: str, alone: Path, divided: Path) -> None:
-    mine, theirs = losses(alone), losses(divided / strategy)
+    mine, theirs = losses(alone), losses(divided / f"{strategy}-whole")
     assert {len(values) for values in mine.values()} == {STEPS, 5}, "every step, every validation"
     for tag, values in mine.items():
         assert theirs[tag] == pytest.approx(values, rel=1e-5), tag
     assert max(mine["end_to_end/train_kl"]) > 1.001 * min(mine["end_to_end/train_kl"]), "the steps change something"
-    one, other = tensors(alone), tensors(divided / strategy)
+    one, other = tensors(alone), tensors(divided / f"{strategy}-whole")
     assert one.keys() == other.keys()
     for name, tensor in one.items():  # sums in another order: a number between two of float16 may go to the other one
         torch.testing.assert_close(other[name].float(), tensor.float(), rtol=2**-10, atol=1e-6, msg=name)
     unequal = sum(int((other[name] != tensor).sum()) for name, tensor in one.items() if tensor.dtype == torch.float16)
     assert unequal <= 1e-3 * sum(tensor.numel() for tensor in one.values() if tensor.dtype == torch.float16)
-    torch.testing.assert_close(logits(divided / strategy), logits(alone), rtol=0, atol=5e-3)
+    torch.testing.assert_close(logits(divided / f"{strategy}-whole"), logits(alone), rtol=0, atol=5e-3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp2"])
-def test_a_stop_in_mid_epoch_changes_nothing(strategy: str, divided: Path) -> None:
-    whole, stopped = tensors(divided / strategy), tensors(divided / f"{strategy}-stopped")
+@pytest.mark.parametrize("how", ["stopped", "signalled"])
+def test_a_stop_in_mid_epoch_changes_nothing(strategy: str, how: str, divided: Path) -> None:
+    """A signal to one process of the two ends both behind the same step."""
+    whole, stopped = tensors(divided / f"{strategy}-whole"), tensors(divided / f"{strategy}-{how}")
     assert [name for name in whole if not torch.equal(whole[name], stopped[name])] == []
-    assert not (divided / f"{strategy}-stopped/end_to_end/steps").exists(), "checkpoints go when the stage is done"
+    assert not (divided / f"{strategy}-{how}/end_to_end/steps").exists(), "checkpoints go when the stage is done"
 
 
 @pytest.mark.slow
@@ -150,7 +159,7 @@ def test_a_killed_process_stops_the_other_and_the_stage_goes_on(
     for process in (first, second):
         process.communicate(timeout=60)  # closes what they wrote to
     finish_together(start_together(command))
-    whole, resumed = tensors(divided / "fsdp2"), tensors(folder)
+    whole, resumed = tensors(divided / "fsdp2-whole"), tensors(folder)
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
 
 

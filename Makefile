@@ -16,8 +16,8 @@ BROWSER := pyside6-essentials pyside6-addons pyside6-webengine shiboken6
 CONFIG ?= configs/llava_aqlm.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help fit test test-fast test-harnesses test-browser test-peers bench peers harnesses browser lint types format docs \
-	hooks clean
+.PHONY: help fit test test-fast test-harnesses test-browser test-peers bench peers llama-cpp harnesses browser lint types format \
+	docs hooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z._-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,10 @@ peers: .venv  ## install the other tools of benchmarks/peers.py into .venv-peers
 	@.venv-peers/bin/python -m pip install --quiet --quiet --disable-pip-version-check --upgrade --constraint constraints.txt setuptools
 	@DISABLE_CUDA=1 .venv-peers/bin/python -m pip install --quiet --quiet --disable-pip-version-check --no-deps \
 	    --no-build-isolation $(PEERS)
+
+llama-cpp: peers  ## build llama.cpp for benchmarks/llama_cpp.py into .venv-peers (ten minutes; needs a C++ compiler)
+	@.venv-peers/bin/python -m pip install --quiet --quiet --disable-pip-version-check --no-deps diskcache \
+	    llama-cpp-python==0.3.36
 
 browser: .venv  ## install Qt's Chromium into .venv (260 MB, 670 MB on disk; needs the system's libnss3 and libegl1)
 	@$(INSTALL) --no-deps $(BROWSER)

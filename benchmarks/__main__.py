@@ -4,7 +4,7 @@ usage: python -m benchmarks [--out runs/bench] [--full] [--only kernels training
 
 Without `--full` every part is cut down to what shows the same in about half an hour on two cores. With it, it is what
 the README quotes and takes hours, most of them in the baselines, and the whole model is quantized as well, by ours and,
-in a `.venv-peers` of their own (`make peers`; without it they are left out), by other tools.
+in a `.venv-peers` of their own (`make peers`, `make llama-cpp`; what is not there is left out), by other tools.
 """
 
 import argparse
@@ -30,12 +30,15 @@ PARTS: dict[str, tuple[list[str] | None, list[str]]] = {
     "peers gptqmodel": (None, []),
     "peers auto-round": (None, []),
     "peers hqq": (None, []),
+    "llama_cpp": (None, []),
     "growth": (["--largest", "2048"], ["--largest", "8192"]),
     "gaussian": ([], []),
     "data_sources": (["--rows", "40"], []),
 }
 """Module, perhaps with a first argument -> options of the short run, None where it is left out, and of the full one."""
 PEERS_PYTHON = Path(".venv-peers/bin/python").absolute()
+OF_PEERS = {"peers": "gptqmodel", "llama_cpp": "llama_cpp"}
+"""Modules that run in the environment of other tools -> a package that they need there."""
 
 
 def processor() -> str:
@@ -45,12 +48,21 @@ def processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
+def lacks_peer(name: str) -> bool:
+    """Whether a part needs a tool that is not installed."""
+    package = OF_PEERS.get(name.split()[0])
+    if package is None:
+        return False
+    search = f"import importlib.util as u, sys; sys.exit(u.find_spec('{package}') is None)"
+    return not PEERS_PYTHON.exists() or subprocess.run([PEERS_PYTHON, "-c", search], check=False).returncode != 0
+
+
 def command_of(name: str, options: list[str], out: Path) -> list[str]:
     """The command of a part; those of other tools run in the environment of these."""
     module, *first = name.split()
     first = [] if first == ["random"] else first
     picture = ["--picture", str(out / "growth.png")] if name == "growth" else []
-    python = str(PEERS_PYTHON) if module == "peers" else sys.executable
+    python = str(PEERS_PYTHON) if module in OF_PEERS else sys.executable
     return [python, "-m", f"benchmarks.{module}", *first, *options, *picture]
 
 
@@ -72,7 +84,7 @@ def main() -> int:
     for name in options.only:
         short, full = PARTS[name]
         wanted = full if options.full else short
-        if wanted is None or (name.startswith("peers") and not PEERS_PYTHON.exists()):
+        if wanted is None or lacks_peer(name):
             print(f"{name}: left out\n", flush=True)
             continue
         command = command_of(name, wanted, options.out)

@@ -6,7 +6,8 @@ usage: python -m benchmarks.peers gptqmodel
 
 `make peers` installs them in `.venv-peers`: run them with its Python, and with its `bin` first in PATH. A line counts 2
 bits of codes, a float16 scale and a zero point of 2 bits (hqq: of 16) a group; embeddings stay as they are.
-llama.cpp's formats need a converted model and a build of their own: they are not compared.
+llama.cpp's types of 2 bits need rows of whole 256 weights, and SmolLM2's have 576: only its speed is compared, by
+`benchmarks/llama_cpp.py`.
 """
 
 import argparse

@@ -111,7 +111,10 @@ def start():
         port = free.getsockname()[1]
     profile = tempfile.mkdtemp(prefix="casp-browser-")
     command = browser_command(port, profile)
-    return None if command is None else Browser(command, port, profile)
+    if command is None:
+        shutil.rmtree(profile)
+        return None
+    return Browser(command, port, profile)
 
 
 def _address(port):

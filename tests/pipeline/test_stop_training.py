@@ -76,7 +76,6 @@ def test_sigterm_in_a_step_is_obeyed_after_it(
     script = [sys.executable, "-c", SIGNALLED, *command(recipe, run)]
     done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 143, done.stderr
-    print(done.stderr)
     assert done.stderr.count(NOTICE) == 1
     assert GOES_ON in done.stderr.splitlines()[-1]
     assert saved(run) == ["000002"], "the step under way counts, and there are no other checkpoints"

@@ -111,10 +111,11 @@ def gptq_codes(
     """
     columns, groups, feedback, importance = ordered
     back = columns.argsort()
-    wanted = _without_dead(weight.T, importance[back])
+    by_column = importance[back]
+    wanted = _without_dead(weight.T, by_column)
     state = _start(wanted[columns].contiguous(), feedback, importance, groups, bits, scale_search)
     if static_groups:
-        _fit_runs(state, wanted, importance[back], group_size)
+        _fit_runs(state, wanted, by_column, group_size)
     _round_all(state, _SPAN if static_groups else group_size, fit=not static_groups)
     return UniformCodes(
         codes=state.codes[back].T.contiguous(),

@@ -137,11 +137,8 @@ def test_in_float32_losses_and_parameters_are_those_of_one_process(
 def test_in_bfloat16_losses_are_those_of_one_process_but_for_rounding(
     wrapping: str, recompute: bool, results: Results
 ) -> None:
-    one, exact, divided = (
-        results[None, recompute, True],
-        results[None, recompute, False],
-        results[wrapping, recompute, True],
-    )
+    one, exact = results[None, recompute, True], results[None, recompute, False]
+    divided = results[wrapping, recompute, True]
     assert_trained(divided)
     assert (divided["recomputed"] > 0) == recompute
     assert divided["losses"] != pytest.approx(exact["losses"], rel=1e-5), "products are rounded"

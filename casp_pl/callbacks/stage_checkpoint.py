@@ -104,11 +104,6 @@ class StageCheckpoint(pl.Callback):
         """Signals do again what they did before."""
         self._stop.end()
 
-    def discard(self) -> None:
-        """Delete all checkpoints; the stage is finished."""
-        if self.run.names(self.folder):
-            self.run.discard(self.folder)
-
     def _between_steps(self, trainer: pl.Trainer, module: Any, *, due: bool) -> None:
         number = largest_of_all(self._stop.number, trainer.strategy.root_device)
         if (due or number) and trainer.global_step > self.step:

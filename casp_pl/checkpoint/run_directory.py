@@ -146,12 +146,13 @@ class RunDirectory:
         self._manifest.save(self.root)
 
     def discard(self, name: str) -> None:
-        """Delete an artifact that nobody needs any more; one that is not there is no error."""
+        """Delete an artifact that nobody needs any more, and what a killed process left of it; none is no error."""
         self._write(lambda: self._discard(name))
 
     def _discard(self, name: str) -> None:
-        self._forget(name)
         full = self.root / PurePosixPath(name)
+        if self._entries(name):
+            self._forget(name)
         if full.is_dir():
             shutil.rmtree(full)
         else:

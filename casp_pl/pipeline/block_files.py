@@ -17,7 +17,18 @@ from casp_pl.models.sharing import Layer
 from casp_pl.models.stored_blocks import LentBlock
 from casp_pl.models.surgery import block_from_tensors, layer_specs
 
-__all__ = ["BlockFiles", "LinearFiles", "block_name", "finished_blocks", "load_block", "runnable", "save_block"]
+__all__ = [
+    "LINEARS",
+    "BlockFiles",
+    "LinearFiles",
+    "block_name",
+    "finished_blocks",
+    "load_block",
+    "runnable",
+    "save_block",
+]
+
+LINEARS = "linears"  # the folder of the finished linears of a block that is not finished
 
 
 def block_name(folder: str, number: int) -> str:
@@ -94,7 +105,7 @@ class LinearFiles:
 
     def __init__(self, run: RunDirectory, number: int, device: torch.device) -> None:
         self.run = run
-        self.folder = f"linears/{number:03d}"
+        self.folder = f"{LINEARS}/{number:03d}"
         self.device = device
 
     def find(self, name: str) -> tuple[Layer, LinearReport] | None:

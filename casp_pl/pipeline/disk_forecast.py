@@ -84,13 +84,11 @@ def _baseline_bytes(settings: RunSettings, prepared: Prepared) -> int:
 
 
 def _checkpoint_bytes(settings: RunSettings, outline: CompressedOutline) -> int:
-    """Of the last checkpoint and the one before it, which goes when it is there; see `StageCheckpoint`."""
+    """Of the one that a stop leaves, beside the last of those made on the way; see `StageCheckpoint`."""
     every, steps = settings.end_to_end.get("checkpoint_every", 0), settings.end_to_end.get("steps", 0)
-    if not 0 < every < steps:
-        return 0
     trained = _SINGLE * sum(int(outline.model.get_parameter(name).numel()) for name in outline.trained)
     codes: int = 0
     if settings.end_to_end.get("update_codes"):
         codes = sum(buffer.nbytes for buffer in outline.blocks.buffers())
     each = int(4 * trained + 2 * codes)  # what is trained now and at its best, and two moments of Adam
-    return each * (2 if steps > 2 * every else 1)
+    return each * (2 if 0 < every < steps else 1)

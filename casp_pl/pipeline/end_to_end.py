@@ -31,10 +31,10 @@ from casp_pl.pipeline.strategies import sharded_strategy, wrapping_of
 from casp_pl.pipeline.trainers import TrainerFactory, as_loader
 from casp_pl.processes import process_count
 
-__all__ = ["FOLDER", "EndToEndStage"]
+__all__ = ["CHECKPOINTS", "FOLDER", "EndToEndStage"]
 
 FOLDER = "end_to_end"
-_CHECKPOINTS = f"{FOLDER}/steps"
+CHECKPOINTS = f"{FOLDER}/steps"
 
 
 class EndToEndStage:
@@ -74,7 +74,7 @@ class EndToEndStage:
         self.checkpoint = StageCheckpoint(
             run,
             best,
-            folder=_CHECKPOINTS,
+            folder=CHECKPOINTS,
             every=self.arguments.pop("checkpoint_every"),
             layout=f"{self.wrapping} {process_count()}" if self.wrapping else "whole",
             divided=self.wrapping is not None,
@@ -102,7 +102,6 @@ class EndToEndStage:
         for number, block in enumerate(trained):
             round_to_storage(block)
             save_block(self.run, block_name(FOLDER, number), block.eval().requires_grad_(False))
-        self.checkpoint.discard()
 
     def _trainer(self) -> pl.Trainer:
         overrides: dict[str, Any] = {"precision": self.trainers.working_precision}

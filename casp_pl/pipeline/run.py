@@ -29,10 +29,10 @@ from casp_pl.models.compress import LinearReport, round_to_nearest
 from casp_pl.models.memory import streaming_memory
 from casp_pl.modules import CalibrationModule
 from casp_pl.modules.sensitivity import linear_sensitivities
-from casp_pl.pipeline.block_files import BlockFiles, block_name, finished_blocks, save_block
+from casp_pl.pipeline.block_files import LINEARS, BlockFiles, block_name, finished_blocks, save_block
 from casp_pl.pipeline.blocks import Batches, quantize_blocks, tune_blocks
 from casp_pl.pipeline.broken_samples import BrokenSamples
-from casp_pl.pipeline.end_to_end import FOLDER, EndToEndStage
+from casp_pl.pipeline.end_to_end import CHECKPOINTS, FOLDER, EndToEndStage
 from casp_pl.pipeline.measure import Measurement
 from casp_pl.pipeline.memory import release_memory
 from casp_pl.pipeline.prepare import RunBatches, load_batches, on_device
@@ -182,13 +182,12 @@ class CompressionRun:
         return StageRow(**(stored | intervals))
 
     def _baseline(self, quantizer: Any) -> None:
-        if self.run.has("stages/rtn.json"):
-            return
-        start = time.monotonic()
-        for number, block in enumerate(round_to_nearest(self.adapter, quantizer, self.settings.baseline_bits)):
-            save_block(self.run, block_name("rtn", number), block)
-        self._measure("rtn", BlockFiles(self.run, "rtn", self.adapter), start)
-        self.run.discard("rtn")
+        if not self.run.has("stages/rtn.json"):
+            start = time.monotonic()
+            for number, block in enumerate(round_to_nearest(self.adapter, quantizer, self.settings.baseline_bits)):
+                save_block(self.run, block_name("rtn", number), block)
+            self._measure("rtn", BlockFiles(self.run, "rtn", self.adapter), start)
+        self.run.discard("rtn")  # here and below also if it is all done: a run may have been killed while it deleted
 
     def _quantize(self, plan: CompressionPlan, calibration: Batches) -> BlockFiles:
         start = time.monotonic()
@@ -210,6 +209,7 @@ class CompressionRun:
                 keep=self.keep,
                 linear_done=lambda report: self.progress.advance(note=report.name.rsplit(".", 1)[-1]),
             )
+        self.run.discard(LINEARS)
         blocks = BlockFiles(self.run, "blocks", self.adapter)
         self._measure("quantized", blocks, start)
         return blocks
@@ -251,6 +251,7 @@ class CompressionRun:
         start = time.monotonic()
         if finished_blocks(self.run, FOLDER, self.adapter) is None:
             self._train_end_to_end(blocks, held_back)
+        self.run.discard(CHECKPOINTS)
         finished = BlockFiles(self.run, FOLDER, self.adapter)
         self._measure("end_to_end", finished, start)
         return finished

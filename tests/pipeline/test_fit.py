@@ -186,6 +186,45 @@ def test_sigkill_between_a_block_and_its_entry_leads_to_the_same_model(
     assert tensor_digests(run) == tensor_digests(finished_run)
 
 
+_DIES_IN_A_DELETION = """
+import os, shutil, signal, sys
+from pathlib import Path
+from casp_pl.cli import main
+
+remove = shutil.rmtree
+
+def remove_one_and_die(folder, *positional, **keywords):
+    if Path(folder).match(sys.argv[1]):
+        next(path for path in sorted(Path(folder).rglob("*")) if path.is_file()).unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    remove(folder, *positional, **keywords)
+
+shutil.rmtree = remove_one_and_die
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+def test_sigkill_while_something_is_deleted_leaves_nothing_for_ever(
+    finished_run: Path, recipe: list[str], tensor_digests: Callable[[Path], dict[str, str]], tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    for made_again in ("stages/rtn.json", "blocks/001.safetensors", "end_to_end/001.safetensors"):
+        (run / made_again).unlink()
+    command = ["fit", *recipe, "--end_to_end.checkpoint_every", "2", "--run_dir", str(run)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    folders = ("rtn", "linears/001", "end_to_end/steps")
+    for folder in folders:
+        dying = [sys.executable, "-c", _DIES_IN_A_DELETION, folder, *command]
+        died = subprocess.run(dying, env=environment, timeout=300)
+        assert died.returncode == -signal.SIGKILL
+        assert (run / folder).exists()
+    assert main(command) == 0
+    assert [folder for folder in folders if (run / folder).exists()] == []
+    assert main(["verify", str(run)]) == 0
+    assert tensor_digests(run) == tensor_digests(finished_run)
+
+
 @pytest.mark.slow
 def test_a_run_that_is_stopped_again_and_again_ends_bit_identical(
     recipe: list[str], finished_run: Path, tensor_digests: Callable[[Path], dict[str, str]], tmp_path: Path

@@ -6,6 +6,7 @@ import weakref
 from contextlib import nullcontext
 from types import MethodType, SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -58,8 +59,8 @@ def test_the_end_to_end_stage_is_gone_when_it_is_evaluated(monkeypatch: pytest.M
         gc.collect()
         left.extend(stage() for stage in stages)
 
-    names = ("run", "adapter", "settings", "trainers", "progress", "broken", "keep")
-    fake: Any = SimpleNamespace(**dict.fromkeys(names), _working=lambda *_: nullcontext(), _measure=measure)
+    names = ("adapter", "settings", "trainers", "progress", "broken", "keep")
+    fake: Any = SimpleNamespace(**dict.fromkeys(names), run=Mock(), _working=lambda *_: nullcontext(), _measure=measure)
     fake._train_end_to_end = MethodType(run.CompressionRun._train_end_to_end, fake)
     run.CompressionRun._end_to_end(fake, [], [])  # type: ignore[arg-type]
     assert left == [None]

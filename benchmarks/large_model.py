@@ -118,7 +118,7 @@ def view(checkpoint: Path, folder: Path, blocks: int) -> None:
 
 def fit(model: Path, folder: Path, quantizer: str) -> dict[str, Any]:
     """The report of a run in a process of its own."""
-    if not (folder / "report.json").exists():
+    if not (folder / "model").exists():  # a report is written while stages run, too
         recipe = ["--config", str(CONFIGS / f"llava_{quantizer}.yaml"), "--run_dir", str(folder)]
         source = ["--model.source", str(model), "--model.streaming", "true"]
         data = {"samples": SAMPLES, "fine_tuning_samples": SAMPLES, "holdout": 0, "text_ratio": 0}

@@ -8,7 +8,7 @@ from torch import Tensor
 from casp_pl.errors import NumericsError
 from casp_pl.linalg.finite import require_finite
 
-__all__ = ["safe_cholesky"]
+__all__ = ["safe_cholesky", "solve_factored"]
 
 _logger = logging.getLogger(__name__)
 
@@ -34,13 +34,16 @@ def safe_cholesky(matrix: Tensor, damping: float = 0.0) -> tuple[Tensor, float]:
         NumericsError: NaN or infinity in the matrix, or no jitter helps.
     """
     require_finite(matrix, "second moment")
-    wide = matrix.detach().to(torch.float64, copy=True)  # made damped in place: 1 GB at I = 11008
-    diagonal = wide.diagonal().clone()
+    diagonal = matrix.detach().diagonal().to(torch.float64)
     unit = float(diagonal.abs().mean()) or 1.0
+    # by columns, as LAPACK wants it: then the factor takes the matrix's place, 1 GB at I = 11008
+    factor = torch.empty(matrix.shape, dtype=torch.float64, device=matrix.device).mT
+    failed = torch.empty((), dtype=torch.int32, device=matrix.device)
     relative = damping
     while relative <= max(_LAST_JITTER, damping):
-        wide.diagonal().copy_(diagonal + relative * unit)
-        factor, failed = torch.linalg.cholesky_ex(wide)
+        factor.copy_(matrix.detach())
+        factor.diagonal().copy_(diagonal + relative * unit)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))
         if not failed.item():
             if relative > damping:
                 shape = tuple(matrix.shape)
@@ -48,3 +51,10 @@ def safe_cholesky(matrix: Tensor, damping: float = 0.0) -> tuple[Tensor, float]:
             return factor, relative * unit
         relative = max(10 * relative, _FIRST_JITTER)
     raise NumericsError(f"a second moment {tuple(matrix.shape)} is far from positive definite: it is not one")
+
+
+def solve_factored(right: Tensor, factor: Tensor) -> Tensor:
+    """(L L^T)^-1 R of a right side R (I, N) and a lower factor L (I, I); `torch.cholesky_solve` would copy L."""
+    half = torch.linalg.solve_triangular(factor, right, upper=False)
+    solved: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    return solved

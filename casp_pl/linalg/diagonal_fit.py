@@ -7,7 +7,7 @@ Letters: O out, I in.
 import torch
 from torch import Tensor
 
-from casp_pl.linalg.cholesky import safe_cholesky
+from casp_pl.linalg.cholesky import safe_cholesky, solve_factored
 
 __all__ = ["best_column_factors", "best_row_factors"]
 
@@ -32,10 +32,10 @@ def best_row_factors(weight: Tensor, approx: Tensor, moment: Tensor) -> Tensor:
 
 def best_column_factors(weight: Tensor, approx: Tensor, moment: Tensor) -> Tensor:
     """The solution t (I,) of ((V^T V) * H) t = diag(V^T W H), in float64. Arguments as above."""
-    left = (approx.T @ approx).mul_(moment).to(torch.float64)
+    left = (approx.T @ approx).mul_(moment)
     right = (approx * (weight @ moment)).sum(dim=0, dtype=torch.float64)
     if not left.diagonal().any():
         return torch.ones_like(right)
-    ridge = _RIDGE * left.diagonal().mean()
+    ridge = _RIDGE * left.diagonal().mean(dtype=torch.float64)
     factor, _ = safe_cholesky(left, _RIDGE)
-    return torch.cholesky_solve((right + ridge)[:, None], factor)[:, 0]
+    return solve_factored((right + ridge)[:, None], factor)[:, 0]

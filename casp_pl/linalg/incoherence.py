@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from casp_pl.linalg.moments import symmetrize_
 from casp_pl.linalg.orthogonal import transform_columns, transform_rows
 
 __all__ = ["incoherent_moment", "incoherent_weight", "random_signs"]
 
-_STRIP = 1024  # rows or columns that are transformed at once
+_STRIP = 512  # rows or columns that are transformed at once
 
 
 def random_signs(size: int, generator: torch.Generator, *, device: torch.device) -> Tensor:
@@ -31,14 +32,13 @@ def incoherent_weight(weight: Tensor, su: Tensor, sv: Tensor, width: int) -> Ten
 
 
 def incoherent_moment(second_moment: Tensor, su: Tensor, width: int) -> Tensor:
-    """H~ (P, P) of a second moment (I, I), signs su (I,) and width P; symmetric to the last bit."""
-    surplus = width - len(second_moment)
-    mixed = F.pad(second_moment, (0, surplus, 0, surplus))
-    signs = F.pad(su, (0, surplus))
-    del second_moment  # and in strips: whole, a transform would take three more of its size
-    mixed.mul_(signs).mul_(signs[:, None])
+    """H~ (P, P), float64, of a second moment (I, I), signs su (I,) and width P; symmetric to the last bit."""
+    mixed = second_moment.new_zeros(width, width, dtype=torch.float64)
+    known = mixed[: len(su), : len(su)]
+    known.copy_(second_moment).mul_(su).mul_(su[:, None])
+    # in strips: whole, a transform would take three more of its size
     for rows in torch.split(mixed, _STRIP):
         rows.copy_(transform_rows(rows))
     for columns in torch.split(mixed, _STRIP, dim=1):
         columns.copy_(transform_columns(columns))
-    return (mixed + mixed.T).div_(2)
+    return symmetrize_(mixed)

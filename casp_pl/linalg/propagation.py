@@ -7,12 +7,12 @@ the least squares sense, is W C H^-1 with C = sum x x_q^T and H = sum x_q x_q^T.
 import torch
 from torch import Tensor
 
-from casp_pl.linalg.cholesky import safe_cholesky
+from casp_pl.linalg.cholesky import safe_cholesky, solve_factored
 from casp_pl.linalg.finite import require_finite
 
 __all__ = ["PropagationTarget"]
 
-_ROWS = 2048  # of a weight at a time: four float64 copies of a large one would be a gigabyte and more
+_ROWS = 512  # of a weight at a time, and of C: float64 copies of large ones would be a gigabyte each
 
 
 class PropagationTarget:
@@ -31,8 +31,8 @@ class PropagationTarget:
     def __init__(self, cross_moment: Tensor, second_moment: Tensor, alpha: float, damping: float = 1e-2) -> None:
         require_finite(cross_moment, "cross moment")
         self.alpha = alpha
-        self._factor, self._jitter = safe_cholesky(second_moment, damping)  # first: it needs the most memory
-        self._cross = cross_moment.to(torch.float64)
+        self._factor, self._jitter = safe_cholesky(second_moment, damping)
+        self._cross = cross_moment
 
     def of(self, weight: Tensor) -> Tensor:
         """W' (O, I) of a weight W (O, I), in its dtype."""
@@ -41,6 +41,8 @@ class PropagationTarget:
     def _of_rows(self, weight: Tensor) -> Tensor:
         wide = weight.to(torch.float64)
         # W C + jitter W = W (C + jitter I), so equal moments give W back exactly whatever the jitter.
-        damped = wide @ self._cross + self._jitter * wide
-        corrected = torch.cholesky_solve(damped.T, self._factor).T
+        damped = self._jitter * wide
+        for part, cross in zip(torch.split(wide, _ROWS, dim=1), torch.split(self._cross, _ROWS), strict=True):
+            damped.addmm_(part, cross.to(torch.float64))
+        corrected = solve_factored(damped.T, self._factor).T
         return torch.lerp(wide, corrected, self.alpha).to(weight.dtype)

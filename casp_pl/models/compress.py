@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from casp_pl.allocation import ModulePlan
 from casp_pl.errors import NumericsError
 from casp_pl.layers import LowRankLinear, QuantizedLinear, materialized
-from casp_pl.linalg import PropagationTarget, add_products, full_width_products, relative_proxy_loss
+from casp_pl.linalg import ProductSum, PropagationTarget, full_width_products, relative_proxy_loss
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.sharing import Layer, are_few, of_everyone, own_share
 from casp_pl.models.streams import BlockBatch, linear_inputs
@@ -235,21 +235,18 @@ def collect_moments(
         name: the linear, relative to the block.
     """
     linear = _dense_linear(block, name)
-    # the sum of float32 products depends on their order, and so on the number of processes, unless it is wider
-    wide: dict[str, Any] = {"dtype": torch.float64, "device": linear.weight.device}
-    second, cross = (torch.zeros(linear.in_features, linear.in_features, **wide) for _ in range(2))
+    width = linear.in_features
+    second, cross = (ProductSum(width, width, linear.weight.device) for _ in range(2))
     tokens = torch.zeros((), dtype=torch.int64, device=linear.weight.device)
     for batch, reference in zip(student, references, strict=True):
         inputs = linear_inputs(block, batch, [name])[name].float()
         reference = reference.to(inputs)
         with full_width_products():
-            add_products(second, inputs, inputs)
-            add_products(cross, reference, inputs)
+            second.add(inputs, inputs)
+            cross.add(reference, inputs)
         tokens += len(inputs)
     count = sum_of_all(tokens)
-    narrow = sum_of_all(second).div_(count).float()
-    del second
-    return Moments(narrow, sum_of_all(cross).div_(count).float())
+    return Moments(*(total.narrow(lambda strip: sum_of_all(strip).div_(count)) for total in (second, cross)))
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ _COMFORT = 2.2  # a run that is not streamed holds the model and, for evaluation
 PROCESS_BYTES = 900 << 20  # Python with torch, lightning and transformers, before any weight
 _COMPRESSED = 0.5  # bytes of a weight of two to four bits with its tables in float32
 _WIDE = 8  # bytes of a number in sums of moments
-_MOMENTS = 4  # wide ones: two sums, or one in float32 beside the factors and inverses that a quantizer makes of it
+_MOMENTS = 2.75  # wide ones: half of one, the moment in float32, beside what QuIP# makes of it; two sums are less
 
 
 @dataclass(frozen=True)
@@ -101,5 +101,5 @@ def streaming_memory(
         outside=sum(4 * part.numel() if whole_compressed else part.nbytes for part in outside),
         block=(window + 1) * weights * adapter.model.dtype.itemsize
         + int(compressed * weights) * (len(adapter.blocks) if whole_compressed else 1),
-        moments=_MOMENTS * widest * widest * _WIDE,
+        moments=int(_MOMENTS * widest * widest * _WIDE),
     )

@@ -11,7 +11,7 @@ from casp_pl.quantizers.lazy_passes import SPAN, feedback_pass, sweep_pass
 
 __all__ = ["conditional_metrics", "diagonal_blocks", "feedback_codes", "sweep_codes"]
 
-_GROUPS = 128  # whose columns are solved for at once, in memory of their own
+_GROUPS = 64  # whose columns are solved for at once, in memory of their own
 
 
 def diagonal_blocks(matrix: Tensor, length: int) -> Tensor:
@@ -19,12 +19,13 @@ def diagonal_blocks(matrix: Tensor, length: int) -> Tensor:
     return torch.stack([matrix[i : i + length, i : i + length] for i in range(0, len(matrix), length)])
 
 
-def conditional_metrics(factor: Tensor, length: int) -> tuple[Tensor, Tensor]:
+def conditional_metrics(factor: Tensor, length: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Block LDL^T of H = C C^T: what an error in a group costs when the groups to its left may still correct it.
 
     Args:
         factor: C (I, I), the lower Cholesky factor of H.
         length: D, a divisor of I.
+        dtype: of lower; None is that of C, in which everything is computed.
 
     Returns:
         metrics (G, D, D), C_gg C_gg^T, and lower (I, I), L = C diag(C_gg)^-1, whose blocks carry the feedback.
@@ -32,7 +33,7 @@ def conditional_metrics(factor: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """
     blocks = diagonal_blocks(factor, length)
     columns = factor.view(len(factor), -1, length).transpose(0, 1)
-    lower = torch.empty_like(factor)
+    lower = torch.empty(factor.shape, dtype=dtype or factor.dtype, device=factor.device)
     into = lower.view(len(factor), -1, length)
     for start in range(0, len(blocks), _GROUPS):
         own = slice(start, start + _GROUPS)

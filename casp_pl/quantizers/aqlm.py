@@ -17,7 +17,7 @@ from casp_pl.layers.additive import AdditiveLinear
 from casp_pl.linalg.cholesky import safe_cholesky
 from casp_pl.linalg.codebook_cg import CodebookFit, decoded_fit, fit_codebooks
 from casp_pl.linalg.kmeans import assign_entries, metric_kmeans
-from casp_pl.linalg.moments import in_units
+from casp_pl.linalg.moments import in_units, moment_unit
 from casp_pl.processes import RowShare
 from casp_pl.quantizers.additive_codes import conditional_metrics, feedback_codes, sweep_codes
 from casp_pl.quantizers.additive_formats import DEFAULT_FORMATS, AdditiveFormat, choose_format, parse_formats
@@ -209,12 +209,14 @@ class _Inputs(NamedTuple):
 
 
 def _prepare(second_moment: Tensor, length: int, damping: float) -> _Inputs:
-    moment = in_units(second_moment)
-    factor, jitter = safe_cholesky(moment, damping)
-    moment.diagonal().add_(jitter)
-    moment = _padded(moment.to(torch.float32), length, _PADDING_COST)
-    factor = _padded(factor.to(torch.float32), length, math.sqrt(_PADDING_COST))
-    return _Inputs(moment, *conditional_metrics(factor, length))
+    unit = moment_unit(second_moment)
+    factor, jitter = safe_cholesky(second_moment, damping)
+    factor = _padded(factor, length, math.sqrt(_PADDING_COST * unit))
+    metrics, lower = conditional_metrics(factor, length, torch.float32)
+    del factor  # a gigabyte at I = 11008
+    moment = in_units(second_moment, torch.float32)
+    moment.diagonal().add_(jitter / unit)
+    return _Inputs(_padded(moment, length, _PADDING_COST), (metrics / unit).to(torch.float32), lower)
 
 
 def _padded(matrix: Tensor, length: int, value: float) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from casp_pl.linalg.cholesky import safe_cholesky
+from casp_pl.linalg.triangular import invert_lower_
 from casp_pl.quantizers.uniform_grids import nearest_codes, searched_grid
 
 __all__ = [
@@ -40,6 +41,7 @@ ColumnOrder = Literal["none", "activation", "group_aware"]
 
 _SPAN = 128
 _BLOCK = 32
+_STRIP = 512  # rows that are copied at once
 
 
 class UniformCodes(NamedTuple):
@@ -90,9 +92,9 @@ def ordered_feedback(
     columns = column_order(diagonal, group_size, order)
     runs = torch.arange(len(columns), device=columns.device) // group_size
     groups = runs if order == "activation" and not static_groups else runs[columns]
-    feedback, costs = error_feedback(second_moment[columns][:, columns], damping)
+    feedback, costs = error_feedback(second_moment[columns][:, columns], damping, dtype)
     importance = torch.where(diagonal[columns] > 0, costs, 0)
-    return OrderedFeedback(columns, groups, feedback.to(dtype), importance.to(dtype))
+    return OrderedFeedback(columns, groups, feedback, importance)
 
 
 def gptq_codes(
@@ -156,23 +158,27 @@ def column_order(diagonal: Tensor, group_size: int, order: ColumnOrder) -> Tenso
     return torch.cat([inside[outside].flatten(), rest])
 
 
-def error_feedback(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+def error_feedback(moment: Tensor, damping: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Which share of a column's error each later column takes over, and what an error costs after that.
 
     Args:
         moment: H (I, I), its rows and columns in the order of rounding.
         damping: relative to the mean of its diagonal.
+        dtype: of the results; computed in float64.
 
     Returns:
-        U_ij / U_ii (I, I) unit upper triangular, and R_ii^2 (I,), relative to their mean; both in float64.
+        U_ij / U_ii (I, I) unit upper triangular, and R_ii^2 (I,), relative to their mean.
     """
-    moment = moment.flip(0, 1)  # names are taken over, so that nothing is kept longer: a gigabyte each at I = 11008
+    moment = moment.flip(0, 1)  # R is upper triangular, which a Cholesky factor of the flipped matrix is when flipped
     factor, _ = safe_cholesky(moment, damping)
-    factor = factor.flip(0, 1)  # R, upper triangular
-    costs = factor.diagonal().square()
-    inverse = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-    torch.linalg.solve_triangular(factor, inverse, upper=True, out=inverse)
-    return inverse.div_(inverse.diagonal().clone().unsqueeze(1)), costs / costs.mean()
+    del moment  # here and below nothing is kept longer than needed: a gigabyte each at I = 11008
+    costs = factor.diagonal().flip(0).square()
+    inverse, diagonal = invert_lower_(factor), factor.diagonal().flip(0).unsqueeze(1)
+    feedback = torch.empty(factor.shape, dtype=dtype, device=factor.device)
+    for start, stop in _pieces(0, len(factor), _STRIP):
+        rows = inverse[len(factor) - stop : len(factor) - start].flip(0, 1)
+        feedback[start:stop] = rows.div_(diagonal[start:stop])
+    return feedback, (costs / costs.mean()).to(dtype)
 
 
 class _State(NamedTuple):

@@ -51,16 +51,16 @@ class LatticeSearch(NamedTuple):
 
 
 def prepare_moment(moment: Tensor, damping: float) -> LatticeMoment:
-    """Factorise H~ (P, P), float64, once for all rows; its diagonal is damped in place.
+    """Factorise H~ (P, P) once for all rows; a float32 one is damped in place.
 
     Raises:
         NumericsError: it is far from positive definite.
     """
     factor, jitter = safe_cholesky(moment, damping)
+    moment = moment.to(torch.float32)
     moment.diagonal().add_(jitter)
-    sweep, moment = diagonal_blocks(moment, GROUP_LENGTH).to(torch.float32), moment.to(torch.float32)
-    feedback, lower = conditional_metrics(factor, GROUP_LENGTH)
-    return LatticeMoment(moment, lower.to(torch.float32), feedback.to(torch.float32), sweep, jitter)
+    feedback, lower = conditional_metrics(factor, GROUP_LENGTH, torch.float32)
+    return LatticeMoment(moment, lower, feedback.float(), diagonal_blocks(moment, GROUP_LENGTH), jitter)
 
 
 def encode_rows(weight: Tensor, moment: LatticeMoment, search: LatticeSearch) -> tuple[Tensor, Tensor]:

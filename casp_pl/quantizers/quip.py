@@ -14,7 +14,7 @@ from casp_pl.kernels.lattice import GROUP_LENGTH, LATTICE_STAGES
 from casp_pl.layers.lattice import LatticeLinear
 from casp_pl.linalg.diagonal_fit import best_column_factors, best_row_factors
 from casp_pl.linalg.incoherence import incoherent_moment, incoherent_weight, random_signs
-from casp_pl.linalg.moments import in_units
+from casp_pl.linalg.moments import in_units, moment_unit
 from casp_pl.processes import RowShare
 from casp_pl.quantizers.base import Quantizer
 from casp_pl.quantizers.lattice_codes import LatticeSearch, choose_step, encode_rows, prepare_moment
@@ -101,7 +101,9 @@ class QuIPSharpQuantizer(Quantizer):
         su, sv = (random_signs(n, generator, device=weight.device) for n in reversed(weight.shape))
         second_moment, size = second_moment.to(weight.device), _root_mean_square(weight)
         width = -(-len(su) // GROUP_LENGTH) * GROUP_LENGTH
-        prepared = prepare_moment(incoherent_moment(in_units(second_moment), su, width), self.damping)
+        unit = moment_unit(second_moment)
+        # without a name for it, what is wider is gone before it is factorised
+        prepared = prepare_moment(incoherent_moment(second_moment, su, width).div_(unit).float(), self.damping)
         search = LatticeSearch(LATTICE_STAGES[bits], self.sweeps, self.candidate_runs, self.beam)
         mixed = incoherent_weight(weight / (size or 1.0), su, sv, width)
         step = GAUSSIAN_STEPS[bits]
@@ -121,9 +123,9 @@ class QuIPSharpQuantizer(Quantizer):
 
 def _damped(second_moment: Tensor, jitter: float) -> Tensor:
     """In units and float32, made once more: it would have been in the way while codes were searched."""
-    moment = in_units(second_moment)
+    moment = in_units(second_moment, torch.float32)
     moment.diagonal().add_(jitter)
-    return moment.to(torch.float32)
+    return moment
 
 
 def _root_mean_square(weight: Tensor) -> float:

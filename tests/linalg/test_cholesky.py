@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from casp_pl.errors import NumericsError
-from casp_pl.linalg.cholesky import safe_cholesky
+from casp_pl.linalg.cholesky import safe_cholesky, solve_factored
 
 
 def _second_moment(size: int, tokens: int) -> torch.Tensor:
@@ -58,6 +58,11 @@ def test_nan_is_told_from_not_definite(value: float) -> None:
     matrix[2, 1] = value
     with pytest.raises(NumericsError, match="holds 1 values that are NaN"):
         safe_cholesky(matrix, 0.01)
+
+
+def test_a_factor_solves() -> None:
+    moment, right = _second_moment(7, 50), torch.randn(7, 3, dtype=torch.float64)
+    torch.testing.assert_close(solve_factored(right, safe_cholesky(moment)[0]), torch.linalg.solve(moment, right))
 
 
 def test_what_no_jitter_can_mend_is_an_error() -> None:

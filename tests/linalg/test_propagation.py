@@ -57,3 +57,14 @@ def test_equal_inputs_change_nothing(tokens: int) -> None:
     target = PropagationTarget(moment, moment, 1.0).of(weight.float())
     assert target.dtype == torch.float32
     torch.testing.assert_close(target, weight.float())
+
+
+def test_strips_of_a_wide_weight_are_the_whole() -> None:
+    generator = torch.Generator().manual_seed(1)
+    here, drift = (torch.randn(900, 700, generator=generator, dtype=torch.float64) for _ in range(2))
+    weight = torch.randn(530, 700, generator=generator, dtype=torch.float64)
+    moment, cross = here.T @ here, (here + 0.1 * drift).T @ here
+    jitter = 0.01 * moment.diagonal().mean() * torch.eye(700, dtype=torch.float64)
+    expected = weight @ (cross + jitter) @ torch.linalg.inv(moment + jitter)
+    actual = PropagationTarget(cross, moment, 1.0, damping=0.01).of(weight)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)

@@ -47,6 +47,15 @@ def test_neither_global_random_state_nor_inputs_are_touched(method: type[Quantiz
     assert torch.equal(moment, kept[1])
 
 
+@ALL
+@pytest.mark.parametrize("exponent", [-100, 100])
+def test_the_unit_of_the_second_moment_does_not_matter(method: type[Quantizer], exponent: int) -> None:
+    weight, moment = _problem(19, 44)
+    layer, other = (method().quantize(weight, scale * moment, bits=2) for scale in (1.0, 2.0**exponent))
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
 @SEARCHES
 @pytest.mark.parametrize("name", ["zero", "rank one", "dead columns", "indefinite", "huge", "tiny"])
 @pytest.mark.parametrize("columns", [20, 24])

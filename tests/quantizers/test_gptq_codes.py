@@ -153,6 +153,20 @@ def test_error_feedback_is_the_conditional_of_the_second_moment() -> None:
     torch.testing.assert_close(costs, torch.stack(exact) / torch.stack(exact).mean())
 
 
+@pytest.mark.parametrize("columns", [1, 1023, 1025, 1601])
+def test_error_feedback_in_strips_is_the_whole(columns: int) -> None:
+    """U of (H + jitter)^-1 = U^T U by a dense inverse; strips of rows and blocks of columns end anywhere."""
+    inputs = torch.randn(2 * columns, columns, generator=torch.Generator().manual_seed(columns), dtype=torch.float64)
+    moment = inputs.T @ inputs
+    damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    feedback, costs = error_feedback(moment, 0.01)
+    torch.testing.assert_close(feedback, upper / upper.diagonal()[:, None], rtol=1e-8, atol=1e-10)
+    exact = upper.diagonal() ** -2
+    torch.testing.assert_close(costs, exact / exact.mean())
+    assert [part.dtype for part in error_feedback(moment, 0.01, torch.float32)] == [torch.float32] * 2
+
+
 @pytest.mark.parametrize(("columns", "group_size"), [(1, 4), (12, 4), (13, 4), (9, 1), (5, 64)])
 @pytest.mark.parametrize("order", ORDERS)
 def test_orders(columns: int, group_size: int, order: str) -> None:

@@ -43,7 +43,7 @@ def load_cases(blocks: list[int], tokens: int) -> dict[str, list[tuple[Tensor, T
 def factors_of(weight: Tensor, moment: Tensor) -> list[tuple[Tensor, Tensor]]:
     """The whitened low-rank factors with the second moments of what they see."""
     rank = int(KEEP_RATIO * weight.numel() / sum(weight.shape)) // GRAIN * GRAIN
-    _, inner = low_rank_factors(whitened_svd(weight, moment), rank)
+    _, inner = low_rank_factors(weight, whitened_svd(weight, moment), rank)
     outer, seen = refit_output_factor(weight, moment, inner.float())
     return [(inner.float(), moment.clone()), (outer.float(), seen.float())]
 

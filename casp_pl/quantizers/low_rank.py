@@ -62,7 +62,7 @@ def quantize_low_rank(
         NumericsError: NaN or infinity in the weight or the second moment.
     """
     svd = whitened_svd(weight, second_moment)
-    outer, inner = low_rank_factors(svd, rank)
+    outer, inner = low_rank_factors(weight, svd, rank)
     if quantizer is None:
         dtype = weight.dtype
         return LowRankLinear(input_factor=_dense(inner.to(dtype), None), output_factor=_dense(outer.to(dtype), bias))

@@ -152,21 +152,29 @@ def test_damaged_blocks_are_made_again(
     assert tensor_digests(run) == tensor_digests(finished_run)
 
 
-_DIES_BEFORE_THE_ENTRY = """
-import os, signal, sys
+_DIES_IN = """
+import os, shutil, signal, sys
 from casp_pl.checkpoint import RunDirectory
 from casp_pl.cli import main
 
-record = RunDirectory._record
+owner, name, place = {"shutil": shutil, "RunDirectory": RunDirectory}[sys.argv[1]], *sys.argv[2:4]
+work = getattr(owner, name)
 
-def record_or_die(run, name):
-    if name == "blocks/001.safetensors":
+def work_or_die(*arguments, **keywords):
+    if any(str(argument).endswith(place) for argument in arguments):
         os.kill(os.getpid(), signal.SIGKILL)
-    record(run, name)
+    return work(*arguments, **keywords)
 
-RunDirectory._record = record_or_die
-main(sys.argv[1:])
+setattr(owner, name, work_or_die)
+main(sys.argv[4:])
 """
+
+
+def _killed_in(owner: str, name: str, place: str, command: list[str]) -> None:
+    """Run casp_pl in a process that is killed where it calls `owner.name` with something that ends with `place`."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    dying = [sys.executable, "-c", _DIES_IN, owner, name, place, *command]
+    assert subprocess.run(dying, env=environment, timeout=300).returncode == -signal.SIGKILL
 
 
 @pytest.mark.slow
@@ -176,32 +184,12 @@ def test_sigkill_between_a_block_and_its_entry_leads_to_the_same_model(
     run = Path(shutil.copytree(finished_run, tmp_path / "run"))
     (run / "blocks/001.safetensors").unlink()
     command = ["fit", *recipe, "--run_dir", str(run)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run([sys.executable, "-c", _DIES_BEFORE_THE_ENTRY, *command], env=environment, timeout=300)
-    assert done.returncode == -signal.SIGKILL
+    _killed_in("RunDirectory", "_record", "blocks/001.safetensors", command)
     assert (run / "blocks/001.safetensors").exists()
     assert "blocks/001.safetensors" not in json.loads((run / "manifest.json").read_text())["artifacts"]
     assert main(command) == 0
     assert main(["verify", str(run)]) == 0
     assert tensor_digests(run) == tensor_digests(finished_run)
-
-
-_DIES_IN_A_DELETION = """
-import os, shutil, signal, sys
-from pathlib import Path
-from casp_pl.cli import main
-
-remove = shutil.rmtree
-
-def remove_one_and_die(folder, *positional, **keywords):
-    if Path(folder).match(sys.argv[1]):
-        next(path for path in sorted(Path(folder).rglob("*")) if path.is_file()).unlink()
-        os.kill(os.getpid(), signal.SIGKILL)
-    remove(folder, *positional, **keywords)
-
-shutil.rmtree = remove_one_and_die
-main(sys.argv[2:])
-"""
 
 
 @pytest.mark.slow
@@ -212,13 +200,10 @@ def test_sigkill_while_something_is_deleted_leaves_nothing_for_ever(
     for made_again in ("stages/rtn.json", "blocks/001.safetensors", "end_to_end/001.safetensors"):
         (run / made_again).unlink()
     command = ["fit", *recipe, "--end_to_end.checkpoint_every", "2", "--run_dir", str(run)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     folders = ("rtn", "linears/001", "end_to_end/steps")
     for folder in folders:
-        dying = [sys.executable, "-c", _DIES_IN_A_DELETION, folder, *command]
-        died = subprocess.run(dying, env=environment, timeout=300)
-        assert died.returncode == -signal.SIGKILL
-        assert (run / folder).exists()
+        _killed_in("shutil", "rmtree", folder, command)
+        next((run / folder).rglob("*.safetensors")).unlink()  # a deletion is seldom killed before its first file
     assert main(command) == 0
     assert [folder for folder in folders if (run / folder).exists()] == []
     assert main(["verify", str(run)]) == 0

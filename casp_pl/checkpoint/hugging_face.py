@@ -15,6 +15,7 @@ from casp_pl.checkpoint.directory import write_directory
 from casp_pl.checkpoint.manifest import MANIFEST_NAME, Manifest
 from casp_pl.checkpoint.model_directory import CONFIG_NAME, check_layout, is_compressed_model
 from casp_pl.checkpoint.reading import read_json
+from casp_pl.checkpoint.stored_names import compact_state_dict
 from casp_pl.errors import InputError, IntegrityError
 from casp_pl.models.surgery import layer_specs
 
@@ -23,7 +24,9 @@ __all__ = ["empty_model", "load_compressed", "save_compressed", "save_plain", "w
 _LOG = logging.getLogger(__name__)
 
 
-def save_compressed(model: nn.Module, processor: Any, out_dir: Path | str, *, card: str) -> None:
+def save_compressed(
+    model: nn.Module, processor: Any, out_dir: Path | str, *, card: str, half: torch.dtype = torch.float16
+) -> None:
     """Write a model directory that `from_pretrained` loads after `import casp_pl`; it is absent or complete.
 
     float32 tensors that float16 or bfloat16 holds exactly are stored so, and the config keeps float32: a reload is
@@ -34,11 +37,12 @@ def save_compressed(model: nn.Module, processor: Any, out_dir: Path | str, *, ca
         processor: its processor or tokenizer, saved beside it; None for none.
         out_dir: the directory; an older compressed model there is replaced.
         card: text of README.md, the model card.
+        half: `half_of` the original: what that has in bfloat16 stays so, whatever the values are.
 
     Raises:
         ResourceError: the disk is full, the place cannot be written, or something else lies there.
     """
-    write_directory(out_dir, lambda directory: _write(model, processor, directory, card), size=_size(model))
+    write_directory(out_dir, lambda directory: _write(model, processor, directory, card, half), size=_size(model))
 
 
 def save_plain(
@@ -90,8 +94,8 @@ def load_compressed(path: Path | str, *, device: str | torch.device = "cpu") -> 
     return model.to(device).eval(), _load_processor(directory)
 
 
-def _write(model: Any, processor: Any, directory: Path, card: str) -> None:
-    with _announced_as_compressed(model), without_progress_bars():
+def _write(model: Any, processor: Any, directory: Path, card: str, half: torch.dtype) -> None:
+    with _announced_as_compressed(model, half), without_progress_bars():
         model.save_pretrained(directory)
     write_beside(processor, directory, card)
 
@@ -99,8 +103,6 @@ def _write(model: Any, processor: Any, directory: Path, card: str) -> None:
 def _write_plain(
     model: Any, processor: Any, directory: Path, card: str, quantization_config: dict[str, Any] | None
 ) -> None:
-    from casp_pl.checkpoint.registration import compact_state_dict
-
     if (quantizer := vars(model).get("hf_quantizer")) is not None:
         quantizer.remove_quantization_config(model)
     with without_progress_bars():
@@ -123,7 +125,7 @@ def _size(model: nn.Module) -> int:
 
 
 @contextmanager
-def _announced_as_compressed(model: Any) -> Iterator[None]:
+def _announced_as_compressed(model: Any, half: torch.dtype) -> Iterator[None]:
     """Let `save_pretrained` see the model as one that came out of `from_pretrained`; nothing of that stays."""
     from casp_pl.checkpoint.registration import CaspConfig, CaspHfQuantizer
 
@@ -131,6 +133,7 @@ def _announced_as_compressed(model: Any) -> Iterator[None]:
     quantizer = vars(model).get("hf_quantizer")
     config.quantization_config = CaspConfig(modules=layer_specs(model))
     model.hf_quantizer = CaspHfQuantizer(config.quantization_config)
+    model.hf_quantizer.half = half
     try:
         yield
     finally:

@@ -22,10 +22,11 @@ from casp_pl.checkpoint.model_directory import (
     check_weight_files,
     checked_modules,
 )
+from casp_pl.checkpoint.stored_names import compact_state_dict
 from casp_pl.errors import IntegrityError
 from casp_pl.models.surgery import install_layers
 
-__all__ = ["CaspConfig", "CaspHfQuantizer", "compact_state_dict"]
+__all__ = ["CaspConfig", "CaspHfQuantizer"]
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -57,9 +58,14 @@ class CaspConfig(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class CaspHfQuantizer(HfQuantizer):
-    """Loads what `save_compressed` wrote. It does not quantize: a plain model is refused (`requires_calibration`)."""
+    """Loads what `save_compressed` wrote. It does not quantize: a plain model is refused (`requires_calibration`).
+
+    Attributes:
+        half: the 16-bit type of what is saved uncompressed, see `compact_state_dict`.
+    """
 
     requires_calibration = True
+    half: torch.dtype = torch.float16
     quantization_config: CaspConfig
 
     def _process_model_before_weight_loading(
@@ -86,23 +92,4 @@ class CaspHfQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save_pretrained` writes."""
-        return compact_state_dict(model), {}
-
-
-def compact_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict, float32 tensors in float16, else bfloat16, where that is exact; tied tensors stay tied."""
-    stored: dict[tuple[Any, ...], Tensor] = {}
-    compact = {}
-    for name, tensor in model.state_dict().items():
-        key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-        compact[name] = stored.setdefault(key, _in_16_bits(tensor)) if tensor.numel() else tensor
-    return compact
-
-
-def _in_16_bits(tensor: Tensor) -> Tensor:
-    if tensor.dtype is torch.float32:
-        for dtype in (torch.float16, torch.bfloat16):
-            half = tensor.to(dtype)
-            if torch.equal(half.to(torch.float32), tensor):
-                return half
-    return tensor
+        return compact_state_dict(model, self.half), {}

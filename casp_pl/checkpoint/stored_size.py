@@ -15,17 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from casp_pl.checkpoint.atomic import METADATA_KEY
 from casp_pl.checkpoint.hugging_face import without_progress_bars
 from casp_pl.checkpoint.registration import CaspConfig
-from casp_pl.checkpoint.stored_names import DTYPE_NAMES, names_in_files, state_without_aliases
+from casp_pl.checkpoint.stored_names import (
+    DTYPE_NAMES,
+    compressed_tables,
+    names_in_files,
+    state_without_aliases,
+)
 from casp_pl.checkpoint.streamed import file_names, write_index
-from casp_pl.layers import QuantizedLinear
-from casp_pl.models.surgery import compressed_layers, layer_specs
+from casp_pl.models.surgery import layer_specs
 
 __all__ = ["ModelSize", "StoredTensor", "model_size", "run_file_bytes", "safetensors_bytes"]
+
+# the safetensors package sorts tensors so, and then by name
+_ORDER = (
+    torch.int64, torch.float64, torch.float32, torch.int32,
+    torch.bfloat16, torch.float16, torch.int16, torch.int8, torch.uint8, torch.bool,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,8 +62,8 @@ class ModelSize:
         beside: config, processor and tokenizer, and the index of several files.
         undecided: bytes by which `weights` is smaller if all float32 tensors whose values nobody has seen fit into 16
             bits.
-        names_undecided: tensors that will be bfloat16 or float16, by values nobody has seen; the header may be as many
-            bytes shorter, and up to 8 by its padding. The size is exact where both are 0.
+        mixed: the original holds both float16 and bfloat16; the header may differ by some bytes. The size is exact
+            where nothing is undecided or mixed.
     """
 
     weights: int
@@ -61,13 +71,13 @@ class ModelSize:
     beside: int
     files: int
     undecided: int
-    names_undecided: int
+    mixed: bool
 
 
 def safetensors_bytes(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> int:
     """Size of a safetensors file with these tensors."""
-    # the order decides how many digits the offsets have: widest dtypes first, then by name
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    # the order decides how many digits the offsets have
+    ordered = sorted(tensors.items(), key=lambda item: (_ORDER.index(item[1].dtype), item[0]))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
     for name, tensor in ordered:
@@ -107,12 +117,12 @@ def model_size(
     """
     model = copy.deepcopy(model)  # of structure alone
     specs = layer_specs(model)
-    for layer in compressed_layers(model).values():
-        _store_tables_in_half(layer)
+    for table in compressed_tables(model):
+        table.data = table.data.to(torch.float16)
     state = state_without_aliases(model)
     changed = {id(tensor) for name, tensor in state.items() if name in trained}
     files: list[dict[str, StoredTensor]] = []
-    unseen = unnamed = 0
+    unseen = 0
     for part in _by_file(state, block_prefix):
         stored = {}
         for name, tensor in names_in_files(model, part).items():
@@ -121,7 +131,6 @@ def model_size(
                 there = torch.float16 if headers is None else _dtype_there(name, headers)
                 if there is torch.float16 or there is torch.bfloat16:
                     dtype = there
-                    unnamed += there is torch.bfloat16  # zeros and ones, for example, go into float16
                 else:
                     unseen += tensor.nbytes
             stored[name] = StoredTensor(dtype, tuple(tensor.shape))
@@ -132,7 +141,7 @@ def model_size(
         beside=_beside(model, processor, specs, files),
         files=len(files),
         undecided=unseen // 2,
-        names_undecided=unnamed,
+        mixed=headers is not None and {torch.float16, torch.bfloat16} <= set(headers.values()),
     )
 
 
@@ -145,15 +154,6 @@ def _by_file(state: Mapping[str, Tensor], block_prefix: str | None) -> list[dict
         place = re.match(rf"{re.escape(block_prefix)}(\d+)\.", name)
         parts.setdefault(int(place[1]) if place else -1, {})[name] = tensor
     return [parts[number] for number in sorted(parts)]
-
-
-def _store_tables_in_half(layer: nn.Module) -> None:
-    for part in layer.modules():
-        if isinstance(part, QuantizedLinear):
-            for table in part.tables().values():
-                table.data = table.data.to(torch.float16)
-        elif isinstance(part, nn.Linear):
-            part.weight.data = part.weight.data.to(torch.float16)
 
 
 def _dtype_there(name: str, headers: Mapping[str, torch.dtype]) -> torch.dtype | None:

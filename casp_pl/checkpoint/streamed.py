@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from casp_pl.checkpoint.directory import write_directory
 from casp_pl.checkpoint.hugging_face import without_progress_bars, write_beside
 from casp_pl.checkpoint.model_directory import CONFIG_NAME
 from casp_pl.checkpoint.reading import read_json
+from casp_pl.checkpoint.stored_names import compact_state_dict
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.surgery import layer_specs
 from casp_pl.models.weight_files import weight_file
@@ -22,7 +24,13 @@ _INDEX = "model.safetensors.index.json"
 
 
 def save_streamed(
-    adapter: ModelAdapter, blocks: Sequence[nn.Module], processor: Any, out_dir: Path | str, *, card: str
+    adapter: ModelAdapter,
+    blocks: Sequence[nn.Module],
+    processor: Any,
+    out_dir: Path | str,
+    *,
+    card: str,
+    half: torch.dtype = torch.float16,
 ) -> None:
     """What `save_compressed` writes, in one file for each block and one for everything else.
 
@@ -32,25 +40,26 @@ def save_streamed(
         processor: the model's processor or tokenizer, saved beside it; None for none.
         out_dir: the directory; an older compressed model there is replaced.
         card: text of README.md, the model card.
+        half: `half_of` the original.
 
     Raises:
         ResourceError: the disk is full, the place cannot be written, or something else lies there.
     """
     size = sum(parameter.nbytes for parameter in adapter.outside_parameters())
     size += sum(tensor.nbytes for block in blocks for tensor in block.state_dict().values())
-    write_directory(out_dir, lambda directory: _write(adapter, blocks, processor, directory, card), size=size)
+    write_directory(out_dir, lambda directory: _write(adapter, blocks, processor, directory, card, half), size=size)
 
 
-def _write(adapter: ModelAdapter, blocks: Sequence[nn.Module], processor: Any, directory: Path, card: str) -> None:
+def _write(
+    adapter: ModelAdapter, blocks: Sequence[nn.Module], processor: Any, directory: Path, card: str, half: torch.dtype
+) -> None:
     from transformers.core_model_loading import revert_weight_conversion
-
-    from casp_pl.checkpoint.registration import compact_state_dict
 
     files = file_names(len(blocks))
     places: dict[str, str] = {}
     total = 0
     with adapter.with_blocks([]), without_progress_bars():
-        outside = compact_state_dict(adapter.model)
+        outside = compact_state_dict(adapter.model, half)
         adapter.model.save_pretrained(directory, state_dict=outside, max_shard_size="1TB")
         (directory / "model.safetensors").rename(directory / files[0])
     for name, length in _stored(directory / files[0]).items():
@@ -59,7 +68,7 @@ def _write(adapter: ModelAdapter, blocks: Sequence[nn.Module], processor: Any, d
     modules: dict[str, dict[str, Any]] = {}
     for number, (block, file) in enumerate(zip(blocks, files[1:], strict=True)):
         modules |= {adapter.full_name(number, name): spec for name, spec in layer_specs(block).items()}
-        named = {adapter.full_name(number, name): tensor for name, tensor in compact_state_dict(block).items()}
+        named = {adapter.full_name(number, name): tensor for name, tensor in compact_state_dict(block, half).items()}
         tensors: dict[str, Tensor] = revert_weight_conversion(adapter.model, named)
         ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(ready, directory / file, metadata={"format": "pt"})

@@ -95,6 +95,9 @@ def _hugging_face(source: ModelSource) -> tuple[Any, Any, dict[str, torch.dtype]
     factory, processor = factory_and_processor(source.source, directory)
     with explained(source.source):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+            if part is not None:
+                part.dtype = getattr(torch, source.dtype)  # from_pretrained says so too, and so it is saved
         with torch.device("meta"):
             model = factory.from_config(config)
         model.tie_weights()

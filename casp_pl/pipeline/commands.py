@@ -16,6 +16,7 @@ from casp_pl.callbacks.stage_table import print_stages, size
 from casp_pl.callbacks.tensorboard import log_report
 from casp_pl.checkpoint import RunDirectory, save_compressed, save_streamed, write_text
 from casp_pl.checkpoint import verify as find_problems
+from casp_pl.checkpoint.stored_names import half_of
 from casp_pl.console import RunProgress, make_console, print_path, print_text
 from casp_pl.data.tokenize import takes_images
 from casp_pl.errors import ConfigError, ResourceError
@@ -52,7 +53,7 @@ def fit(settings: RunSettings, *, override_memory: bool = False) -> int:
 
 
 def _fit_together(settings: RunSettings, *, override_memory: bool) -> int:
-    outline, _ = prepare_outline(settings)
+    outline = prepare_outline(settings)
     check_divided(settings, streams=outline.streamed)
     estimate = planned_estimate(settings, outline)
     if outline.free is not None and not override_memory:
@@ -109,12 +110,12 @@ def _write_report(report: CompressionReport, run: RunDirectory, *, draw: bool = 
 
 
 def _save(prepared: Prepared, blocks: BlockFiles, directory: Path, card: str) -> None:
-    adapter = prepared.adapter
+    adapter, half = prepared.adapter, half_of(prepared.headers)
     if adapter.stored is not None:
-        save_streamed(adapter, blocks, prepared.processor, directory, card=card)
+        save_streamed(adapter, blocks, prepared.processor, directory, card=card, half=half)
         return
     with adapter.with_blocks(blocks) as model:
-        save_compressed(model, prepared.processor, directory, card=card)
+        save_compressed(model, prepared.processor, directory, card=card, half=half)
 
 
 def plan(settings: RunSettings, *, json: bool = False, quick: bool = False) -> int:

@@ -89,13 +89,13 @@ def forecast_run(settings: RunSettings, *, quick: bool = False) -> RunForecast:
         ConfigError: a budget that cannot be met.
         InputError: the model or the data cannot be read.
     """
-    prepared, headers = prepare_outline(settings, wanted_device(settings))
+    prepared = prepare_outline(settings, wanted_device(settings))
     plan, plan_from = _plan(settings, prepared)
     outline = compressed_outline(prepared.adapter, plan, settings.quantizer)
     tunes = settings.block_tuning.get("epochs", 0) > 0 or settings.end_to_end.get("steps", 0) > 0
     trained = outline.trained if tunes else frozenset()
     prefix = f"{prepared.adapter.decoder_name}.layers." if prepared.streamed else None
-    size = model_size(outline.model, prepared.processor, headers, trained=trained, block_prefix=prefix)
+    size = model_size(outline.model, prepared.processor, prepared.headers, trained=trained, block_prefix=prefix)
     note = _size_note(settings, size, plan_from)
     stages, seconds_from = forecast_stages(settings, prepared, plan, size, outline, quick=quick)
     groups, curve = forecast_bits(plan, settings.quantizer, settings.bits.granularity, size.weights)
@@ -134,8 +134,6 @@ def _size_note(settings: RunSettings, size: ModelSize, plan_from: str) -> str:
         reasons.append("calibration chooses which blocks get more bits: the file's header may differ by some bytes")
     if size.undecided:
         reasons.append(f"float32 tensors that fit into 16 bits are stored so: up to {size.undecided} bytes less")
-    if size.names_undecided:
-        reasons.append(
-            "bfloat16 tensors that fit into float16 are stored so: the file's header may be some bytes shorter"
-        )
+    if size.mixed:
+        reasons.append("the original has float16 and bfloat16: the file's header may differ by some bytes")
     return "; ".join(reasons)

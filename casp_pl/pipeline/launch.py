@@ -1,5 +1,6 @@
 """The processes of a run: started here on one machine, or before by torchrun or SLURM with the same command on each."""
 
+import atexit
 import ctypes
 import os
 import platform
@@ -10,6 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.strategies.ddp import DDPStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -65,6 +67,9 @@ def launched(trainer: Mapping[str, Any]) -> Iterator[None]:
     _launch(trainer)
     with watched():
         yield
+    if process_count() > 1:
+        # gloo's threads abort a process whose interpreter ends under them; after a failure they might wait for ever
+        atexit.register(dist.destroy_process_group)
 
 
 def _launch(trainer: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from casp_pl.callbacks import Advance, StageReport
 from casp_pl.callbacks.report import StageRow
 from casp_pl.checkpoint import RunDirectory
-from casp_pl.checkpoint.registration import compact_state_dict
+from casp_pl.checkpoint.stored_names import compact_state_dict
 from casp_pl.data.evaluation import EvaluationData
 from casp_pl.data.tokenize import Processor
 from casp_pl.evaluation import ReferenceOutputs

@@ -46,6 +46,7 @@ class Prepared:
         free: memory that each process had before any weight was loaded; None where `device` is not here.
         streamed: whether the decoder blocks stay on disk.
         predicted: the plan as far as it is known before calibration.
+        headers: `Skeleton.headers`.
         weights: `WeightDigest` of all tensors; empty where nobody asked for it.
     """
 
@@ -55,12 +56,13 @@ class Prepared:
     free: Memory | None
     streamed: bool
     predicted: CompressionPlan
+    headers: Mapping[str, torch.dtype] | None
     weights: str = ""
 
 
 def prepare(settings: RunSettings, *, digest: bool = False) -> Prepared:
     """`prepare_outline`, then `load_original`."""
-    return load_original(settings, prepare_outline(settings)[0], digest=digest)
+    return load_original(settings, prepare_outline(settings), digest=digest)
 
 
 def load_original(settings: RunSettings, outline: Prepared, *, digest: bool = False) -> Prepared:
@@ -94,9 +96,7 @@ def load_original(settings: RunSettings, outline: Prepared, *, digest: bool = Fa
     return replace(outline, adapter=adapter, weights=weights.hexdigest() if digest else "")
 
 
-def prepare_outline(
-    settings: RunSettings, device: torch.device | None = None
-) -> tuple[Prepared, Mapping[str, torch.dtype] | None]:
+def prepare_outline(settings: RunSettings, device: torch.device | None = None) -> Prepared:
     """Tell the data the model's processor, check the settings that need the model, decide whether to stream it.
 
     No weight is read. The processes of a run call this together.
@@ -106,7 +106,7 @@ def prepare_outline(
         device: where the model would be computed; None for where the trainer wants it, which has to be here.
 
     Returns:
-        The model without its weights, and `Skeleton.headers`.
+        The model without its weights.
 
     Raises:
         ConfigError: no such device, or a budget that cannot be met.
@@ -124,7 +124,7 @@ def prepare_outline(
     predicted = settings.bits.make_plan(adapter, settings.low_rank.choose(adapter, None), None)
     if settings.baseline is not None:
         settings.baseline.check_names([module.name for module in predicted.modules])
-    return Prepared(adapter, skeleton.processor, device, free, streamed, predicted), skeleton.headers
+    return Prepared(adapter, skeleton.processor, device, free, streamed, predicted, skeleton.headers)
 
 
 def model_device(settings: RunSettings) -> torch.device:

@@ -12,7 +12,8 @@ from torch import nn
 
 import casp_pl
 from casp_pl.checkpoint import load_compressed, save_compressed, verify
-from casp_pl.checkpoint.registration import CaspConfig, compact_state_dict
+from casp_pl.checkpoint.registration import CaspConfig
+from casp_pl.checkpoint.stored_names import compact_state_dict
 from casp_pl.errors import ConfigError, IntegrityError, ResourceError
 from casp_pl.layers.uniform import UniformLinear
 from casp_pl.models.surgery import install_layers, layer_specs

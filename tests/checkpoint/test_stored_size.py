@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from casp_pl.checkpoint import save_compressed
 from casp_pl.checkpoint.atomic import write_safetensors
+from casp_pl.checkpoint.stored_names import DTYPE_NAMES, compact_state_dict, half_of
 from casp_pl.checkpoint.stored_size import StoredTensor, model_size, run_file_bytes, safetensors_bytes
 from casp_pl.models import adapt, load_model
 from casp_pl.models.load import ModelSource
@@ -33,8 +34,9 @@ def odd_llama(dtype=torch.float16):
     )  # fmt: skip
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.data = torch.randn_like(parameter).to(dtype).float()
+    for name, parameter in model.named_parameters():
+        values = torch.ones_like(parameter) if "norm" in name else torch.randn_like(parameter)
+        parameter.data = (values + 1e-5 * (dtype is torch.float32)).to(dtype).float()
     return model
 
 
@@ -105,15 +107,24 @@ def test_headers_decide_what_is_stored_in_half(stored, tmp_path):
     skeleton = load_skeleton(ModelSource(source=str(source)))
     install_layers(skeleton.model, specs)
     size = model_size(skeleton.model, None, skeleton.headers)
-    save_compressed(model, None, tmp_path / "model", card="a card")
-    truth = files(tmp_path / "model")["model.safetensors"]
-    assert size.weights - size.undecided - size.names_undecided - 8 < truth <= size.weights
+    save_compressed(model, None, tmp_path / "model", card="a card", half=half_of(skeleton.headers))
+    written = tmp_path / "model" / "model.safetensors"
     assert (size.undecided == 0) == (stored is not torch.float32)
-    assert (size.names_undecided == 0) == (stored is not torch.bfloat16)
-    if stored is torch.float16:
-        assert truth == size.weights
-    if stored is torch.float32:
-        assert truth == size.weights, "random values of float32 do not fit into float16"
+    assert not size.mixed
+    assert written.stat().st_size == size.weights, "random values of float32 do not fit into 16 bits"
+    kinds = {name: tensor.dtype for name, tensor in load_file(written).items() if tensor.dtype != torch.uint8}
+    norms = {kind for name, kind in kinds.items() if name.endswith(("norm.weight", "bias", "embed_tokens.weight"))}
+    assert norms == {stored}
+    assert {kind for name, kind in kinds.items() if name.endswith("scales")} == {torch.float16}
+
+
+def test_what_was_bfloat16_stays_so_where_float16_holds_it_too():
+    model = odd_llama(torch.bfloat16)
+    norm = model.model.norm.weight.fill_(1.0)
+    for half in (torch.float16, torch.bfloat16):
+        assert compact_state_dict(model, half)["model.norm.weight"].dtype is half
+    norm.fill_(1 + 2**-10)
+    assert compact_state_dict(model, torch.bfloat16)["model.norm.weight"].dtype is torch.float16
 
 
 def _byte_tokenizer():
@@ -127,6 +138,7 @@ def test_safetensors_header(tmp_path):
         "empty": torch.zeros(0, 4),
         "scalar": torch.zeros((), dtype=torch.int64),
         "caf\u00e9": torch.zeros(1001, dtype=torch.float32),
+        **{f"of {kind}": torch.zeros(33).to(kind) for kind in DTYPE_NAMES},
     }
     save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
     stored = {name: StoredTensor(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}

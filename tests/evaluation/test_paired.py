@@ -40,6 +40,7 @@ def as_a_process(rank, store):
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     shares = (torch.arange(ROWS)[rank::2], torch.arange(ROWS)[: ROWS * (1 - rank)])
     print(json.dumps([all_figures(rows) for rows in shares]))
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow

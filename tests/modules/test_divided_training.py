@@ -91,6 +91,8 @@ for wrapping in (None,) if count == 1 else ("fsdp", "fsdp2"):
         for autocast in (None, torch.bfloat16):
             results[wrapping, recompute, autocast is not None] = fit(wrapping, recompute, autocast)
 torch.save(results, folder / f"{count}-{rank}.pt")
+if count > 1:
+    dist.destroy_process_group()
 """
 
 Results = dict[tuple[str | None, bool, bool], dict[str, Any]]

@@ -58,6 +58,7 @@ for name in NAMES:
                 expected = final_states(adapter, pair[rank])
             torch.testing.assert_close(student.root(pair[rank]), expected, rtol=1e-4, atol=1e-5,
                                        msg=lambda text: f"{name} {wrapping} step {number}: {text}")
+dist.destroy_process_group()
 """
 
 

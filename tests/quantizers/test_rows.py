@@ -35,6 +35,7 @@ assert torch.equal(alone.dequantize(), shared.dequantize())
 for count, dim in ((7, 0), (7, 1), (1, 0)):
     share, whole = RowShare(count, together=True), torch.arange(3.0 * count).view(3, count).movedim(1, dim)
     assert torch.equal(share.join(whole.narrow(dim, share.own.start, share.own.stop - share.own.start), dim), whole)
+dist.destroy_process_group()
 """
 
 

@@ -129,10 +129,12 @@ def _decisions(
     places = {number: place for place, number in enumerate(order, start=1)}
     decisions = {}
     for number, (group, item, bits) in enumerate(zip(groups, items, chosen, strict=True)):
-        subject = f"block {group[0].block}" if len(group) > 1 else "it"
+        subject, by = "it", "score"
+        if len(group) > 1:  # low-rank factors have bits of their own
+            subject, by = f"block {group[0].block}", f"the score of the {len(group)} linears that bits are chosen for"
         why = (
-            f"{bits} bits because {subject} has place {places[number]} of {len(items)} by score ({item.score:.3g}) "
-            f"and the budget allows {bits} bits for {chosen.count(bits)} of them."
+            f"{bits} bits because {subject} has place {places[number]} of {len(items)} by {by} ({item.score:.3g}), "
+            f"and the budget allows {bits} bits for {chosen.count(bits)} of these places."
         )
         decisions.update({module.name: (bits, why) for module in group})
     return decisions

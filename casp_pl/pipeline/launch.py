@@ -69,6 +69,7 @@ def launched(trainer: Mapping[str, Any]) -> Iterator[None]:
         yield
     if process_count() > 1:
         # gloo's threads abort a process whose interpreter ends under them; after a failure they might wait for ever
+        atexit.unregister(dist.destroy_process_group)  # where one process runs several commands
         atexit.register(dist.destroy_process_group)
 
 

@@ -258,9 +258,9 @@ class CalibrationData(pl.LightningDataModule):
         stream = SampleStream(source, limit=self.rows, check_images=False)
         try:
             windows = choose_windows(stream, self._processor, length=self.text_length, count=count, generator=generator)
+            stream.refuse_if_broken()
         finally:
             self._skipped += stream.skipped
-        refuse_too_many_skipped(stream.skipped, stream.position)  # it need not have been read to its end
         return *hold_back([[window] for window in windows[:first]], self.holdout), windows[first:]
 
     def _texts(self, samples: int) -> int:

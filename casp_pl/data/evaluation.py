@@ -177,7 +177,7 @@ class EvaluationData(pl.LightningDataModule):
                 f"evaluation.text_tokens is {self.text_tokens}, but the held-out text has only "
                 f"{len(windows) * self.window} tokens in windows of {self.window}: lower it"
             )
-        refuse_too_many_skipped(texts.skipped, texts.position)
+        texts.refuse_if_broken()
         self._skipped += texts.skipped
         return windows
 

@@ -10,13 +10,14 @@ from typing import Any
 
 from casp_pl.data.images import ImageRefusedError, load_image
 from casp_pl.data.sample import Sample
-from casp_pl.data.skipped import Skipped, refuse_too_many_skipped
+from casp_pl.data.skipped import MAX_SKIPPED_SHARE, Skipped, refuse_too_many_skipped
 from casp_pl.data.sources import DataSource, Split
 from casp_pl.errors import ConfigError
 
 __all__ = ["SampleStream", "rows_to_choose_from"]
 
 _BUFFER = 1000
+_FAIR = 100  # rows, of which one that is broken is no large share
 
 
 def rows_to_choose_from(source: DataSource, needed: int | None, limit: int | None = None) -> int | None:
@@ -79,6 +80,19 @@ class SampleStream:
             elif isinstance(row, Sample):
                 yield row
         refuse_too_many_skipped(self.skipped, self.position)
+
+    def refuse_if_broken(self) -> None:
+        """Judge a pass that was left before its end; one bad row among few is no reason, so that more are read then.
+
+        Raises:
+            InputError: more than 5 % of the rows that were read, or of the first 100, are skipped.
+        """
+        if len(self.skipped) > MAX_SKIPPED_SHARE * self.position:
+            self._restored = True
+            for _ in self:
+                if self.position >= _FAIR:
+                    break
+            refuse_too_many_skipped(self.skipped, self.position)
 
     def state_dict(self) -> dict[str, Any]:
         """How far this pass is, and what it skipped; JSON."""

@@ -168,9 +168,12 @@ def test_json_lines(tmp_path):
         list(SampleStream(TextFiles(path=path)))
 
 
-def test_texts_that_are_read_in_part_are_held_to_the_same_tolerance(tiny, tmp_path):
+@pytest.mark.parametrize("words", [5, 500])
+def test_texts_that_are_read_in_part_are_held_to_the_same_tolerance(tiny, tmp_path, words):
+    """A single broken row of few that are needed is none of a hundred."""
+
     def counts(broken, data):
-        lines = [json.dumps({"text": "ten plain words about nothing"} if n >= broken else n) for n in range(400)]
+        lines = [json.dumps({"text": "word " * words} if n >= broken else n) for n in range(400)]
         (tmp_path / "a.jsonl").write_text("\n".join(lines))
         data.attach(tiny[1])
         return data.counts

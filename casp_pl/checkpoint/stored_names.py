@@ -34,8 +34,11 @@ def compact_state_dict(module: nn.Module, half: torch.dtype = torch.float16) -> 
 
     Args:
         module: a compressed model, or a part of it.
-        half: `half_of` the original: the first choice for what was not compressed. What the original has in it is
-            stored in it, whatever the values are. Tables of compressed layers are float16 where that is exact.
+        half: `half_of` the original: the first choice for what was not compressed, so that what the original has in
+            this type keeps it whatever its values are. For tables of compressed layers float16 is the first choice.
+
+    Returns:
+        The names of the state dict and tensors of the same shapes; float32 where neither 16-bit type is exact.
     """
     other = torch.float16 if half is torch.bfloat16 else torch.bfloat16
     tables = {table.data_ptr() for table in compressed_tables(module)}
@@ -51,9 +54,9 @@ def compact_state_dict(module: nn.Module, half: torch.dtype = torch.float16) -> 
 def _in_16_bits(tensor: Tensor, choice: Iterable[torch.dtype]) -> Tensor:
     if tensor.dtype is torch.float32:
         for dtype in choice:
-            half = tensor.to(dtype)
-            if torch.equal(half.to(torch.float32), tensor):
-                return half
+            rounded = tensor.to(dtype)
+            if torch.equal(rounded.to(torch.float32), tensor):
+                return rounded
     return tensor
 
 

@@ -20,12 +20,7 @@ from torch import Tensor
 from casp_pl.checkpoint.atomic import METADATA_KEY
 from casp_pl.checkpoint.hugging_face import without_progress_bars
 from casp_pl.checkpoint.registration import CaspConfig
-from casp_pl.checkpoint.stored_names import (
-    DTYPE_NAMES,
-    compressed_tables,
-    names_in_files,
-    state_without_aliases,
-)
+from casp_pl.checkpoint.stored_names import DTYPE_NAMES, compressed_tables, names_in_files, state_without_aliases
 from casp_pl.checkpoint.streamed import file_names, write_index
 from casp_pl.models.surgery import layer_specs
 

@@ -2,7 +2,7 @@
 
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -139,7 +139,7 @@ def lookup_loops() -> dict[str, LookupLoop]:
     if (run := _load("lookup", "lookup")) is None:
         return loops
     if _has_byte_tables() and (run_bytes := _load("bytes", "lookup_bytes")) is not None:
-        loops["bytes"] = LookupLoop(_by_input(run_bytes), _tiles, tokens=16)
+        loops["bytes"] = LookupLoop(_telling_infinity(_by_input(run_bytes)), _tiles, tokens=16)
     if (vectors := _vector_loop(run)) is not None:
         loops["vectors"] = vectors
     loops["floats"] = LookupLoop(_by_input(run), _laid_out, tokens=2)
@@ -148,7 +148,7 @@ def lookup_loops() -> dict[str, LookupLoop]:
 
 def _vector_loop(floats: Callable[..., None]) -> LookupLoop | None:
     """`numba_vectors`, and the look-up of single products for the groups that it does not take."""
-    loops = [_load("vectors", f"multiply_{kind}") for kind in ("additive", "e8p", "uniform")]
+    loops = [_load("vectors", f"multiply_{kind}", _as_they_are) for kind in ("additive", "e8p", "uniform")]
     additive, e8p, uniform = loops
     if additive is None or e8p is None or uniform is None:
         return None
@@ -184,6 +184,16 @@ def _by_input(run: Callable[..., None]) -> Callable[..., None]:
         run(x, codebooks.transpose(1, 2), *rest)
 
     return transposed
+
+
+def _telling_infinity(run: Callable[..., None]) -> Callable[..., None]:
+    """NaN for tokens that are not finite, where a loop would hide them."""
+
+    def told(x: Tensor, *rest: Any) -> None:
+        run(x, *rest)
+        rest[-1].add_((x * 0).sum(dim=(1, 2)).unsqueeze(1))
+
+    return told
 
 
 def _laid_out(codes: Tensor) -> Tensor:
@@ -256,15 +266,35 @@ def _numba() -> Any:
         return None
 
 
+def _arrays(*arguments: Any) -> list[Any]:
+    """Tensors as contiguous arrays (one layout, so that one compilation serves all calls), the rest as it is.
+
+    `Tensor.numpy` would fix the size of its memory for ever, and FSDP takes that of gathered parameters away.
+    """
+    import numpy as np
+
+    return [np.from_dlpack(item.detach().contiguous()) if isinstance(item, Tensor) else item for item in arguments]
+
+
+def _as_they_are(*arguments: Any) -> tuple[Any, ...]:
+    return arguments
+
+
 @cache
-def _load(module: str, name: str) -> Callable[..., None] | None:
-    """Import a loop of numba's and try it once; what is installed need not work."""
+def _load(module: str, name: str, converted: Callable[..., Sequence[Any]] = _arrays) -> Callable[..., None] | None:
+    """Import a loop of numba's and try it once; what is installed need not work.
+
+    Args:
+        module: what follows `numba_` in its module's name.
+        name: of the loop.
+        converted: makes what the loop takes of tensors and numbers.
+    """
     if (numba := _numba()) is None:
         return None
     threads = torch.get_num_threads()
     try:
         loop: Any = getattr(importlib.import_module(f"casp_pl.kernels.numba_{module}"), name)
-        loop(*_arrays(*_smallest_arguments(name)))
+        loop(*converted(*_smallest_arguments(name)))
         # numba's first loop sets OpenMP's number of threads for all, whatever OMP_NUM_THREADS says
         torch.set_num_threads(threads)
     except Exception as error:  # an optional package fails in its own ways: a missing library, no place for its cache
@@ -274,16 +304,6 @@ def _load(module: str, name: str) -> Callable[..., None] | None:
 
     def run(*arguments: Any) -> None:
         numba.set_num_threads(min(most, torch.get_num_threads()))
-        loop(*_arrays(*arguments))
+        loop(*converted(*arguments))
 
     return run
-
-
-def _arrays(*arguments: Any) -> list[Any]:
-    """Tensors as contiguous arrays (one layout, so that one compilation serves all calls), the rest as it is.
-
-    `Tensor.numpy` would fix the size of its memory for ever, and FSDP takes that of gathered parameters away.
-    """
-    import numpy as np
-
-    return [np.from_dlpack(item.detach().contiguous()) if isinstance(item, Tensor) else item for item in arguments]

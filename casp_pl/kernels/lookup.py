@@ -75,10 +75,14 @@ class CodeRows:
         """
         books, _, length = codebooks.shape
         groups = self._positions // books
-        inputs = F.pad(x.float(), (0, groups * length - x.shape[1])).view(len(x), groups, length)
-        sums = torch.empty(len(x), self._rows, device=x.device)
-        span = -(-self._positions // len(weights))
-        for start in range(0, len(x), _TOKENS):
-            few = slice(start, start + _TOKENS)
-            self._loop.run(inputs[few], codebooks.float(), self._codes, weights.float().contiguous(), span, sums[few])
-        return sums + (inputs * 0).sum(dim=(1, 2)).unsqueeze(1)  # NaN of a token that is not finite: the loops hide it
+        tokens, missing = x.shape[0], groups * length - x.shape[1]
+        inputs = (F.pad(x, (0, missing)) if missing else x).float().contiguous().view(tokens, groups, length)
+        sums = torch.empty(tokens, self._rows, device=x.device)
+        span = -(-self._positions // weights.shape[0])
+        tables = codebooks.float(), self._codes, weights.float().contiguous(), span
+        if tokens <= _TOKENS:
+            self._loop.run(inputs, *tables, sums)
+            return sums
+        for few in (slice(start, start + _TOKENS) for start in range(0, tokens, _TOKENS)):
+            self._loop.run(inputs[few], *tables, sums[few])
+        return sums

@@ -20,6 +20,7 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from torch import Tensor
 
 __all__ = ["LEAST_ROWS", "multiply_additive", "multiply_e8p", "multiply_uniform"]
 
@@ -28,10 +29,10 @@ _TOKENS, _FEWER_ROWS = 4, 2  # that share a decoded vector; the sums of both fil
 _PIECE = 64  # rows that one thread takes at a time, a multiple of LEAST_ROWS
 _WIDTH = 8
 
-_FLOATS = ir.VectorType(ir.FloatType(), _WIDTH)
+_INDEX, _INT, _BYTE, _FLOAT = ir.IntType(64), ir.IntType(32), ir.IntType(8), ir.FloatType()
+_FLOATS = ir.VectorType(_FLOAT, _WIDTH)
 _INTS = ir.VectorType(ir.IntType(32), _WIDTH)
 _BYTES = ir.VectorType(ir.IntType(8), _WIDTH)
-_INDEX, _INT, _BYTE = ir.IntType(64), ir.IntType(32), ir.IntType(8)
 _CONTRACT = ("contract",)  # a product and a sum may become one instruction
 
 _for_range: Any = cgutils.for_range
@@ -171,46 +172,51 @@ def _sum_groups(builder: Any, decode: Decode, data: list[Any], sizes: _Sizes, to
     return total
 
 
-def _products(decode: Decode, rows: int, tokens: int) -> Any:
-    """`rows` x `tokens` sums at a time, as a function that numba can call."""
+def _products(decode: Decode, entry: Any, rows: int, tokens: int) -> Any:
+    """`rows` x `tokens` sums at a time, as a function that numba can call; tables hold values of the type `entry`."""
+    kinds = [_FLOAT, entry, _BYTE, _FLOAT]
 
     @intrinsic
     def products(typing_context, x, tables, codes, weights, setting, sizes, token, first, last, sums):  # type: ignore[no-untyped-def]
-        # sums[token + n, first:last] of the next tokens. Arrays are flat. The last rows start before the end, so that
-        # their number need not be a multiple.
+        # sums[token + n, first:last] of the next tokens. Arrays are addresses. The last rows start before the end, so
+        # that their number need not be a multiple.
 
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            def array(place: int) -> Any:
-                return context.make_array(signature.args[place])(context, builder, arguments[place]).data
+            def place(address: Any, kind: Any) -> Any:
+                return builder.inttoptr(address, kind.as_pointer())
 
             own = _Sizes(*cgutils.unpack_tuple(builder, arguments[5]))  # type: ignore[no-untyped-call]
             token, first, last = arguments[6:9]
-            data = [array(0), array(1), array(2), array(3), arguments[4]]
+            data = [*map(place, arguments, kinds), arguments[4]]
             length = builder.add(builder.sub(last, first), _INDEX(rows - 1))
             with _for_range(builder, builder.sdiv(length, _INDEX(rows))) as blocks:
                 row = builder.add(first, builder.mul(blocks.index, _INDEX(rows)))
                 latest = builder.sub(last, _INDEX(rows))
                 row = builder.select(builder.icmp_signed("<", row, latest), row, latest)
                 total = _sum_groups(builder, decode, data, own, token, row, (rows, tokens))
-                for (r, n), place in total.items():
+                for (r, n), vector in total.items():
                     at = builder.mul(builder.add(token, _INDEX(n)), own.rows)
-                    out = builder.gep(array(9), [builder.add(at, builder.add(row, _INDEX(r)))])
-                    builder.store(_total(builder, builder.load(place)), out)
+                    out = builder.gep(place(arguments[9], _FLOAT), [builder.add(at, builder.add(row, _INDEX(r)))])
+                    builder.store(_total(builder, builder.load(vector)), out)
             return context.get_dummy_value()
 
-        floats, integer = types.Array(types.float32, 1, "C"), types.int64
-        numbers = types.UniTuple(integer, len(_Sizes._fields))  # type: ignore[no-untyped-call]
-        data = [floats, types.Array(tables.dtype, 1, "C"), types.Array(types.uint8, 1, "C"), floats]
-        return types.void(*data, integer, numbers, integer, integer, integer, floats), generate
+        number = types.int64
+        numbers = types.UniTuple(number, len(_Sizes._fields))  # type: ignore[no-untyped-call]
+        return types.void(*[number] * 5, numbers, *[number] * 4), generate
 
     return products
 
 
-_one_two_books, _more_two_books = _products(_two_books, LEAST_ROWS, 1), _products(_two_books, _FEWER_ROWS, _TOKENS)
-_one_any_books, _more_any_books = _products(_any_books, LEAST_ROWS, 1), _products(_any_books, _FEWER_ROWS, _TOKENS)
-_one_e8p, _more_e8p = _products(_e8p, LEAST_ROWS, 1), _products(_e8p, _FEWER_ROWS, _TOKENS)
-_one_uniform, _more_uniform = _products(_uniform, LEAST_ROWS, 1), _products(_uniform, _FEWER_ROWS, _TOKENS)
-_one_byte, _more_bytes = _products(_whole_bytes, LEAST_ROWS, 1), _products(_whole_bytes, _FEWER_ROWS, _TOKENS)
+def _both(decode: Decode, entry: Any) -> tuple[Any, Any]:
+    """`_products` of one token, and of several."""
+    return _products(decode, entry, LEAST_ROWS, 1), _products(decode, entry, _FEWER_ROWS, _TOKENS)
+
+
+_one_two_books, _more_two_books = _both(_two_books, _FLOAT)
+_one_any_books, _more_any_books = _both(_any_books, _FLOAT)
+_one_e8p, _more_e8p = _both(_e8p, _BYTE)
+_one_uniform, _more_uniform = _both(_uniform, _BYTE)
+_one_byte, _more_bytes = _both(_whole_bytes, _BYTE)
 
 
 @njit(inline="always")
@@ -221,7 +227,63 @@ def _piece(number, rows):  # type: ignore[no-untyped-def]
 
 
 @njit(parallel=True, nogil=True, cache=True)
-def multiply_additive(x, books, codes, weights, span, sums):  # type: ignore[no-untyped-def]
+def _additive(x, books, codes, weights, sums, tokens, entries, sizes):  # type: ignore[no-untyped-def]
+    _, count, _, _, rows = sizes
+    fours = tokens // _TOKENS * _TOKENS
+    for number in prange((rows + _PIECE - 1) // _PIECE):
+        first, last = _piece(number, rows)
+        for n in range(0, fours, _TOKENS):
+            if count == 2:
+                _more_two_books(x, books, codes, weights, entries, sizes, n, first, last, sums)
+            else:
+                _more_any_books(x, books, codes, weights, entries, sizes, n, first, last, sums)
+        for n in range(fours, tokens):
+            if count == 2:
+                _one_two_books(x, books, codes, weights, entries, sizes, n, first, last, sums)
+            else:
+                _one_any_books(x, books, codes, weights, entries, sizes, n, first, last, sums)
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _lattice(x, tables, codes, weights, sums, tokens, sizes):  # type: ignore[no-untyped-def]
+    rows, fours = sizes[4], tokens // _TOKENS * _TOKENS
+    for number in prange((rows + _PIECE - 1) // _PIECE):
+        first, last = _piece(number, rows)
+        for n in range(0, fours, _TOKENS):
+            _more_e8p(x, tables, codes, weights, 0, sizes, n, first, last, sums)
+        for n in range(fours, tokens):
+            _one_e8p(x, tables, codes, weights, 0, sizes, n, first, last, sums)
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _whole_numbers(x, codes, weights, sums, tokens, sizes):  # type: ignore[no-untyped-def]
+    _, bits, _, _, rows = sizes
+    fours = tokens // _TOKENS * _TOKENS
+    for number in prange((rows + _PIECE - 1) // _PIECE):
+        first, last = _piece(number, rows)
+        for n in range(0, fours, _TOKENS):
+            if bits == 8:
+                _more_bytes(x, codes, codes, weights, bits, sizes, n, first, last, sums)
+            else:
+                _more_uniform(x, codes, codes, weights, bits, sizes, n, first, last, sums)
+        for n in range(fours, tokens):
+            if bits == 8:
+                _one_byte(x, codes, codes, weights, bits, sizes, n, first, last, sums)
+            else:
+                _one_uniform(x, codes, codes, weights, bits, sizes, n, first, last, sums)
+
+
+def _contiguous(*tensors: Tensor) -> list[Tensor]:
+    """Tensors whose addresses are good for as long as they are kept."""
+    return [tensor.contiguous() for tensor in tensors]
+
+
+def _addresses(*tensors: Tensor) -> list[int]:
+    """Where tensors begin. To make arrays of them takes as long as the product with a small matrix."""
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def multiply_additive(x: Tensor, books: Tensor, codes: Tensor, weights: Tensor, span: int, sums: Tensor) -> None:
     """The sums of `numba_lookup.lookup` for groups of 8 inputs.
 
     Args:
@@ -230,29 +292,16 @@ def multiply_additive(x, books, codes, weights, span, sums):  # type: ignore[no-
         codes: uint8 (O, G K), all below C.
         weights: float32 (S, O).
         span: positions of a span, a multiple of K; the last may be shorter.
-        sums: float32 (N, O), written.
+        sums: float32 (N, O), contiguous, written.
     """
-    tokens, rows = sums.shape
+    tokens, groups, _ = x.shape
     count, entries, _ = books.shape
-    sizes = (x.shape[1], count, span // count, weights.shape[0], rows)
-    inputs, tables, flat, scales, out = x.ravel(), books.ravel(), codes.ravel(), weights.ravel(), sums.ravel()
-    fours = tokens // _TOKENS * _TOKENS
-    for number in prange((rows + _PIECE - 1) // _PIECE):
-        first, last = _piece(number, rows)
-        for n in range(0, fours, _TOKENS):
-            if count == 2:
-                _more_two_books(inputs, tables, flat, scales, entries, sizes, n, first, last, out)
-            else:
-                _more_any_books(inputs, tables, flat, scales, entries, sizes, n, first, last, out)
-        for n in range(fours, tokens):
-            if count == 2:
-                _one_two_books(inputs, tables, flat, scales, entries, sizes, n, first, last, out)
-            else:
-                _one_any_books(inputs, tables, flat, scales, entries, sizes, n, first, last, out)
+    spans, rows = weights.shape
+    read = _contiguous(x, books, codes, weights)
+    _additive(*_addresses(*read, sums), tokens, entries, (groups, count, span // count, spans, rows))
 
 
-@njit(parallel=True, nogil=True, cache=True)
-def multiply_e8p(x, tables, codes, weights, sums):  # type: ignore[no-untyped-def]
+def multiply_e8p(x: Tensor, tables: Tensor, codes: Tensor, weights: Tensor, sums: Tensor) -> None:
     """Products with points of E8P in quarters.
 
     Args:
@@ -260,22 +309,14 @@ def multiply_e8p(x, tables, codes, weights, sums):  # type: ignore[no-untyped-de
         tables: int8 (3, 256, 8): patterns by the low byte of a code; bits to flip and what to add then by the high one.
         codes: uint8 (O, G, 2), the low byte first.
         weights: float32 (1, O), scales of the rows.
-        sums: float32 (N, O), written.
+        sums: float32 (N, O), contiguous, written.
     """
-    tokens, rows = sums.shape
-    sizes = (x.shape[1], 2, x.shape[1], 1, rows)
-    inputs, table, flat, scales, out = x.ravel(), tables.ravel(), codes.ravel(), weights.ravel(), sums.ravel()
-    fours = tokens // _TOKENS * _TOKENS
-    for number in prange((rows + _PIECE - 1) // _PIECE):
-        first, last = _piece(number, rows)
-        for n in range(0, fours, _TOKENS):
-            _more_e8p(inputs, table, flat, scales, 0, sizes, n, first, last, out)
-        for n in range(fours, tokens):
-            _one_e8p(inputs, table, flat, scales, 0, sizes, n, first, last, out)
+    (tokens, groups, _), (rows, _, count) = x.shape, codes.shape
+    read = _contiguous(x, tables, codes, weights)
+    _lattice(*_addresses(*read, sums), tokens, (groups, count, groups, 1, rows))
 
 
-@njit(parallel=True, nogil=True, cache=True)
-def multiply_uniform(x, bits, codes, weights, span, sums):  # type: ignore[no-untyped-def]
+def multiply_uniform(x: Tensor, bits: int, codes: Tensor, weights: Tensor, span: int, sums: Tensor) -> None:
     """Products with whole numbers.
 
     Args:
@@ -284,21 +325,8 @@ def multiply_uniform(x, bits, codes, weights, span, sums):  # type: ignore[no-un
         codes: uint8, flat: those of 8 inputs fill `bits` bytes, of all groups and rows in turn, and 4 bytes more.
         weights: float32 (S, O).
         span: groups of a span; the last may be shorter.
-        sums: float32 (N, O), written.
+        sums: float32 (N, O), contiguous, written.
     """
-    tokens, rows = sums.shape
-    sizes = (x.shape[1], bits, span, weights.shape[0], rows)
-    inputs, scales, out = x.ravel(), weights.ravel(), sums.ravel()
-    fours = tokens // _TOKENS * _TOKENS
-    for number in prange((rows + _PIECE - 1) // _PIECE):
-        first, last = _piece(number, rows)
-        for n in range(0, fours, _TOKENS):
-            if bits == 8:
-                _more_bytes(inputs, codes, codes, scales, bits, sizes, n, first, last, out)
-            else:
-                _more_uniform(inputs, codes, codes, scales, bits, sizes, n, first, last, out)
-        for n in range(fours, tokens):
-            if bits == 8:
-                _one_byte(inputs, codes, codes, scales, bits, sizes, n, first, last, out)
-            else:
-                _one_uniform(inputs, codes, codes, scales, bits, sizes, n, first, last, out)
+    (tokens, groups, _), (spans, rows) = x.shape, weights.shape
+    read = _contiguous(x, codes, weights)
+    _whole_numbers(*_addresses(*read, sums), tokens, (groups, bits, span, spans, rows))

@@ -53,6 +53,11 @@ class UniformRows:
             (N, O).
         """
         x = x.float() if self._columns is None else x.float().index_select(1, self._columns)
-        grouped = F.pad(x, (0, -x.shape[1] % self._group_size)).view(len(x), -1, self._group_size)
-        inputs = F.pad(grouped, (0, self._filling)).flatten(1)
+        grouped = _filled(x, -x.shape[1] % self._group_size).view(x.shape[0], -1, self._group_size)
+        inputs = _filled(grouped, self._filling).flatten(1)
         return self._products(inputs, scales).addmm_(grouped.sum(dim=2), offsets, alpha=-1)
+
+
+def _filled(x: Tensor, count: int) -> Tensor:
+    """X with so many zeros at the end of its last dimension; x itself for none, since an empty pad copies it."""
+    return F.pad(x, (0, count)) if count else x

@@ -35,6 +35,7 @@ _INTS = ir.VectorType(ir.IntType(32), _WIDTH)
 _BYTES = ir.VectorType(ir.IntType(8), _WIDTH)
 _CONTRACT = ("contract",)  # a product and a sum may become one instruction
 
+_compiled: Any = njit(parallel=True, nogil=True, cache=True)
 _for_range: Any = cgutils.for_range
 _alloca: Any = cgutils.alloca_once
 
@@ -226,7 +227,7 @@ def _piece(number, rows):  # type: ignore[no-untyped-def]
     return min(number * _PIECE, max(0, last - LEAST_ROWS)), last
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@_compiled
 def _additive(x, books, codes, weights, sums, tokens, entries, sizes):  # type: ignore[no-untyped-def]
     _, count, _, _, rows = sizes
     fours = tokens // _TOKENS * _TOKENS
@@ -244,7 +245,7 @@ def _additive(x, books, codes, weights, sums, tokens, entries, sizes):  # type: 
                 _one_any_books(x, books, codes, weights, entries, sizes, n, first, last, sums)
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@_compiled
 def _lattice(x, tables, codes, weights, sums, tokens, sizes):  # type: ignore[no-untyped-def]
     rows, fours = sizes[4], tokens // _TOKENS * _TOKENS
     for number in prange((rows + _PIECE - 1) // _PIECE):
@@ -255,7 +256,7 @@ def _lattice(x, tables, codes, weights, sums, tokens, sizes):  # type: ignore[no
             _one_e8p(x, tables, codes, weights, 0, sizes, n, first, last, sums)
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@_compiled
 def _whole_numbers(x, codes, weights, sums, tokens, sizes):  # type: ignore[no-untyped-def]
     _, bits, _, _, rows = sizes
     fours = tokens // _TOKENS * _TOKENS

@@ -5,6 +5,8 @@ from torch import Tensor
 
 __all__ = ["proxy_loss", "relative_proxy_loss"]
 
+_STRIP = 512  # columns at a time
+
 
 def proxy_loss(weight: Tensor, approx: Tensor, second_moment: Tensor) -> float:
     """tr((W - Q) H (W - Q)^T), the squared error of the outputs summed over the tokens that make up H.
@@ -12,7 +14,7 @@ def proxy_loss(weight: Tensor, approx: Tensor, second_moment: Tensor) -> float:
     Args:
         weight: W (O, I).
         approx: Q (O, I).
-        second_moment: H (I, I).
+        second_moment: H (I, I), symmetric.
     """
     return _energy((weight.detach() - approx.detach()).to(second_moment.dtype), second_moment)
 
@@ -27,5 +29,11 @@ def relative_proxy_loss(weight: Tensor, approx: Tensor, second_moment: Tensor) -
 
 
 def _energy(rows: Tensor, second_moment: Tensor) -> float:
-    """tr(E H E^T), the products in the dtype given, their sum in float64."""
-    return float((rows @ second_moment).mul_(rows).sum(dtype=torch.float64))
+    """tr(E H E^T), H symmetric: what is below its diagonal counts twice. The sum of products is in float64."""
+    total = torch.zeros((), dtype=torch.float64, device=rows.device)
+    for start in range(0, rows.shape[1], _STRIP):
+        stop = start + _STRIP
+        own, columns = rows[:, start:stop], second_moment[:, start:stop]
+        products = torch.addmm(own @ columns[start:stop], rows[:, stop:], columns[stop:], alpha=2)
+        total += products.mul_(own).sum(dtype=torch.float64)
+    return float(total)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["ProductSum", "add_products", "full_width_products"]
+__all__ = ["GramSum", "ProductSum", "full_width_products"]
 
-_ROWS = 1024  # of a sum of products that are computed at once
+_ROWS = 512  # of a sum of products that are computed at once
 
 
 @contextmanager
@@ -33,17 +33,6 @@ def full_width_products() -> Iterator[None]:
         settings.fp32_precision = before
 
 
-def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Total (I, J) += left^T right of left (N, I) and right (N, J), in place, 1024 rows at a time.
-
-    The sum may be wider than the products: of a 11008 x 11008 moment in float64 the products would take half as much
-    again in float32, and torch widens them before it adds them.
-    """
-    for start in range(0, len(total), _ROWS):
-        rows = slice(start, start + _ROWS)
-        total[rows] += left[:, rows].T @ right
-
-
 class ProductSum:
     """The sum of left^T right (I, J) over batches, in float64; in strips of rows, to be narrowed one after the other.
 
@@ -57,17 +46,56 @@ class ProductSum:
     """
 
     def __init__(self, rows: int, columns: int, device: torch.device) -> None:
-        lengths = [min(_ROWS, rows - start) for start in range(0, rows, _ROWS)]
-        self._strips = [torch.zeros(length, columns, dtype=torch.float64, device=device) for length in lengths]
+        self._strips = [_zeros(len(strip), columns, device) for strip in _strips(rows)]
 
     def add(self, left: Tensor, right: Tensor) -> None:
         """Add left^T right of left (N, I) and right (N, J)."""
-        for start, strip in zip(range(0, left.shape[1], _ROWS), self._strips, strict=True):
-            strip += left[:, start : start + _ROWS].T @ right
+        for rows, strip in zip(torch.split(left, _ROWS, dim=1), self._strips, strict=True):
+            strip += rows.T @ right
 
     def narrow(self, finish: Callable[[Tensor], Tensor]) -> Tensor:
-        """`finish` of every strip (at most 1024, J), together as one matrix (I, J) in float32; the sum is used up."""
+        """`finish` of every strip (at most 512, J), together as one matrix (I, J) in float32; the sum is used up."""
         whole = self._strips[0].new_empty(sum(map(len, self._strips)), self._strips[0].shape[1], dtype=torch.float32)
         for rows in torch.split(whole, _ROWS):
             rows.copy_(finish(self._strips.pop(0)))
         return whole
+
+
+class GramSum:
+    """The sum of x^T x (I, I) over batches as `ProductSum` has it, by way of the triangle above its diagonal alone.
+
+    Args:
+        width: I.
+        device: where it is summed.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self._width = width
+        self._strips = [_zeros(len(strip), width - strip.start, device) for strip in _strips(width)]
+
+    def add(self, x: Tensor) -> None:
+        """Add x^T x of x (N, I)."""
+        for rows, strip in zip(_strips(self._width), self._strips, strict=True):
+            strip += x[:, rows.start : rows.stop].T @ x[:, rows.start :]
+
+    def narrow(self, finish: Callable[[Tensor], Tensor]) -> Tensor:
+        """`finish` of every strip (at most 512, from its diagonal on), as one matrix (I, I) in float32, symmetric.
+
+        The sum is used up.
+        """
+        whole = self._strips[0].new_empty(self._width, self._width, dtype=torch.float32)
+        for rows in _strips(self._width):
+            upper = whole[rows.start : rows.stop, rows.start :]
+            upper.copy_(finish(self._strips.pop(0)))
+            corner = upper[:, : len(rows)].triu()
+            upper[:, : len(rows)] = corner + corner.triu(1).T
+            whole[rows.stop :, rows.start : rows.stop] = upper[:, len(rows) :].T
+        return whole
+
+
+def _strips(rows: int) -> list[range]:
+    return [range(start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS)]
+
+
+def _zeros(rows: int, columns: int, device: torch.device) -> Tensor:
+    return torch.zeros(rows, columns, dtype=torch.float64, device=device)

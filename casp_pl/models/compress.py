@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from casp_pl.allocation import ModulePlan
 from casp_pl.errors import NumericsError
 from casp_pl.layers import LowRankLinear, QuantizedLinear, materialized
-from casp_pl.linalg import ProductSum, PropagationTarget, full_width_products, relative_proxy_loss
+from casp_pl.linalg import GramSum, ProductSum, PropagationTarget, full_width_products, relative_proxy_loss
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.sharing import Layer, are_few, of_everyone, own_share
 from casp_pl.models.streams import BlockBatch, linear_inputs
@@ -236,13 +236,14 @@ def collect_moments(
     """
     linear = _dense_linear(block, name)
     width = linear.in_features
-    second, cross = (ProductSum(width, width, linear.weight.device) for _ in range(2))
+    second = GramSum(width, linear.weight.device)
+    cross = ProductSum(width, width, linear.weight.device)
     tokens = torch.zeros((), dtype=torch.int64, device=linear.weight.device)
     for batch, reference in zip(student, references, strict=True):
         inputs = linear_inputs(block, batch, [name])[name].float()
         reference = reference.to(inputs)
         with full_width_products():
-            second.add(inputs, inputs)
+            second.add(inputs)
             cross.add(reference, inputs)
         tokens += len(inputs)
     count = sum_of_all(tokens)

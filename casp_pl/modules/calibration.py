@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from casp_pl.errors import NumericsError
-from casp_pl.linalg import add_products, full_width_products, relative_proxy_loss, whitened_spectrum
+from casp_pl.linalg import GramSum, full_width_products, relative_proxy_loss, whitened_spectrum
 from casp_pl.models.activations import Keep, in_memory
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.branches import visible_pairs
@@ -123,7 +123,7 @@ class CalibrationModule(pl.LightningModule):
         self._block = None  # not two at a time
         self._block = next(self._originals)
         groups = self.adapter.linear_groups if self.measure_rounding else self.adapter.linear_groups[:1]
-        self._moments: dict[str, Tensor] = {}
+        self._moments: dict[str, GramSum] = {}
         self._handles = [
             self._block.get_submodule(group[0]).register_forward_pre_hook(self._linear_reads(group[0]))
             for group in groups
@@ -153,14 +153,18 @@ class CalibrationModule(pl.LightningModule):
         if not sum_of_all(self._cosines[number]).isfinite():
             self._refuse(f"output of block {number}")
         for group in self.adapter.linear_groups:
-            moment = self._moments.pop(group[0], None)
-            if moment is None:
+            total = self._moments.pop(group[0], None)
+            if total is None:
                 continue
-            moment = (sum_of_all(moment) / self._total[0].to(moment.device)).float()
+            moment = total.narrow(self._mean)
             if not moment.isfinite().all():
                 self._refuse(f"inputs of {self.adapter.full_name(number, group[0])}")
             for name in group:
                 self._measure(self.adapter.full_name(number, name), name, moment)
+
+    def _mean(self, total: Tensor) -> Tensor:
+        """Of a sum over this process's tokens, the mean over those of all."""
+        return sum_of_all(total).div_(self._total[0].to(total.device))
 
     def _refuse(self, place: str) -> NoReturn:
         """Some activation was NaN or infinite; `modules.finite.broken_samples` tells whose."""
@@ -184,12 +188,11 @@ class CalibrationModule(pl.LightningModule):
     def _linear_reads(self, name: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0][self._real].float()
-            if name not in self._moments:  # wider than the products, see `collect_moments`
-                wide: dict[str, Any] = {"dtype": torch.float64, "device": x.device}
-                self._moments[name] = torch.zeros(x.shape[1], x.shape[1], **wide)
+            if name not in self._moments:
+                self._moments[name] = GramSum(x.shape[1], x.device)
             # in fp32, whatever the model computes in
             with torch.autocast(x.device.type, enabled=False), full_width_products():
-                add_products(self._moments[name], x, x)
+                self._moments[name].add(x)
 
         return hook
 

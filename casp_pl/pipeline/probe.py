@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from casp_pl.allocation import CompressionPlan, ModulePlan
 from casp_pl.kernels import head_divergence
 from casp_pl.layers import build_layer, materialized
-from casp_pl.linalg import add_products
+from casp_pl.linalg import GramSum
 from casp_pl.models.adapter import ModelAdapter, adapt
 from casp_pl.models.compress import BlockQuantization, collect_moments
 from casp_pl.models.streams import BlockBatch, autocast_to, first_block_batches, run_blocks, run_blocks_seeing
@@ -169,11 +169,11 @@ def _answering(probe: ModelAdapter, rows: int) -> float:
 
 def _second_moment(seen: Sequence[Tensor]) -> float:
     """Seconds for the second moment of what a group reads."""
-    wide = torch.zeros(seen[0].shape[1], seen[0].shape[1], dtype=torch.float64, device=seen[0].device)
+    total = GramSum(seen[0].shape[1], seen[0].device)
 
     def add_all() -> None:
         for x in seen:
-            add_products(wide, x.float(), x.float())
+            total.add(x.float())
 
     return min(_repeated(add_all))
 

@@ -8,10 +8,11 @@ import torch
 from casp_pl.linalg.losses import proxy_loss, relative_proxy_loss
 
 
-def test_losses_are_squared_errors_of_the_outputs() -> None:
+@pytest.mark.parametrize("width", [1, 7, 512, 513, 1100])
+def test_losses_are_squared_errors_of_the_outputs(width: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    weight, approx = (torch.randn(5, 7, generator=generator) for _ in "wq")
-    inputs = torch.randn(40, 7, generator=generator)
+    weight, approx = (torch.randn(5, width, generator=generator) for _ in "wq")
+    inputs = torch.randn(40, width, generator=generator)
     moment = inputs.T @ inputs
     expected = (inputs @ (weight - approx).T).double().square().sum().item()
     assert proxy_loss(weight, approx, moment) == pytest.approx(expected, rel=1e-5)

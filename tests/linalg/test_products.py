@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from casp_pl.linalg import ProductSum, add_products, full_width_products
+from casp_pl.linalg import GramSum, ProductSum, full_width_products
 
 
 @pytest.mark.parametrize("shape", [(300, 257, 129), (64, 2048, 96), (1, 576, 577)])
@@ -16,17 +16,7 @@ def test_products_stay_fp32(shape: tuple[int, int, int]) -> None:
         assert (product - exact).norm() < 2e-6 * exact.norm()
 
 
-@pytest.mark.parametrize(("columns", "others"), [(5, 3), (1024, 7), (1025, 7), (2100, 900)])
-def test_products_are_added_strip_by_strip(columns: int, others: int) -> None:
-    left, right = torch.randn(33, columns), torch.randn(33, others)
-    start = torch.randn(columns, others, dtype=torch.float64)
-    total = start.clone()
-    add_products(total, left, right)
-    exact = start + left.double().T @ right.double()
-    assert (total - exact).norm() < 1e-6 * exact.norm()
-
-
-@pytest.mark.parametrize(("columns", "others"), [(5, 3), (1024, 7), (2100, 900)])
+@pytest.mark.parametrize(("columns", "others"), [(5, 3), (512, 7), (513, 7), (1100, 900)])
 def test_a_sum_in_strips_is_narrowed_to_the_whole(columns: int, others: int) -> None:
     batches = [(torch.randn(tokens, columns), torch.randn(tokens, others)) for tokens in (33, 1, 40)]
     total = ProductSum(columns, others, torch.device("cpu"))
@@ -36,6 +26,19 @@ def test_a_sum_in_strips_is_narrowed_to_the_whole(columns: int, others: int) -> 
     exact = sum(left.double().T @ right.double() for left, right in batches) / 74
     assert mean.dtype == torch.float32
     assert mean.shape == (columns, others)
+    assert (mean - exact).norm() < 1e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("width", [1, 5, 512, 513, 1100])
+def test_a_triangle_is_narrowed_to_the_whole(width: int) -> None:
+    batches = [torch.randn(tokens, width) for tokens in (33, 1, 40)]
+    total = GramSum(width, torch.device("cpu"))
+    for x in batches:
+        total.add(x)
+    mean = total.narrow(lambda strip: strip.div_(74))
+    exact = sum(x.double().T @ x.double() for x in batches) / 74
+    assert mean.dtype == torch.float32
+    assert torch.equal(mean, mean.T)
     assert (mean - exact).norm() < 1e-6 * exact.norm()
 
 

@@ -136,7 +136,7 @@ def _version(package: str) -> str:
 def lookup_loops() -> dict[str, LookupLoop]:
     """All loops of this machine's CPU by name, `bytes`, `vectors` and `floats`, the fastest first."""
     loops: dict[str, LookupLoop] = {}
-    if (run := _load("lookup", "lookup")) is None:
+    if (run := _load("lookup", "lookup", _as_they_are)) is None:
         return loops
     if _has_byte_tables() and (run_bytes := _load("bytes", "lookup_bytes")) is not None:
         loops["bytes"] = LookupLoop(_telling_infinity(_by_input(run_bytes)), _tiles, tokens=16)

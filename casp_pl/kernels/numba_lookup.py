@@ -10,14 +10,22 @@ Letters: N tokens, O rows, G groups of inputs, D inputs a group, K codebooks, C 
 a row's codes, S spans of positions, each with scales of its own.
 """
 
+from typing import Any
+
 import numpy as np
 from numba import njit, prange
+from numba.np.numpy_support import carray
+from torch import Tensor
+
+from casp_pl.kernels.numba_addresses import addresses, contiguous, pointer
 
 __all__ = ["lookup", "multiply_group"]
 
 _ROWS = 64  # of a piece of work that one thread does
 _FLOATS = 8192  # of a table in a piece: 32 KiB
 _ZERO = np.float32(0)
+
+_compiled: Any = njit(parallel=True, nogil=True, cache=True)
 
 
 @njit(inline="always", fastmath=True)
@@ -35,8 +43,7 @@ def multiply_group(x, book, products):  # type: ignore[no-untyped-def]
     return largest
 
 
-@njit(parallel=True, nogil=True, cache=True)
-def lookup(x, books, codes, weights, span, sums):  # type: ignore[no-untyped-def]
+def lookup(x: Tensor, books: Tensor, codes: Tensor, weights: Tensor, span: int, sums: Tensor) -> None:
     """sums[n, o] = sum_s weights[s, o] * sum over positions m = (g, k) of span s: <x[n, g], books[k, :, codes[o, m]]>.
 
     Args:
@@ -45,11 +52,21 @@ def lookup(x, books, codes, weights, span, sums):  # type: ignore[no-untyped-def
         codes: uint8 (O, M), all below C.
         weights: float32 (S, O).
         span: positions of a span; the last may be shorter.
-        sums: float32 (N, O), written.
+        sums: float32 (N, O), contiguous, written.
     """
-    tokens, groups, _ = x.shape
-    codebooks, _, entries = books.shape
-    rows, positions = codes.shape
+    read = contiguous(x, books, codes, weights)
+    sizes = (*x.shape, *books.shape[::2], *codes.shape, weights.shape[0])
+    _lookup(*addresses(*read, sums), sizes, span)
+
+
+@_compiled
+def _lookup(x_at, books_at, codes_at, weights_at, sums_at, sizes, span):  # type: ignore[no-untyped-def]
+    tokens, groups, length, codebooks, entries, rows, positions, spans = sizes
+    x = carray(pointer(x_at), (tokens, groups, length), np.float32)
+    books = carray(pointer(books_at), (codebooks, length, entries), np.float32)
+    codes = carray(pointer(codes_at), (rows, positions), np.uint8)
+    weights = carray(pointer(weights_at), (spans, rows), np.float32)
+    sums = carray(pointer(sums_at), (tokens, rows), np.float32)
     tables = np.empty((tokens, positions, entries), dtype=np.float32)
     for work in prange(tokens * groups):
         n, g = work // groups, work % groups
@@ -61,7 +78,7 @@ def lookup(x, books, codes, weights, span, sums):  # type: ignore[no-untyped-def
         for n in range(tokens):
             for o in range(first, last):
                 sums[n, o] = _ZERO
-        for s in range(weights.shape[0]):
+        for s in range(spans):
             end = min(positions, (s + 1) * span)
             for start in range(s * span, end, step):
                 stop = min(end, start + step)

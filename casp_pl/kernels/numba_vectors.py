@@ -22,6 +22,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
+from casp_pl.kernels.numba_addresses import addresses, contiguous
+
 __all__ = ["LEAST_ROWS", "multiply_additive", "multiply_e8p", "multiply_uniform"]
 
 LEAST_ROWS = 4  # computed at once for a single token: their inputs are loaded once
@@ -274,16 +276,6 @@ def _whole_numbers(x, codes, weights, sums, tokens, sizes):  # type: ignore[no-u
                 _one_uniform(x, codes, codes, weights, bits, sizes, n, first, last, sums)
 
 
-def _contiguous(*tensors: Tensor) -> list[Tensor]:
-    """Tensors whose addresses are good for as long as they are kept."""
-    return [tensor.contiguous() for tensor in tensors]
-
-
-def _addresses(*tensors: Tensor) -> list[int]:
-    """Where tensors begin. To make arrays of them takes as long as the product with a small matrix."""
-    return [tensor.data_ptr() for tensor in tensors]
-
-
 def multiply_additive(x: Tensor, books: Tensor, codes: Tensor, weights: Tensor, span: int, sums: Tensor) -> None:
     """The sums of `numba_lookup.lookup` for groups of 8 inputs.
 
@@ -298,8 +290,8 @@ def multiply_additive(x: Tensor, books: Tensor, codes: Tensor, weights: Tensor, 
     tokens, groups, _ = x.shape
     count, entries, _ = books.shape
     spans, rows = weights.shape
-    read = _contiguous(x, books, codes, weights)
-    _additive(*_addresses(*read, sums), tokens, entries, (groups, count, span // count, spans, rows))
+    read = contiguous(x, books, codes, weights)
+    _additive(*addresses(*read, sums), tokens, entries, (groups, count, span // count, spans, rows))
 
 
 def multiply_e8p(x: Tensor, tables: Tensor, codes: Tensor, weights: Tensor, sums: Tensor) -> None:
@@ -313,8 +305,8 @@ def multiply_e8p(x: Tensor, tables: Tensor, codes: Tensor, weights: Tensor, sums
         sums: float32 (N, O), contiguous, written.
     """
     (tokens, groups, _), (rows, _, count) = x.shape, codes.shape
-    read = _contiguous(x, tables, codes, weights)
-    _lattice(*_addresses(*read, sums), tokens, (groups, count, groups, 1, rows))
+    read = contiguous(x, tables, codes, weights)
+    _lattice(*addresses(*read, sums), tokens, (groups, count, groups, 1, rows))
 
 
 def multiply_uniform(x: Tensor, bits: int, codes: Tensor, weights: Tensor, span: int, sums: Tensor) -> None:
@@ -329,5 +321,5 @@ def multiply_uniform(x: Tensor, bits: int, codes: Tensor, weights: Tensor, span:
         sums: float32 (N, O), contiguous, written.
     """
     (tokens, groups, _), (spans, rows) = x.shape, weights.shape
-    read = _contiguous(x, codes, weights)
-    _whole_numbers(*_addresses(*read, sums), tokens, (groups, bits, span, spans, rows))
+    read = contiguous(x, codes, weights)
+    _whole_numbers(*addresses(*read, sums), tokens, (groups, bits, span, spans, rows))

@@ -11,6 +11,7 @@ from casp_pl.linalg.cholesky import safe_cholesky, solve_factored
 
 __all__ = ["best_column_factors", "best_row_factors"]
 
+_STRIP = 512  # rows at a time
 _RIDGE = 1e-6  # of the mean diagonal: pulls factors of columns that nothing depends on to 1
 
 
@@ -31,9 +32,12 @@ def best_row_factors(weight: Tensor, approx: Tensor, moment: Tensor) -> Tensor:
 
 
 def best_column_factors(weight: Tensor, approx: Tensor, moment: Tensor) -> Tensor:
-    """The solution t (I,) of ((V^T V) * H) t = diag(V^T W H), in float64. Arguments as above."""
-    left = (approx.T @ approx).mul_(moment)
-    right = (approx * (weight @ moment)).sum(dim=0, dtype=torch.float64)
+    """The solution t (I,) of ((V^T V) * H) t = diag(V^T W H), in float64. Arguments as above, but H is used up."""
+    right = (weight @ moment).mul_(approx).sum(dim=0, dtype=torch.float64)
+    left = moment  # one matrix less: half a gigabyte at I = 11008
+    for start in range(0, len(left), _STRIP):
+        rows = slice(start, start + _STRIP)
+        left[rows].mul_(approx[:, rows].T @ approx)
     if not left.diagonal().any():
         return torch.ones_like(right)
     ridge = _RIDGE * left.diagonal().mean(dtype=torch.float64)

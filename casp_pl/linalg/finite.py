@@ -1,10 +1,13 @@
 """One check for values that no maths survives."""
 
+import torch
 from torch import Tensor
 
 from casp_pl.errors import NumericsError
 
 __all__ = ["require_finite"]
+
+_PART = 1 << 22  # values at a time
 
 
 def require_finite(tensor: Tensor, name: str) -> None:
@@ -13,7 +16,9 @@ def require_finite(tensor: Tensor, name: str) -> None:
     Raises:
         NumericsError: the tensor holds NaN or infinity.
     """
-    broken = tensor.numel() - int(tensor.isfinite().sum())
+    rows = tensor.detach() if tensor.dim() else tensor.detach().view(1)
+    parts = torch.split(rows, max(1, _PART * len(rows) // max(1, rows.numel())))  # isfinite copies what it is given
+    broken = rows.numel() - int(sum(part.isfinite().sum() for part in parts))
     if broken:
         raise NumericsError(
             f"the {name} {tuple(tensor.shape)} holds {broken} values that are NaN or infinite:"

@@ -183,14 +183,17 @@ class AQLMQuantizer(Quantizer):
         for _ in range(self.max_rounds):
             fit = fit_codebooks(weight_moment, moment, index, scales, fit, iterations=self.cg_iterations)
             scales = _best_scales(weight_moment, fit)
-            error = (weight - fit.decoded * scales).T.contiguous()
+            error, books = (weight - fit.decoded * scales).T.contiguous(), fit.codebooks
+            del fit  # with what it decodes to, two matrices
             order = torch.randperm(len(codes), generator=generator, device=generator.device).to(error.device)
             own, found = error[:, share.own].contiguous(), codes[:, :, share.own].contiguous()
-            sweep_codes(own, moment, found, fit.codebooks, scales[share.own], order, beam=self.sweep_beam)
+            sweep_codes(own, moment, found, books, scales[share.own], order, beam=self.sweep_beam)
             error, codes[:] = share.join(own, 1), share.join(found, 2)
             index = _by_row(codes, codebooks)
-            fit = decoded_fit(fit.codebooks, index, moment)
-            loss = float(torch.sum(error.T * (weight_moment - fit.decoded_moment * scales), dtype=torch.float64))
+            fit = decoded_fit(books, index, moment)
+            rest = torch.addcmul(weight_moment, fit.decoded_moment, scales, value=-1)
+            loss = float(rest.mul_(error.T).sum(dim=1).sum(dtype=torch.float64))  # all in float64 would be two more
+            del rest
             if loss >= (1 - self.tolerance) * before:
                 break
             before = loss

@@ -114,7 +114,7 @@ class QuIPSharpQuantizer(Quantizer):
         layer = LatticeLinear.from_codes(codes.transpose(1, 2), su, sv * (size / step), bits=bits, bias=bias)
         if self.fit_vectors:
             jitter = prepared.jitter
-            del prepared
+            del prepared, mixed
             _fit_vectors(layer, weight, _damped(second_moment, jitter))
         _balance(layer)
         layer.round_to_storage()
@@ -133,7 +133,7 @@ def _root_mean_square(weight: Tensor) -> float:
 
 
 def _fit_vectors(layer: LatticeLinear, weight: Tensor, moment: Tensor) -> None:
-    """Fit sv, then su, to the weight (O, I) under the damped second moment (I, I), in place."""
+    """Fit sv, then su, to the weight (O, I) under the damped second moment (I, I), which is used up, in place."""
     layer.sv.mul_(best_row_factors(weight, layer.dequantize(), moment))
     layer.su.mul_(best_column_factors(weight, layer.dequantize(), moment))
 

@@ -50,7 +50,7 @@ def test_signs_are_fair_and_come_from_the_generator() -> None:
 def test_diagonal_factors_are_the_minimum() -> None:
     weight, moment, generator = _problem(9, 14)
     approx = weight * 1.3 + 0.5 * torch.randn(9, 14, generator=generator, dtype=torch.float64)
-    rows, columns = best_row_factors(weight, approx, moment), best_column_factors(weight, approx, moment)
+    rows, columns = best_row_factors(weight, approx, moment), best_column_factors(weight, approx, moment.clone())
     best = {0: proxy_loss(weight, rows[:, None] * approx, moment), 1: proxy_loss(weight, approx * columns, moment)}
     assert max(best.values()) < proxy_loss(weight, approx, moment)
     for _ in range(20):
@@ -66,6 +66,6 @@ def test_what_nothing_depends_on_keeps_its_factor() -> None:
     approx[2], approx[:, 3] = 0, 0
     factors = best_row_factors(weight, approx, moment)
     assert factors[2] == 1
-    assert best_column_factors(weight, approx, moment)[3] == pytest.approx(1)
-    assert (best_column_factors(weight, torch.zeros(4, 6), moment) == 1).all()
+    assert best_column_factors(weight, approx, moment.clone())[3] == pytest.approx(1)
+    assert (best_column_factors(weight, torch.zeros(4, 6), moment.clone()) == 1).all()
     assert (best_row_factors(torch.zeros_like(weight), weight, moment) == 0).all()

@@ -13,14 +13,15 @@ __all__ = [
     "AdditiveLoops",
     "LatticeLoops",
     "LookupLoop",
+    "SearchLoops",
     "VectorLoops",
     "WeightLoops",
     "additive_loops",
     "backend_name",
-    "compiled_search",
     "lattice_loops",
     "lookup_loop",
     "lookup_loops",
+    "search_loops",
     "weight_loops",
 ]
 
@@ -68,6 +69,14 @@ class WeightLoops(NamedTuple):
     ahead: int
 
 
+class SearchLoops(NamedTuple):
+    """The loops of `numba_search`, taking tensors."""
+
+    nearest_entries: Callable[..., None]
+    search: Callable[..., None]
+    improve: Callable[..., None]
+
+
 class LatticeLoops(NamedTuple):
     """The loops of `numba_lattice`, taking tensors."""
 
@@ -75,9 +84,12 @@ class LatticeLoops(NamedTuple):
     nearest: Callable[..., None]
 
 
-def compiled_search(vectors: Tensor) -> Callable[..., None] | None:
-    """The loop of `numba_search` for these vectors, taking tensors; None where torch has to do it."""
-    return _load("search", "search") if _fits(vectors) else None
+def search_loops(vectors: Tensor) -> SearchLoops | None:
+    """The loops that search codebooks for vectors like these; None where torch has to do it."""
+    if not _fits(vectors):
+        return None
+    nearest, search, improve = (_load("search", name, _as_they_are) for name in SearchLoops._fields)
+    return None if nearest is None or search is None or improve is None else SearchLoops(nearest, search, improve)
 
 
 def additive_loops(tensor: Tensor) -> AdditiveLoops | None:
@@ -227,9 +239,14 @@ def _has_byte_tables() -> bool:
 
 def _smallest_arguments(name: str) -> list[Any]:
     """What a loop is tried on: the smallest tensors that it takes."""
-    if name == "search":
-        inputs = [torch.ones(*shape) for shape in ((1, 1), (1, 1, 2), (1, 2), (1, 1, 2))]
-        return [*inputs, 1, torch.empty(1, 1, dtype=torch.int64), torch.empty(1)]
+    if name in SearchLoops._fields:
+        table, number, code = torch.ones(1, 1, 2), torch.ones(1), torch.zeros(1, 1, dtype=torch.int64)
+        if name == "nearest_entries":
+            return [torch.ones(1, 1, 1), table[0], table[0], code]
+        tables = [table, table[0], table, 1, code]
+        if name == "search":
+            return [number[None], *tables, number]
+        return [number[None], number, *tables, number[None], number]
     if name in ("gather", "scatter"):
         tables = [torch.zeros(1, 1, 1, dtype=torch.uint8), torch.ones(1, 1, 1), torch.ones(1), torch.ones(1, 1)]
         return tables if name == "gather" else [*tables, torch.empty(1, 1, 1), torch.empty(1)]

@@ -4,7 +4,7 @@ Distances are taken in a metric M: with linear = M x and norms_c = c^T M c, |x -
 a constant. On a CPU torch's argmin takes ten times as long as the scores themselves and its vectorised amin a tenth of
 argmin, so indices are looked for as late as possible and among as few scores as possible.
 
-Letters: C codebook entries, D group length, N vectors, B runs of a codebook.
+Letters: C codebook entries, D group length, N vectors, G groups of them, B runs of a codebook.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from casp_pl.kernels.compiled import compiled_search
+from casp_pl.kernels.compiled import search_loops
 
 __all__ = ["argmin_of_columns", "best_of_runs", "nearest_entries", "nearest_entries_reference", "nearest_scores"]
 
@@ -23,28 +23,32 @@ _MAX_SCORES = 1 << 17  # scores held at once: half a MiB in float32 stays in a c
 
 def nearest_entries_reference(linear: Tensor, codebook: Tensor, norms: Tensor) -> Tensor:
     """`nearest_entries` written down directly, the oracle of its test."""
-    return (norms[:, None] - 2 * codebook @ linear).argmin(dim=0)
+    return (norms[..., None] - 2 * codebook @ linear).argmin(dim=-2)
 
 
 def nearest_entries(linear: Tensor, codebook: Tensor, norms: Tensor) -> Tensor:
     """The nearest entry of every vector; of equal ones the first.
 
     Args:
-        linear: M x (D, N).
+        linear: M x (D, N), or (G, D, N) of groups with metrics of their own.
         codebook: (C, D).
-        norms: c^T M c (C,).
+        norms: c^T M c (C,), or (G, C).
 
     Returns:
-        Indices of entries (N,), int64.
+        Indices of entries (N,) or (G, N), int64.
     """
-    search = compiled_search(linear)
-    if search is None:
-        return torch.cat([argmin_of_columns(scores) for scores in _scores(linear, codebook, norms)])
-    entries = torch.empty(1, linear.shape[1], dtype=torch.int64)
-    table, unused = codebook.T.contiguous()[None], linear.new_empty(linear.shape[1])
+    if linear.dim() == 2:
+        return nearest_entries(linear[None], codebook, norms[None])[0]
+    if (loops := search_loops(linear)) is None:
+        return torch.stack([_nearest(*group, codebook) for group in zip(linear, norms, strict=True)])
+    entries = torch.empty(len(linear), linear.shape[2], dtype=torch.int64)
     with record_function("casp_pl::nearest_entries"):
-        search(linear, table, norms[None], table, 1, entries, unused)
-    return entries[0]
+        loops.nearest_entries(linear, codebook.T, norms, entries)
+    return entries
+
+
+def _nearest(linear: Tensor, norms: Tensor, codebook: Tensor) -> Tensor:
+    return torch.cat([argmin_of_columns(scores) for scores in _scores(linear, codebook, norms)])
 
 
 def nearest_scores(linear: Tensor, codebook: Tensor, norms: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ The entries of two codebooks, or the patterns of E8P, lie in a core's first cach
 that a code stands for, where a look-up of products brings one. A decoded vector serves four tokens.
 
 numba does not keep vectors in registers by itself, so the innermost loops are written in LLVM's own language, which has
-vectors on every CPU. The loops around them look alike: numba cannot keep one in its cache that is given its kernel. A
-thread owns rows and adds in one order, so results are the same for any number of threads.
+vectors on every CPU. The loop around them chooses among them by a number: numba cannot keep one in its cache that is
+given its kernel. A thread owns rows and adds in one order, so results are the same for any number of threads.
 
 Importing this module compiles nothing; the first call does, and numba keeps the result in a cache on disk.
 
@@ -30,6 +30,8 @@ LEAST_ROWS = 4  # computed at once for a single token: their inputs are loaded o
 _TOKENS, _FEWER_ROWS = 4, 2  # that share a decoded vector; the sums of both fill half of AVX2's registers
 _PIECE = 64  # rows that one thread takes at a time, a multiple of LEAST_ROWS
 _WIDTH = 8
+
+_PAIRS, _SUMS, _LATTICE, _NUMBERS, _BYTE_NUMBERS = range(5)  # kinds of codes
 
 _INDEX, _INT, _BYTE, _FLOAT = ir.IntType(64), ir.IntType(32), ir.IntType(8), ir.FloatType()
 _FLOATS = ir.VectorType(_FLOAT, _WIDTH)
@@ -230,50 +232,32 @@ def _piece(number, rows):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _additive(x, books, codes, weights, sums, tokens, entries, sizes):  # type: ignore[no-untyped-def]
-    _, count, _, _, rows = sizes
-    fours = tokens // _TOKENS * _TOKENS
-    for number in prange((rows + _PIECE - 1) // _PIECE):
-        first, last = _piece(number, rows)
-        for n in range(0, fours, _TOKENS):
-            if count == 2:
-                _more_two_books(x, books, codes, weights, entries, sizes, n, first, last, sums)
-            else:
-                _more_any_books(x, books, codes, weights, entries, sizes, n, first, last, sums)
-        for n in range(fours, tokens):
-            if count == 2:
-                _one_two_books(x, books, codes, weights, entries, sizes, n, first, last, sums)
-            else:
-                _one_any_books(x, books, codes, weights, entries, sizes, n, first, last, sums)
-
-
-@_compiled
-def _lattice(x, tables, codes, weights, sums, tokens, sizes):  # type: ignore[no-untyped-def]
+def _multiply(kind, x, tables, codes, weights, sums, setting, tokens, sizes):  # type: ignore[no-untyped-def]
     rows, fours = sizes[4], tokens // _TOKENS * _TOKENS
     for number in prange((rows + _PIECE - 1) // _PIECE):
         first, last = _piece(number, rows)
         for n in range(0, fours, _TOKENS):
-            _more_e8p(x, tables, codes, weights, 0, sizes, n, first, last, sums)
-        for n in range(fours, tokens):
-            _one_e8p(x, tables, codes, weights, 0, sizes, n, first, last, sums)
-
-
-@_compiled
-def _whole_numbers(x, codes, weights, sums, tokens, sizes):  # type: ignore[no-untyped-def]
-    _, bits, _, _, rows = sizes
-    fours = tokens // _TOKENS * _TOKENS
-    for number in prange((rows + _PIECE - 1) // _PIECE):
-        first, last = _piece(number, rows)
-        for n in range(0, fours, _TOKENS):
-            if bits == 8:
-                _more_bytes(x, codes, codes, weights, bits, sizes, n, first, last, sums)
+            if kind == _PAIRS:
+                _more_two_books(x, tables, codes, weights, setting, sizes, n, first, last, sums)
+            elif kind == _SUMS:
+                _more_any_books(x, tables, codes, weights, setting, sizes, n, first, last, sums)
+            elif kind == _LATTICE:
+                _more_e8p(x, tables, codes, weights, setting, sizes, n, first, last, sums)
+            elif kind == _NUMBERS:
+                _more_uniform(x, tables, codes, weights, setting, sizes, n, first, last, sums)
             else:
-                _more_uniform(x, codes, codes, weights, bits, sizes, n, first, last, sums)
+                _more_bytes(x, tables, codes, weights, setting, sizes, n, first, last, sums)
         for n in range(fours, tokens):
-            if bits == 8:
-                _one_byte(x, codes, codes, weights, bits, sizes, n, first, last, sums)
+            if kind == _PAIRS:
+                _one_two_books(x, tables, codes, weights, setting, sizes, n, first, last, sums)
+            elif kind == _SUMS:
+                _one_any_books(x, tables, codes, weights, setting, sizes, n, first, last, sums)
+            elif kind == _LATTICE:
+                _one_e8p(x, tables, codes, weights, setting, sizes, n, first, last, sums)
+            elif kind == _NUMBERS:
+                _one_uniform(x, tables, codes, weights, setting, sizes, n, first, last, sums)
             else:
-                _one_uniform(x, codes, codes, weights, bits, sizes, n, first, last, sums)
+                _one_byte(x, tables, codes, weights, setting, sizes, n, first, last, sums)
 
 
 def multiply_additive(x: Tensor, books: Tensor, codes: Tensor, weights: Tensor, span: int, sums: Tensor) -> None:
@@ -291,7 +275,8 @@ def multiply_additive(x: Tensor, books: Tensor, codes: Tensor, weights: Tensor, 
     count, entries, _ = books.shape
     spans, rows = weights.shape
     read = contiguous(x, books, codes, weights)
-    _additive(*addresses(*read, sums), tokens, entries, (groups, count, span // count, spans, rows))
+    kind = _PAIRS if count == 2 else _SUMS
+    _multiply(kind, *addresses(*read, sums), entries, tokens, (groups, count, span // count, spans, rows))
 
 
 def multiply_e8p(x: Tensor, tables: Tensor, codes: Tensor, weights: Tensor, sums: Tensor) -> None:
@@ -306,7 +291,7 @@ def multiply_e8p(x: Tensor, tables: Tensor, codes: Tensor, weights: Tensor, sums
     """
     (tokens, groups, _), (rows, _, count) = x.shape, codes.shape
     read = contiguous(x, tables, codes, weights)
-    _lattice(*addresses(*read, sums), tokens, (groups, count, groups, 1, rows))
+    _multiply(_LATTICE, *addresses(*read, sums), 0, tokens, (groups, count, groups, 1, rows))
 
 
 def multiply_uniform(x: Tensor, bits: int, codes: Tensor, weights: Tensor, span: int, sums: Tensor) -> None:
@@ -321,5 +306,6 @@ def multiply_uniform(x: Tensor, bits: int, codes: Tensor, weights: Tensor, span:
         sums: float32 (N, O), contiguous, written.
     """
     (tokens, groups, _), (spans, rows) = x.shape, weights.shape
-    read = contiguous(x, codes, weights)
-    _whole_numbers(*addresses(*read, sums), tokens, (groups, bits, span, spans, rows))
+    read = contiguous(x, codes, codes, weights)  # these have no tables
+    kind = _BYTE_NUMBERS if bits == 8 else _NUMBERS
+    _multiply(kind, *addresses(*read, sums), bits, tokens, (groups, bits, span, spans, rows))

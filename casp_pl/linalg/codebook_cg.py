@@ -7,14 +7,13 @@ Letters: O out, I in, G groups a row, K codebooks, C entries a codebook, D group
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from casp_pl.kernels.additive import AdditiveIndex
 
-__all__ = ["CodebookFit", "conjugate_gradients", "decoded_fit", "fit_codebooks"]
+__all__ = ["conjugate_gradients", "fit_codebooks"]
 
 
 def conjugate_gradients(
@@ -50,40 +49,36 @@ def conjugate_gradients(
     return x
 
 
-class CodebookFit(NamedTuple):
-    """Codebooks (K, C, D), the unscaled weight they decode to (O, I), and its product with the second moment (O, I)."""
-
-    codebooks: Tensor
-    decoded: Tensor
-    decoded_moment: Tensor
-
-
 def fit_codebooks(
-    weight_moment: Tensor, moment: Tensor, codes: AdditiveIndex, scales: Tensor, start: CodebookFit, *, iterations: int
-) -> CodebookFit:
-    """Lower tr(E H E^T), E = W - diag(s) V with V decoded from codes and codebooks, over the codebooks.
+    weight_moment: Tensor,
+    multiply: Callable[[Tensor], Tensor],
+    diagonal: Tensor,
+    codes: AdditiveIndex,
+    scales: Tensor,
+    start: Tensor,
+    *,
+    iterations: int,
+) -> Tensor:
+    """Lower tr(E H E^T), E = W - V with V decoded from codes, codebooks and scales, over the codebooks.
 
     Preconditioned by the diagonal of the normal equations as if an entry never met itself in another group of a row.
 
     Args:
         weight_moment: W H (O, I).
-        moment: H (I, I), symmetric and positive definite.
+        multiply: V (O, I) -> V H; H is symmetric and positive definite.
+        diagonal: of H (I,).
         codes: of all groups (O, G, K), indexed.
         scales: s (O, 1).
-        start: the codebooks to improve, with what they decode to.
-        iterations: steps of conjugate gradients, each of them one product (O, I) x (I, I).
+        start: the codebooks to improve (K, C, D).
+        iterations: steps of conjugate gradients, each of them one product with H.
+
+    Returns:
+        The codebooks (K, C, D).
     """
 
     def normal_equations(codebooks: Tensor) -> Tensor:
-        return codes.scatter(codes.gather(codebooks, scales) @ moment, scales)
+        return codes.scatter(multiply(codes.gather(codebooks, scales)), scales)
 
-    residual = codes.scatter(weight_moment - start.decoded_moment * scales, scales)
-    diagonal = codes.scatter(scales * moment.diagonal(), scales)
-    step = conjugate_gradients(normal_equations, residual, diagonal, iterations=iterations)
-    return decoded_fit(start.codebooks + step, codes, moment)
-
-
-def decoded_fit(codebooks: Tensor, codes: AdditiveIndex, moment: Tensor) -> CodebookFit:
-    """Codebooks with what they decode to and its product with the second moment (I, I)."""
-    decoded = codes.gather(codebooks, codebooks.new_ones(codes.rows, 1))
-    return CodebookFit(codebooks, decoded, decoded @ moment)
+    residual = codes.scatter(weight_moment - multiply(codes.gather(start, scales)), scales)
+    own = codes.scatter((scales * diagonal).contiguous(), scales)
+    return start + conjugate_gradients(normal_equations, residual, own, iterations=iterations)

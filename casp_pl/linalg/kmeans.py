@@ -34,8 +34,7 @@ def assign_entries(weighted: Tensor, centroids: Tensor, metrics: Tensor) -> Tens
     Returns:
         (G, N) int64.
     """
-    pairs = zip(weighted, metric_norms(centroids, metrics), strict=True)
-    return torch.stack([nearest_entries(linear, centroids, norms) for linear, norms in pairs])
+    return nearest_entries(weighted, centroids, metric_norms(centroids, metrics))
 
 
 def update_centroids(weighted: Tensor, metrics: Tensor, nearest: Tensor, centroids: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ Letters: O out, I = G D in, G groups a row, K codebooks, C entries a codebook, D
 import torch
 from torch import Tensor
 
-from casp_pl.quantizers.additive_beam import beam_codes, group_tables, improved_codes, sum_of_entries
+from casp_pl.kernels.beam_search import improve_codes, sum_of_entries
+from casp_pl.quantizers.additive_beam import beam_codes, group_tables
 from casp_pl.quantizers.lazy_passes import SPAN, feedback_pass, sweep_pass
 
 __all__ = ["conditional_metrics", "diagonal_blocks", "feedback_codes", "sweep_codes"]
@@ -80,7 +81,7 @@ def sweep_codes(
     *,
     beam: int,
     span: int = SPAN,
-) -> None:
+) -> Tensor:
     """One pass over all groups, in place: each takes better codes if a search finds them. The loss never rises.
 
     Args:
@@ -92,15 +93,17 @@ def sweep_codes(
         order: of the groups (G,).
         beam: width of the search in a group.
         span: S.
+
+    Returns:
+        By how much the loss of every row, (W - W_hat) H (W - W_hat)^T, has fallen (O,).
     """
     length = codebooks.shape[2]
-    tables, scales = group_tables(codebooks, diagonal_blocks(moment, length)), scales.T
-    inverse = torch.where(scales == 0, 0, 1 / scales)
+    tables = group_tables(codebooks, diagonal_blocks(moment, length))
+    fall = error.new_zeros(error.shape[1])
 
     def improve(g: int, gradient: Tensor) -> Tensor:
-        better = improved_codes(gradient * inverse, tables, g, codes[g], beam)
-        change = (sum_of_entries(codebooks, better) - sum_of_entries(codebooks, codes[g])) * scales
-        codes[g] = better
-        return change
+        given = (gradient, scales[:, 0], codebooks, tables.norms[g], tables.images[g])
+        return improve_codes(*given, beam, codes[g], fall)
 
     sweep_pass(error, moment, length, order, improve, span=span)
+    return fall

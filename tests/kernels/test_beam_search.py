@@ -6,8 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from casp_pl.kernels.beam_search import beam_search, beam_search_reference
-from casp_pl.kernels.compiled import compiled_search
+from casp_pl.kernels.beam_search import (
+    beam_search,
+    beam_search_reference,
+    improve_codes,
+    improve_codes_reference,
+    sum_of_entries,
+)
+from casp_pl.kernels.compiled import search_loops
 
 
 def _problem(codebooks: int, entries: int, length: int, vectors: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -50,21 +56,48 @@ def test_a_beam_of_all_partial_sums_is_exhaustive() -> None:
         torch.testing.assert_close(scores, every.amin(0), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("sizes", SIZES)
+def test_codes_are_improved_alike_and_by_what_is_said(sizes: tuple[int, int, int, int]) -> None:
+    x, metric, books, norms, images = _problem(*sizes)
+    generator = torch.Generator().manual_seed(9)
+    scales = torch.rand(x.shape[1], generator=generator) + 0.5
+    scales[1:2] = 0  # of a row that is all zeros
+    start = torch.randint(0, books.shape[1], (len(books), x.shape[1]), generator=generator)
+    error = (x - sum_of_entries(books, start)) * scales
+
+    def loss(error: Tensor) -> Tensor:
+        return (error * (metric @ error)).sum(0)
+
+    results = []
+    for improve in (improve_codes, improve_codes_reference):
+        codes, fall = start.clone(), torch.ones(x.shape[1])
+        change = improve(metric @ error, scales, books, norms, images, 4, codes, fall)
+        expected = (sum_of_entries(books, codes) - sum_of_entries(books, start)) * scales
+        torch.testing.assert_close(change, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(fall - 1, loss(error) - loss(error - change), rtol=1e-3, atol=1e-3)
+        assert (fall > 1 - 1e-4).all()
+        results.append(codes)
+    same = (results[0] == results[1]).all(0) | (scales == 0)
+    assert same.float().mean() > 0.98  # equal but for ties in rounding
+    assert (results[0] != start).any()
+
+
 def test_the_result_does_not_depend_on_the_threads() -> None:
     x, metric, books, norms, images = _problem(2, 256, 8, 1000)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 2, 2):
             torch.set_num_threads(count)
-            results.append(beam_search(metric @ x, books, norms, images, 4))
+            codes, fall = torch.zeros(2, 1000, dtype=torch.int64), torch.zeros(1000)
+            change = improve_codes(metric @ x, torch.ones(1000), books, norms, images, 4, codes, fall)
+            results.append((*beam_search(metric @ x, books, norms, images, 4), codes, fall, change))
     finally:
         torch.set_num_threads(threads)
-    for codes, scores in results[1:]:
-        assert torch.equal(codes, results[0][0])
-        assert torch.equal(scores, results[0][1])
+    for tensors in results[1:]:
+        assert all(map(torch.equal, tensors, results[0]))
 
 
 def test_float64_and_other_devices_stay_with_torch() -> None:
-    assert compiled_search(torch.empty(1, dtype=torch.float64)) is None
-    assert compiled_search(torch.empty(1, device="meta")) is None
-    assert compiled_search(torch.empty(1)) is not None, "the tests run with the extra `cpu`"
+    assert search_loops(torch.empty(1, dtype=torch.float64)) is None
+    assert search_loops(torch.empty(1, device="meta")) is None
+    assert search_loops(torch.empty(1)) is not None, "the tests run with the extra `cpu`"

@@ -12,10 +12,10 @@ from casp_pl.kernels import compiled
 from casp_pl.kernels.compiled import (
     additive_loops,
     backend_name,
-    compiled_search,
     lattice_loops,
     lookup_loop,
     lookup_loops,
+    search_loops,
 )
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -35,7 +35,7 @@ def test_every_loop_loads() -> None:
         "lattice": lattice_loops(torch.empty(0)) is not None,
         "lookup": "floats" in lookup_loops(),
         "vectors": "vectors" in lookup_loops(),
-        "search": compiled_search(torch.empty(0)) is not None,
+        "search": search_loops(torch.empty(0)) is not None,
     }
     assert all(ours.values()), f"numba belongs to the extra of the tests, but it does not run all of {ours}"
 
@@ -51,7 +51,7 @@ def test_one_line_says_that_torch_does_the_work(anew: pytest.MonkeyPatch, caplog
     anew.setitem(sys.modules, "numba", None)
     with caplog.at_level(logging.INFO):
         assert backend_name(CPU) == "torch"
-        assert compiled_search(torch.empty(0)) is None
+        assert search_loops(torch.empty(0)) is None
         assert additive_loops(torch.empty(0)) is None
         assert lattice_loops(torch.empty(0)) is None
     (line,) = caplog.messages

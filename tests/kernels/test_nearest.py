@@ -22,6 +22,16 @@ def test_nearest_entry_is_the_argmin(entries: int, vectors: int) -> None:
     torch.testing.assert_close(nearest_scores(linear, codebook, norms), scores.amin(dim=0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # compiled, and by torch
+def test_groups_have_norms_of_their_own(dtype: torch.dtype) -> None:
+    problems = [_problem(16, 5, vectors) for vectors in (70, 71, 72)]
+    linear, norms = torch.stack([p[0][:, :70] for p in problems]).to(dtype), torch.stack([p[2] for p in problems])
+    codebook, norms = problems[0][1].to(dtype), norms.to(dtype)
+    found = nearest_entries(linear, codebook, norms)
+    assert torch.equal(found, nearest_entries_reference(linear, codebook, norms))
+    assert len({tuple(own.tolist()) for own in found}) == 3
+
+
 def test_of_equal_entries_the_first_is_taken() -> None:
     linear, codebook, norms = _problem(64, 4, 33)
     twice, norms_twice = codebook[:32].repeat(2, 1), norms[:32].repeat(2)

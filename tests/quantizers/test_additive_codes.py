@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from casp_pl.quantizers.additive_beam import beam_codes, group_tables, improved_codes, sum_of_entries
+from casp_pl.kernels.beam_search import improve_codes, sum_of_entries
+from casp_pl.quantizers.additive_beam import beam_codes, group_tables
 from casp_pl.quantizers.additive_codes import conditional_metrics, diagonal_blocks, feedback_codes, sweep_codes
 
 O, G, K, C, D = 9, 5, 2, 8, 3  # noqa: E741
@@ -77,8 +78,11 @@ def test_good_codes_are_kept(problem) -> None:
     metrics = diagonal_blocks(moment, D)
     tables, x = group_tables(codebooks, metrics), _group(weight, 2).T
     best, _ = beam_codes(metrics[2] @ x, tables, 2, C)
-    rest = metrics[2] @ (x - sum_of_entries(codebooks, best))
-    assert torch.equal(improved_codes(rest, tables, 2, best, 1), best)
+    gradient, kept, fall = metrics[2] @ (x - sum_of_entries(codebooks, best)), best.clone(), torch.zeros(O).double()
+    given = (gradient, torch.ones(O).double(), codebooks, tables.norms[2], tables.images[2])
+    assert torch.equal(improve_codes(*given, 1, kept, fall), torch.zeros(D, O).double())
+    assert torch.equal(kept, best)
+    assert torch.equal(fall, torch.zeros(O).double())
 
 
 def test_conditional_metric_is_the_cost_after_the_groups_to_the_left_have_answered(problem) -> None:
@@ -119,8 +123,12 @@ def test_lazy_sweep_equals_an_eager_one_and_never_raises_the_loss(problem, span:
     def decoded(codes: Tensor) -> Tensor:
         return torch.cat([sum_of_entries(codebooks, own).T for own in codes], dim=1) * scales
 
+    def row_losses(codes: Tensor) -> Tensor:
+        rows = weight - decoded(codes)
+        return ((rows @ moment) * rows).sum(dim=1)
+
     lazy, error = start.clone(), (weight - decoded(start)).T.contiguous()
-    sweep_codes(error, moment, lazy, codebooks, scales, order, beam=C, span=span)
+    fall = sweep_codes(error, moment, lazy, codebooks, scales, order, beam=C, span=span)
 
     eager, combinations, before = start.clone(), *_all_sums(codebooks)[:1], _loss(weight - decoded(start), moment)
     for g in order.tolist():
@@ -128,14 +136,14 @@ def test_lazy_sweep_equals_an_eager_one_and_never_raises_the_loss(problem, span:
         for combination in combinations:  # every value of one group, the loss of every row computed from scratch
             trial = eager.clone()
             trial[g] = combination[:, None]
-            rows = weight - decoded(trial)
-            losses.append(((rows @ moment) * rows).sum(dim=1))
+            losses.append(row_losses(trial))
         eager[g] = combinations[torch.stack(losses).argmin(dim=0)].T
         after = _loss(weight - decoded(eager), moment)
         assert after <= before * (1 + 1e-12)
         before = after
     assert torch.equal(lazy, eager)
     torch.testing.assert_close(error.T, weight - decoded(lazy))
+    torch.testing.assert_close(fall, row_losses(start) - row_losses(lazy))
 
 
 def test_a_row_of_scale_zero_stays_zero(problem) -> None:

@@ -74,6 +74,17 @@ def test_the_second_moment_and_every_stage_pay() -> None:
     assert full < 0.95 * loss(feedback_beam=1, sweep_beam=1)
 
 
+def test_codebooks_fitted_to_a_sample_of_rows_are_as_good() -> None:
+    weight, moment = _problem(1600, 40)
+    formats = {2: [[2, 16, 4]]}  # 128 numbers: 512 of the 1600 rows have 160 weights for each
+    losses = [
+        _loss(AQLMQuantizer(formats=formats, fit_weights=enough).quantize(weight, moment, bits=2), weight, moment)
+        for enough in (1, 1000)
+    ]
+    assert losses[0] != losses[1], "a sample was taken"
+    assert losses[0] < 1.005 * losses[1]
+
+
 def test_more_bits_are_better() -> None:
     weight, moment = _problem(96, 64)
     losses = [_loss(AQLMQuantizer().quantize(weight, moment, bits=bits), weight, moment) for bits in (2, 3, 4)]
@@ -121,6 +132,8 @@ def test_formats_can_be_forced() -> None:
         ({"damping": float("nan")}, "damping"),
         ({"sweep_beam": 3}, "sweep_beam"),
         ({"max_rounds": 0}, "max_rounds"),
+        ({"fit_rows": 0}, "fit_rows"),
+        ({"fit_weights": 0}, "fit_weights"),
         ({"kmeans_iterations": -1}, "kmeans_iterations"),
     ],
 )

@@ -150,7 +150,7 @@ def lookup_loops() -> dict[str, LookupLoop]:
     loops: dict[str, LookupLoop] = {}
     if (run := _load("lookup", "lookup", _as_they_are)) is None:
         return loops
-    if _has_byte_tables() and (run_bytes := _load("bytes", "lookup_bytes")) is not None:
+    if _has_byte_tables() and (run_bytes := _load("bytes", "lookup_bytes", _as_they_are)) is not None:
         loops["bytes"] = LookupLoop(_telling_infinity(_by_input(run_bytes)), _tiles, tokens=16)
     if (vectors := _vector_loop(run)) is not None:
         loops["vectors"] = vectors

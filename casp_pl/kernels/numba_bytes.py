@@ -21,7 +21,10 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numba.np.numpy_support import carray
+from torch import Tensor
 
+from casp_pl.kernels.numba_addresses import addresses, contiguous, pointer
 from casp_pl.kernels.numba_lookup import multiply_group
 
 __all__ = ["TILE", "lookup_bytes", "tiles_of"]
@@ -39,6 +42,7 @@ _LONGS = ir.VectorType(ir.IntType(32), _REGISTER // 2)
 _FLOATS = ir.VectorType(ir.FloatType(), _REGISTER // 2)
 _INDEX = ir.IntType(64)
 
+_compiled: Any = njit(parallel=True, nogil=True, cache=True)
 _in_module: Any = cgutils.get_or_insert_function
 _on_stack: Any = cgutils.alloca_once_value
 
@@ -177,8 +181,7 @@ def _fill(x, books, start, stop, tables):  # type: ignore[no-untyped-def]
     return scale
 
 
-@njit(parallel=True, nogil=True, cache=True)
-def lookup_bytes(x, books, tiles, weights, span, sums):  # type: ignore[no-untyped-def]
+def lookup_bytes(x: Tensor, books: Tensor, tiles: Tensor, weights: Tensor, span: int, sums: Tensor) -> None:
     """The sums of `numba_lookup.lookup`.
 
     Args:
@@ -187,19 +190,30 @@ def lookup_bytes(x, books, tiles, weights, span, sums):  # type: ignore[no-untyp
         tiles: uint8 (T, M, 128), the codes as `tiles_of` lays them out, all below C.
         weights: float32 (S, O).
         span: positions of a span; the last may be shorter.
-        sums: float32 (N, O), written.
+        sums: float32 (N, O), contiguous, written.
     """
-    tokens, rows = sums.shape
-    count, positions, _ = tiles.shape
-    size = TILE if books.shape[2] <= TILE else 2 * TILE
-    chunks = weights.shape[0] * ((span + _CHUNK - 1) // _CHUNK)
+    read = contiguous(x, books, tiles, weights)
+    sizes = (*x.shape, *books.shape[::2], *tiles.shape[:2], *weights.shape)
+    _lookup_bytes(*addresses(*read, sums), sizes, span)
+
+
+@_compiled
+def _lookup_bytes(x_at, books_at, tiles_at, weights_at, sums_at, sizes, span):  # type: ignore[no-untyped-def]
+    tokens, groups, length, codebooks, entries, count, positions, spans, rows = sizes
+    x = carray(pointer(x_at), (tokens, groups, length), np.float32)
+    books = carray(pointer(books_at), (codebooks, length, entries), np.float32)
+    codes = carray(pointer(tiles_at), (count * positions * TILE,), np.uint8)
+    weights = carray(pointer(weights_at), (spans, rows), np.float32)
+    sums = carray(pointer(sums_at), (tokens, rows), np.float32)
+    size = TILE if entries <= TILE else 2 * TILE
+    chunks = spans * ((span + _CHUNK - 1) // _CHUNK)
     tables = np.empty((tokens, positions, _PLANES, size), dtype=np.uint8)
     scales = np.empty((tokens, chunks), dtype=np.float32)
     for work in prange(tokens * chunks):
         n, chunk = work // chunks, work % chunks
         _, start, stop = _limits(chunk, span, positions)
         scales[n, chunk] = _fill(x[n], books, start, stop, tables[n])
-    table, codes = tables.reshape(-1), tiles.reshape(-1)
+    table = tables.reshape(-1)
     pieces = min(count, max(8, count // 4))  # enough for the threads, and few: each reads all tables
     for piece in prange(pieces):
         first, last = piece * count // pieces, (piece + 1) * count // pieces

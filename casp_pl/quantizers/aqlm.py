@@ -189,7 +189,7 @@ class AQLMQuantizer(Quantizer):
         """Rounds of codebooks, scales and codes. Codes (G, K, O) change in place; codebooks and scales are returned."""
 
         def multiply(rows: Tensor) -> Tensor:
-            part = share._replace(rows=len(rows))
+            part = RowShare(len(rows), share.together)
             return part.join(rows[part.own] @ moment)
 
         weight_moment, before = multiply(weight), float("inf")

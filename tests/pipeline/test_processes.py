@@ -48,15 +48,21 @@ def finish(recipe: list[str], folder: Path, processes: int) -> str:
 
 def assert_equal_runs(one: Path, other: Path) -> None:
     assert json.loads((one / "plan.json").read_text()) == json.loads((other / "plan.json").read_text())
-    codes = same = 0
+    codes = same = numbers = apart = 0
     for path in sorted(one.glob("*/[0-9]*.safetensors")):
         theirs = load_file(other / path.relative_to(one))
         for name, tensor in load_file(path).items():
             if name.endswith("codes"):
                 codes, same = codes + tensor.numel(), same + int((tensor == theirs[name]).sum())
-            else:
-                torch.testing.assert_close(theirs[name].float(), tensor.float(), rtol=1e-4, atol=1e-6)
+                continue
+            # training, whose sums differ by 1e-6, ends with a rounding to float16: few numbers lie so near to the
+            # middle of two of its own that they go to the other one
+            step = 1e-4 if path.parent.name == "blocks" else 2**-10
+            torch.testing.assert_close(theirs[name], tensor, rtol=step, atol=1e-6)
+            close = torch.isclose(theirs[name], tensor, rtol=1e-4, atol=1e-6)
+            numbers, apart = numbers + close.numel(), apart + int((~close).sum())
     assert same >= 0.999 * codes > 0
+    assert apart <= 5e-3 * numbers
     stages = [json.loads((run / "report.json").read_text())["stages"] for run in (one, other)]
     for figure in ("bits_per_weight_total", "model_bytes", "vqa_accuracy", "perplexity", "questions", "text_tokens"):
         mine, theirs = ([stage[figure] for stage in run] for run in stages)

@@ -4,9 +4,9 @@ usage: python -m benchmarks.processes [--model tiny | embedded] [--blocks 4] [--
                                       [--recipe configs/llava_aqlm.yaml] [--out runs/bench/processes]
                                       [--set data.samples 64 ...]
 
-The embedded model is cut to its first blocks and calibrated on as many samples as the recipe says; fine-tuning and
-evaluation get fewer. Processes talk by gloo. Codes, plan and losses are compared with those of the first row. More
-processes than cores say nothing about time.
+The embedded model is cut to its first blocks and calibrated on as many samples as the recipe says; end-to-end
+fine-tuning draws from these alone, and evaluation gets fewer. Processes talk by gloo. Codes, plan and losses are
+compared with those of the first row. More processes than cores say nothing about time.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from casp_pl.models import adapt, load_model
 
 STAGES = ("calibration", "quantize", "block tuning", "end to end")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-FEW = ["--data.fine_tuning_samples", "64"]
+FEW = ["--data.fine_tuning_samples", "null"]
 FEW += ["--evaluation.questions", "24", "--evaluation.text_tokens", "768"]
 
 

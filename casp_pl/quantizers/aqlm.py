@@ -217,7 +217,7 @@ class AQLMQuantizer(Quantizer):
         return codebooks, scales
 
     def _sample(self, rows: int, numbers: float, generator: torch.Generator, device: torch.device) -> slice | Tensor:
-        """The rows that codebooks are fitted to, if they have so many numbers a column: all, where there are few."""
+        """Indices of the rows that codebooks with so many numbers a column of the weight are fitted to; or all rows."""
         enough = max(self.fit_rows, math.ceil(self.fit_weights * numbers))
         if enough >= rows:
             return slice(None)

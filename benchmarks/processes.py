@@ -2,11 +2,13 @@
 
 usage: python -m benchmarks.processes [--model tiny | embedded] [--blocks 4] [--processes 1 2] [--strategies ddp fsdp2]
                                       [--recipe configs/llava_aqlm.yaml] [--out runs/bench/processes]
-                                      [--set data.samples 64 ...]
+                                      [--no-apart] [--set data.samples 64 ...]
 
 The embedded model is cut to its first blocks and calibrated on as many samples as the recipe says; end-to-end
 fine-tuning draws from these alone, and evaluation gets fewer. Processes talk by gloo. Codes, plan and losses are
-compared with those of the first row. More processes than cores say nothing about time.
+compared with those of the first row. More processes than cores say nothing about time. Cores share caches, memory and
+power, so the last line tells what two fits that have nothing to do with each other cost when they run at once: no two
+processes can be faster together than that. A fit of the tiny model comes before, so that nothing is compiled later.
 """
 
 import argparse
@@ -25,6 +27,8 @@ from casp_pl.models import adapt, load_model
 STAGES = ("calibration", "quantize", "block tuning", "end to end")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 FEW = ["--data.fine_tuning_samples", "null"]
+NO_TUNING = ["--block_tuning.epochs", "0", "--end_to_end.steps", "0"]
+TINY = ["--config", "configs/models/tiny.yaml"]
 FEW += ["--evaluation.questions", "24", "--evaluation.text_tokens", "768"]
 
 
@@ -39,17 +43,30 @@ def first_blocks(blocks: int, folder: Path) -> Path:
     return folder
 
 
-def fit(arguments: list[str], folder: Path, processes: int, strategy: str) -> Path:
+def fit(arguments: list[str], folder: Path, processes: int = 1, strategy: str = "auto") -> Path:
     """Run one fit from the beginning; its directory."""
-    shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, "-m", "casp_pl", "fit", *arguments, "--run_dir", str(folder)]
-    command += ["--trainer.devices", str(processes), "--trainer.strategy", strategy if processes > 1 else "auto"]
-    log = folder.with_suffix(".log")
-    with log.open("w", encoding="utf-8") as file:
-        done = subprocess.run(command, env=os.environ | ONE_THREAD, stdout=file, stderr=file, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command[1:])} ended with {done.returncode}, see {log}")
+    fit_at_once(arguments, [folder], processes, strategy)
     return folder
+
+
+def fit_at_once(arguments: list[str], folders: list[Path], processes: int = 1, strategy: str = "auto") -> None:
+    """Run a fit from the beginning in every directory, all at the same time."""
+    running = []
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+        command = [sys.executable, "-m", "casp_pl", "fit", *arguments, "--run_dir", str(folder)]
+        command += ["--trainer.devices", str(processes), "--trainer.strategy", strategy]
+        with folder.with_suffix(".log").open("w", encoding="utf-8") as log:
+            running.append(subprocess.Popen(command, env=os.environ | ONE_THREAD, stdout=log, stderr=log))
+    for folder, process in zip(folders, running, strict=True):
+        if process.wait():
+            raise SystemExit(f"a fit ended with {process.returncode}, see {folder.with_suffix('.log')}")
+
+
+def work_seconds(run: Path) -> dict[str, float]:
+    """Of every stage."""
+    seconds: dict[str, float] = json.loads((run / "report.json").read_text())["work_seconds"]
+    return seconds
 
 
 def same_codes(one: Path, other: Path) -> tuple[int, int]:
@@ -75,9 +92,18 @@ def worst_loss(one: Path, other: Path) -> float:
     return worst
 
 
+def limit(apart: list[Path], alone: Path) -> str:
+    """What two fits that run at once and share nothing get done in the time of one that runs alone."""
+    most = []
+    for stage in STAGES[:2]:
+        slowest = max(work_seconds(run)[stage] for run in apart)
+        most.append(f"{stage} {len(apart) * work_seconds(alone)[stage] / slowest:.2f}")
+    return f"\nTwo fits at once that share nothing, times as much work as one alone: {', '.join(most)}."
+
+
 def row(name: str, run: Path, first: Path) -> str:
     """One line of the table."""
-    ours, theirs = (json.loads((path / "report.json").read_text())["work_seconds"] for path in (run, first))
+    ours, theirs = work_seconds(run), work_seconds(first)
     times = " | ".join(f"{ours[stage]:.1f}" for stage in STAGES)
     plans = [(path / "plan.json").read_bytes() for path in (run, first)]
     same, total = same_codes(first, run)
@@ -93,6 +119,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=4, help="of the embedded model")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--strategies", nargs="+", default=["ddp"])
+    parser.add_argument("--no-apart", dest="apart", action="store_false", help="leave the last line out")
     parser.add_argument("--recipe", default="configs/llava_aqlm.yaml")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/processes"))
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY VALUE", help="further settings of the recipe")
@@ -100,20 +127,25 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     arguments = ["--config", options.recipe, "--trainer.precision", "32-true"]
     if options.model == "tiny":
-        arguments += ["--config", "configs/models/tiny.yaml"]
+        arguments += TINY
     else:
         arguments += ["--model.source", str(first_blocks(options.blocks, options.out / "model")), *FEW]
     pairs = zip(options.set[::2], options.set[1::2], strict=True)
     arguments += [item for key, value in pairs for item in (f"--{key}", value)]
+    fit([*arguments[:4], *TINY], options.out / "tiny")
     columns = ["processes", *(f"{stage} s" for stage in STAGES), "quantize, times as fast", "plan", "codes", "loss"]
     print(f"| {' | '.join(columns)} |")
     print("|" + "---|" * len(columns), flush=True)
     first = None
     for count in options.processes:
-        for strategy in options.strategies if count > 1 else ["alone"]:
+        for strategy in options.strategies if count > 1 else ["auto"]:
             run = fit(arguments, options.out / f"{strategy}-{count}", count, strategy)
             first = run if first is None else first
-            print(row(f"{count} {strategy}", run, first), flush=True)
+            print(row(f"{count} {strategy}" if count > 1 else "1", run, first), flush=True)
+    if first is not None and options.apart:
+        apart = [options.out / f"apart-{number}" for number in range(2)]
+        fit_at_once([*arguments, *NO_TUNING], apart)
+        print(limit(apart, first))
 
 
 if __name__ == "__main__":

@@ -25,11 +25,14 @@ __all__ = [
     "process_rank",
     "rank_and_count",
     "said_by_first",
+    "sum_in_order",
     "sum_of_all",
     "wait_for_all",
 ]
 
 T = TypeVar("T")
+
+_PARTS = 24  # that a sum over rows is made of, as many for each of 2, 3, 4, 6, 8, 12 or 24 processes
 
 
 def process_count() -> int:
@@ -100,6 +103,9 @@ def said_by_first(value: T) -> T:
 class RowShare(NamedTuple):
     """The rows of a matrix that this process computes where several compute one matrix together.
 
+    All rows are a fixed number of parts, and a process has whole ones: what is summed part by part comes out the same,
+    to the last bit, however many processes there are.
+
     Attributes:
         rows: of all processes together.
         together: False: this process has all of them, and nothing is exchanged.
@@ -112,6 +118,16 @@ class RowShare(NamedTuple):
     def own(self) -> slice:
         """The rows of this process."""
         return self._of(process_rank()) if self.together else slice(0, self.rows)
+
+    @property
+    def bounds(self) -> list[int]:
+        """Where the parts of the own rows begin, counted from the first of these, and where the last one ends."""
+        parts, rows = RowShare(_part_count(), self.together).own, self.own
+        return [self.rows * part // _part_count() - rows.start for part in range(parts.start, parts.stop + 1)]
+
+    def sum(self, parts: Tensor) -> Tensor:
+        """The sum over the parts of all processes, in every process, from the sums (own parts, ...) of each one's."""
+        return sum_in_order(RowShare(_part_count(), self.together).join(parts))
 
     def join(self, part: Tensor, dim: int = 0) -> Tensor:
         """The whole tensor, in every process, from each one's rows along `dim`."""
@@ -127,7 +143,22 @@ class RowShare(NamedTuple):
         return whole.movedim(0, dim).contiguous()
 
     def _of(self, rank: int) -> slice:
-        return slice(self.rows * rank // process_count(), self.rows * (rank + 1) // process_count())
+        parts = _part_count()
+        first, last = parts * rank // process_count(), parts * (rank + 1) // process_count()
+        return slice(self.rows * first // parts, self.rows * last // parts)
+
+
+def _part_count() -> int:
+    return _PARTS * -(-process_count() // _PARTS)
+
+
+def sum_in_order(parts: Tensor) -> Tensor:
+    """The sum (...) of parts (P, ...), one after the other; `Tensor.sum` does not say in which order it adds."""
+    first, *others = parts
+    total: Tensor = first.clone()
+    for other in others:
+        total += other
+    return total
 
 
 def wait_for_all() -> None:

@@ -10,6 +10,7 @@ that share an entry, found by one stable sort of the codes. The sort outlives th
 codes change seldom and codebooks at every step.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -20,10 +21,12 @@ from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
 from casp_pl.kernels.compiled import AdditiveLoops, additive_loops
+from casp_pl.processes import sum_in_order
 
 __all__ = ["AdditiveIndex", "dequantize_additive", "dequantize_additive_reference"]
 
 _BYTE_VALUES = 256
+_PARTS = 16
 
 
 def dequantize_additive_reference(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
@@ -47,10 +50,13 @@ class AdditiveIndex:
     Args:
         codes: integers below C (O, G, K).
         entries: C, the entries of one codebook.
+        bounds: rows where the P parts of `scatter_parts` begin, and where the last one ends; None for a division that
+            does not matter.
     """
 
-    def __init__(self, codes: Tensor, entries: int) -> None:
+    def __init__(self, codes: Tensor, entries: int, bounds: Sequence[int] | None = None) -> None:
         self.rows, self.groups, self.codebooks = codes.shape
+        self.bounds = bounds
         self.entries = entries
         self._codes = codes.to(torch.uint8) if entries <= _BYTE_VALUES else codes
 
@@ -76,28 +82,36 @@ class AdditiveIndex:
         Returns:
             (K, C, D).
         """
+        return sum_in_order(self.scatter_parts(weight, scales))
+
+    @torch.no_grad()
+    def scatter_parts(self, weight: Tensor, scales: Tensor) -> Tensor:
+        """`scatter` of every part of the rows: weight (O, G * D), scales (O, 1) -> (P, K, C, D)."""
         shape = self.codebooks, self.entries, weight.shape[1] // self.groups
         if (loops := self._loops(weight)) is not None:
             return self._scatter(loops, weight, weight.new_zeros(shape), scales)[0]
         groups, starts = self._readers
         table = (weight * scales).reshape(self.rows * self.groups, -1)
-        return F.embedding_bag(groups, table, starts, mode="sum").view(shape)
+        return F.embedding_bag(groups, table, starts, mode="sum").view(-1, *shape)
 
     @torch.no_grad()
     def gradients(self, weight: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         """From the gradient of the weight (O, G * D) to those of codebooks (K, C, D) and scales (O, 1)."""
         if (loops := self._loops(weight)) is not None:
-            return self._scatter(loops, weight, codebooks, scales)
+            parts, dots = self._scatter(loops, weight, codebooks, scales)
+            return sum_in_order(parts), dots
         dots = torch.linalg.vecdot(weight, self.gather(codebooks, torch.ones_like(scales)))
         return self.scatter(weight, scales), dots.unsqueeze(1)
 
     def _scatter(
         self, loops: AdditiveLoops, weight: Tensor, codebooks: Tensor, scales: Tensor
     ) -> tuple[Tensor, Tensor]:
-        sums, dots = torch.empty_like(codebooks), weight.new_empty(self.rows)
+        # some parts for threads to work on; always so many, so that sums do not depend on the number of threads
+        bounds = self.bounds or [part * self.rows // _PARTS for part in range(_PARTS + 1)]
+        parts, dots = codebooks.new_zeros(len(bounds) - 1, *codebooks.shape), weight.new_empty(self.rows)
         with record_function("casp_pl::scatter"):
-            loops.scatter(self._codes, codebooks, scales.reshape(-1), weight, sums, dots)
-        return sums, dots.unsqueeze(1)
+            loops.scatter(self._codes, codebooks, scales.reshape(-1), weight, torch.tensor(bounds), parts, dots)
+        return parts, dots.unsqueeze(1)
 
     def _loops(self, tensor: Tensor) -> AdditiveLoops | None:
         return additive_loops(tensor) if self.entries <= _BYTE_VALUES else None
@@ -110,9 +124,12 @@ class AdditiveIndex:
 
     @cached_property
     def _readers(self) -> tuple[Tensor, Tensor]:
-        """For each of the K * C entries in turn the groups that read it (K * O * G,), and where its list starts."""
-        total = self.codebooks * self.entries
-        keys = self._bags.T.reshape(-1)
+        """For each of the P * K * C entries in turn the groups that read it (K * O * G,), and where its list starts."""
+        bounds = torch.tensor(self.bounds or [0, self.rows], device=self._codes.device)
+        total = (len(bounds) - 1) * self.codebooks * self.entries
+        parts = torch.arange(len(bounds) - 1, dtype=torch.int32, device=bounds.device)
+        first = (self.codebooks * self.entries * parts).repeat_interleave(bounds.diff()).repeat_interleave(self.groups)
+        keys = (self._bags + first[:, None]).T.reshape(-1)
         counts = torch.bincount(keys, minlength=total)
         sortable = keys.to(torch.int16) if total <= torch.iinfo(torch.int16).max else keys  # sorts twice as fast
         groups = sortable.argsort(stable=True).to(torch.int32) % self._bags.shape[0]

@@ -249,7 +249,7 @@ def _smallest_arguments(name: str) -> list[Any]:
         return [number[None], number, *tables, number[None], number]
     if name in ("gather", "scatter"):
         tables = [torch.zeros(1, 1, 1, dtype=torch.uint8), torch.ones(1, 1, 1), torch.ones(1), torch.ones(1, 1)]
-        return tables if name == "gather" else [*tables, torch.empty(1, 1, 1), torch.empty(1)]
+        return tables if name == "gather" else [*tables, torch.arange(2), torch.zeros(1, 1, 1, 1), torch.empty(1)]
     if name in ("candidates", "nearest"):
         patterns = [torch.ones(8, 1), torch.ones(1), torch.zeros(1), torch.zeros(1, dtype=torch.int64)]
         if name == "candidates":

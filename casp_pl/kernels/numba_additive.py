@@ -1,11 +1,11 @@
 """Additive weights from their codes, and the gradients back, compiled by numba (optional package; extra `cpu`).
 
 Every weight is written, or read, once, and the codebooks stay in a core's first cache. A thread owns rows; sums over
-rows are kept apart for a fixed number of pieces, so that results are the same for any number of threads.
+rows are kept apart for the parts that the caller names, so that results are the same for any number of threads.
 
 Importing this module compiles nothing; the first call does, and numba keeps the result in a cache on disk.
 
-Letters: O out, G groups a row, K codebooks, C entries a codebook, D group length.
+Letters: O out, G groups a row, K codebooks, C entries a codebook, D group length, P parts of the rows.
 """
 
 import numpy as np
@@ -13,7 +13,6 @@ from numba import njit, prange
 
 __all__ = ["gather", "scatter"]
 
-_PIECES = 16
 _FAST = {"contract", "nsz", "reassoc"}
 
 
@@ -50,23 +49,23 @@ def gather(codes, codebooks, scales, weight):  # type: ignore[no-untyped-def]
 
 
 @njit(parallel=True, nogil=True, cache=True, fastmath=_FAST)
-def scatter(codes, codebooks, scales, weight, sums, dots):  # type: ignore[no-untyped-def]
-    """The adjoints of `gather`: sums[k, c] = sum of scales[o] * weight over groups with that code, and dots with rows.
+def scatter(codes, codebooks, scales, weight, bounds, sums, dots):  # type: ignore[no-untyped-def]
+    """The adjoints of `gather`: sums[p, k, c] = sum of scales[o] * weight over that code's groups in part p, and dots.
 
     Args:
         codes: uint8 (O, G, K), all below C.
         codebooks: float32 (K, C, D).
         scales: float32 (O,).
         weight: float32 (O, G * D).
-        sums: float32 (K, C, D), written.
+        bounds: int64 (P + 1,), where the parts begin, and the end of the last one; these are all rows.
+        sums: float32 (P, K, C, D), zeros, added to.
         dots: float32 (O,), written: dots[o] = sum over g, d, k of weight[o, g D + d] * codebooks[k, codes[o, g, k], d].
     """
-    rows, groups, books = codes.shape
-    entries, length = codebooks.shape[1:]
-    parts = np.zeros((_PIECES, books, entries, length), dtype=np.float32)
-    for piece in prange(_PIECES):
-        own = parts[piece]
-        for o in range(piece * rows // _PIECES, (piece + 1) * rows // _PIECES):
+    groups, books = codes.shape[1:]
+    length = codebooks.shape[2]
+    for part in prange(len(sums)):
+        own = sums[part]
+        for o in range(bounds[part], bounds[part + 1]):
             scale, dot = scales[o], np.float32(0)
             for g in range(groups):
                 given = weight[o, g * length : (g + 1) * length]
@@ -76,6 +75,3 @@ def scatter(codes, codebooks, scales, weight, sums, dots):  # type: ignore[no-un
                         dot += given[d] * entry[d]
                         total[d] += scale * given[d]
             dots[o] = dot
-    sums[:] = 0
-    for piece in range(_PIECES):
-        sums += parts[piece]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from casp_pl.kernels.additive import AdditiveIndex
+from casp_pl.processes import sum_in_order
 
 __all__ = ["conjugate_gradients", "fit_codebooks"]
 
@@ -51,13 +52,13 @@ def conjugate_gradients(
 
 def fit_codebooks(
     weight_moment: Tensor,
-    multiply: Callable[[Tensor], Tensor],
-    diagonal: Tensor,
+    moment: Tensor,
     codes: AdditiveIndex,
     scales: Tensor,
     start: Tensor,
     *,
     iterations: int,
+    sum_parts: Callable[[Tensor], Tensor] = sum_in_order,
 ) -> Tensor:
     """Lower tr(E H E^T), E = W - V with V decoded from codes, codebooks and scales, over the codebooks.
 
@@ -65,20 +66,24 @@ def fit_codebooks(
 
     Args:
         weight_moment: W H (O, I).
-        multiply: V (O, I) -> V H; H is symmetric and positive definite.
-        diagonal: of H (I,).
+        moment: H (I, I), symmetric and positive definite.
         codes: of all groups (O, G, K), indexed.
         scales: s (O, 1).
         start: the codebooks to improve (K, C, D).
         iterations: steps of conjugate gradients, each of them one product with H.
+        sum_parts: from the sums of the codes' parts of rows (P, K, C, D) to that of all rows: those of other processes
+            as well where these share the rows.
 
     Returns:
         The codebooks (K, C, D).
     """
 
-    def normal_equations(codebooks: Tensor) -> Tensor:
-        return codes.scatter(multiply(codes.gather(codebooks, scales)), scales)
+    def scatter(rows: Tensor) -> Tensor:
+        return sum_parts(codes.scatter_parts(rows, scales))
 
-    residual = codes.scatter(weight_moment - multiply(codes.gather(start, scales)), scales)
-    own = codes.scatter((scales * diagonal).contiguous(), scales)
+    def normal_equations(codebooks: Tensor) -> Tensor:
+        return scatter(codes.gather(codebooks, scales) @ moment)
+
+    residual = scatter(weight_moment - codes.gather(start, scales) @ moment)
+    own = scatter((scales * moment.diagonal()).contiguous())
     return start + conjugate_gradients(normal_equations, residual, own, iterations=iterations)

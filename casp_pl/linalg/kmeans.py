@@ -6,12 +6,13 @@ entries lie where inputs are large.
 Letters: C entries (centroids), D length of a vector, G positions (groups of a row), N vectors a position.
 """
 
-from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from casp_pl.kernels.nearest import nearest_entries
+from casp_pl.processes import RowShare
 
 __all__ = ["assign_entries", "metric_kmeans", "metric_norms", "update_centroids"]
 
@@ -37,7 +38,9 @@ def assign_entries(weighted: Tensor, centroids: Tensor, metrics: Tensor) -> Tens
     return nearest_entries(weighted, centroids, metric_norms(centroids, metrics))
 
 
-def update_centroids(weighted: Tensor, metrics: Tensor, nearest: Tensor, centroids: Tensor) -> Tensor:
+def update_centroids(
+    weighted: Tensor, metrics: Tensor, nearest: Tensor, centroids: Tensor, share: RowShare | None = None
+) -> Tensor:
     """The best centroids for fixed assignments: (sum_g n_cg M_g) c = sum of M_g x over the vectors x that chose c.
 
     Entries that nobody chose stay.
@@ -47,22 +50,33 @@ def update_centroids(weighted: Tensor, metrics: Tensor, nearest: Tensor, centroi
         metrics: (G, D, D), symmetric and positive semidefinite.
         nearest: (G, N), the entry of every vector.
         centroids: (C, D), the entries so far.
+        share: of the positions, where the G above are those of this process alone.
 
     Returns:
         (C, D) centroids.
     """
     entries, length = centroids.shape
-    positions = metrics.shape[0]
-    keys = nearest + entries * torch.arange(positions, device=nearest.device)[:, None]
-    counts = torch.bincount(keys.flatten(), minlength=positions * entries).view(positions, entries).to(metrics.dtype)
-    left = (counts.T @ metrics.flatten(1)).view(entries, length, length)
-    right = torch.zeros_like(centroids).index_add_(0, nearest.flatten(), weighted.transpose(1, 2).reshape(-1, length))
+    share = RowShare(len(metrics)) if share is None else share
+    parts = [slice(start, stop) for start, stop in pairwise(share.bounds)]
+    sums = [_sums_of_members(weighted[part], metrics[part], nearest[part], entries) for part in parts]
+    total = share.sum(torch.stack(sums))
+    left, right = total[:, :length], total[:, length]
     ridge = _RIDGE * left.diagonal(dim1=1, dim2=2).mean(dim=1)
     used = ridge > 0
     eye = torch.eye(length, dtype=left.dtype, device=left.device)
     left = torch.where(used[:, None, None], left + ridge[:, None, None] * eye, eye)
     solved = torch.linalg.solve(left, right + ridge[:, None] * centroids)  # the ridge pulls to the centroid so far
     return torch.where(used[:, None], solved, centroids)
+
+
+def _sums_of_members(weighted: Tensor, metrics: Tensor, nearest: Tensor, entries: int) -> Tensor:
+    """By entry the sum of M_g over its members, and below it that of M_g x (C, D + 1, D)."""
+    positions, length = metrics.shape[:2]
+    keys = nearest + entries * torch.arange(positions, device=nearest.device)[:, None]
+    counts = torch.bincount(keys.flatten(), minlength=positions * entries).view(positions, entries).to(metrics.dtype)
+    sums = torch.cat([counts.T @ metrics.flatten(1), metrics.new_zeros(entries, length)], dim=1)
+    sums[:, length**2 :].index_add_(0, nearest.flatten(), weighted.transpose(1, 2).reshape(-1, length))
+    return sums.view(entries, length + 1, length)
 
 
 def metric_kmeans(
@@ -72,7 +86,7 @@ def metric_kmeans(
     *,
     iterations: int,
     generator: torch.Generator,
-    assign: Callable[[Tensor, Tensor, Tensor], Tensor] = assign_entries,
+    share: RowShare | None = None,
 ) -> Tensor:
     """k-means of vectors under the metric of their position, started from vectors drawn at random.
 
@@ -82,7 +96,7 @@ def metric_kmeans(
         entries: C, the number of centroids; where that is more than G * N, some are equal.
         iterations: rounds of assignment and update.
         generator: draws the start.
-        assign: does what `assign_entries` does.
+        share: of the positions, where processes that all have the same vectors share the work.
 
     Returns:
         (C, D) centroids.
@@ -90,8 +104,10 @@ def metric_kmeans(
     pool = vectors.transpose(1, 2).reshape(-1, vectors.shape[1])
     start = torch.randperm(len(pool), generator=generator, device=generator.device).to(pool.device)
     centroids = pool[start.repeat(-(-entries // len(pool)))[:entries]]
-    weighted = metrics @ vectors
+    share = RowShare(len(metrics)) if share is None else share
+    metrics = metrics[share.own]
+    weighted = metrics @ vectors[share.own]
     for _ in range(iterations):
-        nearest = assign(weighted, centroids, metrics)
-        centroids = update_centroids(weighted, metrics, nearest, centroids)
+        nearest = assign_entries(weighted, centroids, metrics)
+        centroids = update_centroids(weighted, metrics, nearest, centroids, share)
     return centroids

@@ -19,7 +19,7 @@ from casp_pl.errors import NumericsError
 from casp_pl.layers import LowRankLinear, QuantizedLinear, materialized
 from casp_pl.linalg import GramSum, ProductSum, PropagationTarget, full_width_products, relative_proxy_loss
 from casp_pl.models.adapter import ModelAdapter
-from casp_pl.models.sharing import Layer, are_few, of_everyone, own_share
+from casp_pl.models.sharing import Layer, are_uneven, of_everyone, own_share
 from casp_pl.models.streams import BlockBatch, linear_inputs
 from casp_pl.processes import RowShare, process_count, sum_of_all
 from casp_pl.quantizers import Quantizer
@@ -155,8 +155,9 @@ class BlockQuantization:
             moments = collect_moments(block, student, references, next(iter(plans)))
         second, aim = moments.second, PropagationTarget(moments.cross, moments.second, self.propagation)
         del moments  # the cross moment of a wide linear is half as large as a block
-        together = are_few(list(plans))
-        own = missing if together else own_share({name: _dense_linear(block, name).weight.numel() for name in missing})
+        costs = {name: float(plan.shape[0] * plan.shape[1]) for name, plan in plans.items()}
+        together = are_uneven(costs)
+        own = missing if together else own_share({name: costs[name] for name in missing})
         targets = {name: _target(aim, _dense_linear(block, name).weight, together) for name in own}
         del aim
         made = {}

@@ -1,6 +1,6 @@
 """The linears of a group, shared out among the processes of a run, and what each has made given to all."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -10,10 +10,12 @@ from casp_pl.layers import LowRankLinear, QuantizedLinear
 from casp_pl.layers.build import build_layer
 from casp_pl.processes import of_all, process_count, process_rank
 
-__all__ = ["are_few", "of_everyone", "own_share", "shared_out"]
+__all__ = ["are_uneven", "of_everyone", "own_share", "shared_out"]
 
 Layer = QuantizedLinear | LowRankLinear
 R = TypeVar("R")
+
+_LOSS_INSIDE = 1.3  # of a linear of a 135M model that two processes make together; large ones lose less
 
 
 def shared_out(costs: Mapping[str, float], processes: int) -> list[list[str]]:
@@ -27,12 +29,10 @@ def shared_out(costs: Mapping[str, float], processes: int) -> list[list[str]]:
     return names
 
 
-def are_few(names: Sequence[str]) -> bool:
-    """Whether so few linears go faster if every one of them is made by all processes together.
-
-    What cannot be shared inside a linear takes about a quarter of its time.
-    """
-    return process_count() > 1 and 2 * len(names) <= process_count()
+def are_uneven(costs: Mapping[str, float]) -> bool:
+    """Whether these linears go faster if all processes make every one of them together, not each process its own."""
+    loads = [sum(costs[name] for name in names) for names in shared_out(costs, process_count())]
+    return max(loads) * process_count() > _LOSS_INSIDE * sum(loads)
 
 
 def own_share(costs: Mapping[str, float]) -> list[str]:

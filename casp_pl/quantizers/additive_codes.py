@@ -12,7 +12,7 @@ from casp_pl.quantizers.lazy_passes import SPAN, feedback_pass, sweep_pass
 
 __all__ = ["conditional_metrics", "diagonal_blocks", "feedback_codes", "sweep_codes"]
 
-_GROUPS = 64  # whose columns are solved for at once, in memory of their own
+_GROUPS = 16  # whose columns are solved for at once, in memory of their own
 
 
 def diagonal_blocks(matrix: Tensor, length: int) -> Tensor:

@@ -27,6 +27,7 @@ from casp_pl.quantizers.shared import MadeOfMoment
 __all__ = ["AQLMQuantizer"]
 
 _PADDING_COST = 1e-6  # of an error in a padded column, relative to the mean column
+_SHARED_WIDTH = 8192  # wider inputs are those of a block's last linear, read by no other: not kept, half a GB at 11008
 _SMALLEST_SCALE = 2.0**-10  # if all are below, codebooks lend the scales a power of two: float16 has few digits there
 
 
@@ -107,7 +108,7 @@ class AQLMQuantizer(Quantizer):
         self.max_rounds = max_rounds
         self.seed = seed
         self.rank_grain = max(layout.group_length for ladder in self.formats.values() for layout in ladder)
-        self._inputs = MadeOfMoment[_Inputs]()
+        self._feedback = MadeOfMoment[_Feedback]()
 
     def _structure(self, out_features: int, in_features: int, bits: int) -> dict[str, Any]:
         return self._format(out_features, in_features, bits)._asdict()
@@ -127,18 +128,13 @@ class AQLMQuantizer(Quantizer):
         self._check_inputs(weight, second_moment, bits)
         layout = self._format(weight.shape[0], weight.shape[1], bits)
         generator = torch.Generator().manual_seed(self.seed) if generator is None else generator
-        length, moment = layout.group_length, second_moment.to(weight.device)
-        inputs = self._inputs.get(moment, (length, self.damping), lambda: _prepare(moment, length, self.damping))
-        padded = F.pad(weight.to(torch.float32), (0, len(inputs.moment) - weight.shape[1]))
-        scales = _row_norms(padded, weight.shape[1])
-        codebooks = self._start_codebooks(padded / scales, inputs.metrics, layout, generator, together)
-        share = RowShare(len(weight), together)
-        own = (padded[share.own], inputs.metrics, inputs.lower, codebooks, scales[share.own])
-        codes = share.join(feedback_codes(*own, beam=self.feedback_beam), 2)
-        codebooks, scales = _balanced(*self._improve(padded, inputs.moment, codes, codebooks, scales, generator, share))
-        layer = AdditiveLinear.from_codes(
-            codes.permute(2, 0, 1), codebooks, scales, in_features=weight.shape[1], bias=bias
-        )
+        moment, share = second_moment.to(weight.device), RowShare(len(weight), together)
+        own, codes, codebooks, scales, damping = self._start(weight, moment, layout, generator, share)
+        moment = _damped(moment, layout.group_length, damping)
+        codebooks, scales = self._improve(own, moment, codes, codebooks, scales, generator, share)
+        codes, scales = share.join(codes.permute(2, 0, 1)), share.join(scales)
+        tables = _balanced(codebooks, scales)
+        layer = AdditiveLinear.from_codes(codes, *tables, in_features=weight.shape[1], bias=bias)
         layer.round_to_storage()
         return layer
 
@@ -154,24 +150,46 @@ class AQLMQuantizer(Quantizer):
         part.fit_rows, part.fit_weights = max(1, round(self.fit_rows * share)), self.fit_weights * share**2
         return part
 
+    def _start(
+        self, weight: Tensor, moment: Tensor, layout: AdditiveFormat, generator: torch.Generator, share: RowShare
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+        """Padded weight (O, G D), codes (G, K, O) and scales of the own rows, codebooks, and damping of the moment."""
+        feedback = self._feedback_of(moment, layout.group_length)
+        padded = F.pad(weight.to(torch.float32), (0, len(feedback.lower) - weight.shape[1]))
+        scales = _row_norms(padded, weight.shape[1])
+        codebooks = self._start_codebooks(padded, scales, feedback.metrics, layout, generator, share.together)
+        own, scales = padded[share.own], scales[share.own]
+        given = (own, feedback.metrics, feedback.lower, codebooks, scales)
+        return own, feedback_codes(*given, beam=self.feedback_beam), codebooks, scales, feedback.damping
+
+    def _feedback_of(self, moment: Tensor, length: int) -> "_Feedback":
+        if len(moment) > _SHARED_WIDTH:
+            return _make_feedback(moment, length, self.damping)
+        settings = length, self.damping
+        return self._feedback.get(moment, settings, lambda: _make_feedback(moment, *settings))
+
     def _start_codebooks(
-        self, scaled: Tensor, metrics: Tensor, layout: AdditiveFormat, generator: torch.Generator, together: bool
+        self,
+        weight: Tensor,
+        scales: Tensor,
+        metrics: Tensor,
+        layout: AdditiveFormat,
+        generator: torch.Generator,
+        together: bool,
     ) -> Tensor:
-        """Residual k-means of a sample of rows: scaled (O, I), metrics (G, D, D) -> codebooks (K, C, D)."""
-        rows = torch.randperm(len(scaled), generator=generator, device=generator.device)[: self.kmeans_rows]
-        sample = scaled[rows.to(scaled.device)].view(len(rows), -1, layout.group_length)
+        """Residual k-means of a sample of scaled rows: weight (O, I), metrics (G, D, D) -> codebooks (K, C, D)."""
+        rows = torch.randperm(len(weight), generator=generator, device=generator.device)[: self.kmeans_rows]
+        rows = rows.to(weight.device)
+        sample = (weight[rows] / scales[rows]).view(len(rows), -1, layout.group_length)
         rest = sample.permute(1, 2, 0).contiguous()  # (G, D, N)
         share = RowShare(len(metrics), together)  # of positions: that of a vector does not matter to another
-
-        def assign(weighted: Tensor, centroids: Tensor, metrics: Tensor) -> Tensor:
-            return share.join(assign_entries(weighted[share.own], centroids, metrics[share.own]))
-
+        own = metrics[share.own]
         codebooks = []
         for _ in range(layout.num_codebooks):
             codebook = metric_kmeans(
-                rest, metrics, layout.entries, iterations=self.kmeans_iterations, generator=generator, assign=assign
+                rest, metrics, layout.entries, iterations=self.kmeans_iterations, generator=generator, share=share
             )
-            nearest = assign(metrics @ rest, codebook, metrics)
+            nearest = share.join(assign_entries(own @ rest[share.own], codebook, own))
             rest = rest - codebook[nearest].transpose(1, 2)
             codebooks.append(codebook)
         return torch.stack(codebooks)
@@ -186,65 +204,73 @@ class AQLMQuantizer(Quantizer):
         generator: torch.Generator,
         share: RowShare,
     ) -> tuple[Tensor, Tensor]:
-        """Rounds of codebooks, scales and codes. Codes (G, K, O) change in place; codebooks and scales are returned."""
+        """Rounds of codebooks, scales and codes. Codes (G, K, O) change in place; codebooks and scales are returned.
 
-        def multiply(rows: Tensor) -> Tensor:
-            part = RowShare(len(rows), share.together)
-            return part.join(rows[part.own] @ moment)
-
-        weight_moment, before = multiply(weight), float("inf")
+        Weight, codes and scales are those of the own rows; O is their number.
+        """
+        weight_moment, before = weight @ moment, float("inf")
         for _ in range(self.max_rounds):
-            rows = self._sample(len(weight), codebooks.numel() / weight.shape[1], generator, weight.device)
-            index = _by_row(codes[:, :, rows], codebooks)
-            given = (weight_moment[rows], multiply, moment.diagonal(), index, scales[rows], codebooks)
-            codebooks = fit_codebooks(*given, iterations=self.cg_iterations)
+            rows, bounds = self._sample(share, codebooks.numel() / weight.shape[1], generator, weight.device)
+            index = _by_row(codes[:, :, rows], codebooks, bounds)
+            given = (weight_moment[rows], moment, index, scales[rows], codebooks)
+            codebooks = fit_codebooks(*given, iterations=self.cg_iterations, sum_parts=share.sum)
             decoded = _by_row(codes, codebooks).gather(codebooks, torch.ones_like(scales))
-            decoded_moment = multiply(decoded)
+            decoded_moment = decoded @ moment
             scales = _best_scales(weight_moment, decoded, decoded_moment)
             error = decoded.mul_(-scales).add_(weight)
             rest = decoded_moment.mul_(-scales).add_(weight_moment)
             loss = rest.mul_(error).sum(dim=1)
             del decoded, decoded_moment, rest
             order = torch.randperm(len(codes), generator=generator, device=generator.device).to(error.device)
-            own, found = error[share.own].T.contiguous(), codes[:, :, share.own].contiguous()
+            transposed = error.T.contiguous()
             del error
-            fall = sweep_codes(own, moment, found, codebooks, scales[share.own], order, beam=self.sweep_beam)
-            codes[:] = share.join(found, 2)
-            total = float((loss - share.join(fall)).sum(dtype=torch.float64))
+            loss -= sweep_codes(transposed, moment, codes, codebooks, scales, order, beam=self.sweep_beam)
+            total = float(share.join(loss).sum(dtype=torch.float64))
             if total >= (1 - self.tolerance) * before:
                 break
             before = total
         return codebooks, scales
 
-    def _sample(self, rows: int, numbers: float, generator: torch.Generator, device: torch.device) -> slice | Tensor:
-        """Indices of the rows that codebooks with so many numbers a column of the weight are fitted to; or all rows."""
+    def _sample(
+        self, share: RowShare, numbers: float, generator: torch.Generator, device: torch.device
+    ) -> tuple[slice | Tensor, list[int]]:
+        """Own rows of the sample that codebooks with so many numbers a column are fitted to, and where parts begin.
+
+        It has all rows where these are few.
+        """
         enough = max(self.fit_rows, math.ceil(self.fit_weights * numbers))
-        if enough >= rows:
-            return slice(None)
-        drawn = torch.randperm(rows, generator=generator, device=generator.device)[:enough]
-        return drawn.sort().values.to(device)
+        if enough >= share.rows:
+            return slice(None), share.bounds
+        drawn = torch.randperm(share.rows, generator=generator, device=generator.device)[:enough].sort().values
+        drawn = drawn.cpu() - share.own.start
+        first, *_, end = bounds = torch.searchsorted(drawn, torch.tensor(share.bounds)).tolist()
+        return drawn[first:end].to(device), [bound - first for bound in bounds]
 
 
-class _Inputs(NamedTuple):
-    """Damped second moment (I, I) in units of its mean diagonal, and its `conditional_metrics`.
+class _Feedback(NamedTuple):
+    """`conditional_metrics` of a moment in units of its mean diagonal, and what was added to it in these units."""
 
-    They are padded to a whole number of groups; an error in a padded column costs next to nothing.
-    """
-
-    moment: Tensor
     metrics: Tensor
     lower: Tensor
+    damping: float
 
 
-def _prepare(second_moment: Tensor, length: int, damping: float) -> _Inputs:
+def _make_feedback(second_moment: Tensor, length: int, damping: float) -> _Feedback:
     unit = moment_unit(second_moment)
     factor, jitter = safe_cholesky(second_moment, damping)
     factor = _padded(factor, length, math.sqrt(_PADDING_COST * unit))
     metrics, lower = conditional_metrics(factor, length, torch.float32)
-    del factor  # a gigabyte at I = 11008
+    return _Feedback((metrics / unit).to(torch.float32), lower, jitter / unit)
+
+
+def _damped(second_moment: Tensor, length: int, damping: float) -> Tensor:
+    """A padded copy in units of the mean diagonal, with `damping` added to it; an error in a pad costs almost nothing.
+
+    It is made after the first codes: while they are found the factor takes as much memory.
+    """
     moment = in_units(second_moment, torch.float32)
-    moment.diagonal().add_(jitter / unit)
-    return _Inputs(_padded(moment, length, _PADDING_COST), (metrics / unit).to(torch.float32), lower)
+    moment.diagonal().add_(damping)
+    return _padded(moment, length, _PADDING_COST)
 
 
 def _padded(matrix: Tensor, length: int, value: float) -> Tensor:
@@ -265,14 +291,20 @@ def _row_norms(weight: Tensor, width: int) -> Tensor:
 
 def _best_scales(weight_moment: Tensor, decoded: Tensor, decoded_moment: Tensor) -> Tensor:
     """s_o = (w_o H v_o) / (v_o H v_o) of the decoded rows v (O, 1); 0 where v is 0. A row of zeros gets 0."""
-    energy = torch.linalg.vecdot(decoded, decoded_moment)
-    scales = torch.linalg.vecdot(decoded, weight_moment) / energy
+    energy = _row_dots(decoded, decoded_moment)
+    scales = _row_dots(decoded, weight_moment) / energy
     return torch.where(energy > 0, scales, 0.0)[:, None]
 
 
-def _by_row(codes: Tensor, codebooks: Tensor) -> AdditiveIndex:
+def _row_dots(left: Tensor, right: Tensor) -> Tensor:
+    """<l_o, r_o> (O,); `vecdot` would make all products first."""
+    return torch.bmm(left[:, None], right[:, :, None]).flatten()
+
+
+def _by_row(codes: Tensor, codebooks: Tensor, bounds: list[int] | None = None) -> AdditiveIndex:
     """Codes (G, K, O) indexed in the layer's order (O, G, K)."""
-    return AdditiveIndex(codes.permute(2, 0, 1).contiguous(), codebooks.shape[1])
+    codes = codes.to(torch.uint8) if codebooks.shape[1] <= 256 else codes  # before they are copied
+    return AdditiveIndex(codes.permute(2, 0, 1).contiguous(), codebooks.shape[1], bounds)
 
 
 def _balanced(codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """The additive kernel against its plain formula, and the formula against a loop."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -100,6 +102,20 @@ def test_scatter_is_the_adjoint_of_gather(shape: tuple[int, ...], dtype: torch.d
     tolerance = {"rtol": 1e-5, "atol": 1e-6 * float(weight.abs().sum())}
     torch.testing.assert_close((codebooks * sums).sum(), left, **tolerance)
     torch.testing.assert_close((scales * dots).sum(), left, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["compiled", "torch"])
+def test_parts_of_the_rows_are_summed_apart(dtype: torch.dtype) -> None:
+    shape, bounds = (11, 3, 2, 16, 4), [0, 0, 4, 5, 11]
+    codes, _, scales = _random(shape, dtype)
+    weight = torch.randn(11, 12, dtype=dtype, generator=torch.Generator().manual_seed(3))
+    found = AdditiveIndex(codes, 16, bounds).scatter_parts(weight, scales)
+    for part, (start, stop) in zip(found, itertools.pairwise(bounds), strict=True):
+        expected = torch.zeros(2, 16, 4, dtype=dtype)
+        for o in range(start, stop):
+            for g, k in itertools.product(range(3), range(2)):
+                expected[k, int(codes[o, g, k])] += scales[o] * weight[o, 4 * g : 4 * g + 4]
+        torch.testing.assert_close(part, expected)
 
 
 def test_more_entries_in_all_than_16_bits_count() -> None:

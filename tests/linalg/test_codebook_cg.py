@@ -40,7 +40,7 @@ def test_conjugate_gradients_stop_at_a_zero_residual() -> None:
 
 def _fit(problem: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], iterations: int) -> Tensor:
     weight, moment, codes, codebooks, scales = problem
-    given = (weight @ moment, lambda rows: rows @ moment, moment.diagonal(), AdditiveIndex(codes, C), scales, codebooks)
+    given = (weight @ moment, moment, AdditiveIndex(codes, C), scales, codebooks)
     return fit_codebooks(*given, iterations=iterations)
 
 

@@ -35,6 +35,13 @@ assert torch.equal(alone.dequantize(), shared.dequantize())
 for count, dim in ((7, 0), (7, 1), (1, 0)):
     share, whole = RowShare(count, together=True), torch.arange(3.0 * count).view(3, count).movedim(1, dim)
     assert torch.equal(share.join(whole.narrow(dim, share.own.start, share.own.stop - share.own.start), dim), whole)
+    rows = torch.randn(count, 3, generator=generator)
+    totals = []
+    for share in (RowShare(count), RowShare(count, together=True)):
+        parts = torch.tensor_split(rows[share.own], share.bounds[1:-1])
+        totals.append(share.sum(torch.stack([part.sum(dim=0) for part in parts])))
+    assert torch.equal(*totals), count
+    assert torch.allclose(totals[0], rows.sum(dim=0), atol=1e-6), count
 dist.destroy_process_group()
 """
 

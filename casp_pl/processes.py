@@ -32,6 +32,7 @@ __all__ = [
 
 T = TypeVar("T")
 
+_LEAST_ROWS = 32  # of a process that shares products
 _PARTS = 24  # that a sum over rows is made of, as many for each of 2, 3, 4, 6, 8, 12 or 24 processes
 
 
@@ -113,6 +114,15 @@ class RowShare(NamedTuple):
 
     rows: int
     together: bool = False
+
+    @classmethod
+    def of_products(cls, rows: int, together: bool) -> "RowShare":
+        """For rows that matrices are multiplied with, where each process gets enough of them; else each does all.
+
+        Single rows of a product in float32 are the same, to the last bit, whatever the others are, unless these are
+        few: MKL with AVX2 multiplies up to 11 in another way. Error feedback makes a weight's codes of such a bit.
+        """
+        return cls(rows, together and rows >= _LEAST_ROWS * process_count())
 
     @property
     def own(self) -> slice:

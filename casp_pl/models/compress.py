@@ -219,7 +219,7 @@ class BlockQuantization:
 
 def _target(aim: PropagationTarget, weight: Tensor, together: bool) -> Tensor:
     """What a linear with this weight (O, I) aims at."""
-    share = RowShare(len(weight), together)
+    share = RowShare.of_products(len(weight), together)
     return share.join(aim.of(weight[share.own].float()))
 
 

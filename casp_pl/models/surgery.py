@@ -15,6 +15,7 @@ __all__ = [
     "compressed_layers",
     "install_layers",
     "layer_specs",
+    "require_storable",
     "round_to_storage",
     "skeleton_of",
 ]
@@ -93,6 +94,12 @@ def round_to_storage(module: nn.Module) -> None:
     """Round the tables of all compressed layers to what a file holds, in place."""
     for layer in compressed_layers(module).values():
         layer.round_to_storage()
+
+
+def require_storable(module: nn.Module) -> None:
+    """Raises what `round_to_storage` would raise, NumericsError where a table is NaN or beyond float16."""
+    for layer in compressed_layers(module).values():
+        copy.deepcopy(layer).round_to_storage()
 
 
 def _locate(model: nn.Module, name: str) -> str:

@@ -15,7 +15,7 @@ from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.compress import LinearReport
 from casp_pl.models.sharing import Layer
 from casp_pl.models.stored_blocks import LentBlock
-from casp_pl.models.surgery import block_from_tensors, layer_specs
+from casp_pl.models.surgery import block_from_tensors, layer_specs, round_to_storage
 
 __all__ = [
     "LINEARS",
@@ -56,12 +56,18 @@ class BlockFiles(Sequence[nn.Module]):
         run: where they lie.
         folder: `blocks`, `tuned` or `end_to_end`.
         adapter: the original model, whose blocks have their structure.
+        rounded: whether tables are as a model is stored, in float16, or as training left them, for more training.
     """
 
-    def __init__(self, run: RunDirectory, folder: str, adapter: ModelAdapter) -> None:
+    def __init__(self, run: RunDirectory, folder: str, adapter: ModelAdapter, *, rounded: bool = True) -> None:
         self.run = run
         self.folder = folder
         self.adapter = adapter
+        self.rounded = rounded
+
+    def as_trained(self) -> "BlockFiles":
+        """The same, not rounded."""
+        return BlockFiles(self.run, self.folder, self.adapter, rounded=False)
 
     def __len__(self) -> int:
         return len(self.adapter.blocks)
@@ -76,7 +82,10 @@ class BlockFiles(Sequence[nn.Module]):
         if isinstance(number, slice):
             return [self[each] for each in range(len(self))[number]]
         place = range(len(self))[number]
-        return load_block(self.run, block_name(self.folder, place), self.adapter, place)[0]
+        block, _ = load_block(self.run, block_name(self.folder, place), self.adapter, place)
+        if self.rounded:
+            round_to_storage(block)
+        return block
 
 
 def finished_blocks(run: RunDirectory, folder: str, adapter: ModelAdapter) -> BlockFiles | None:

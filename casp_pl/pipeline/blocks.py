@@ -26,7 +26,7 @@ from casp_pl.models.compress import BlockQuantization, LinearReport
 from casp_pl.models.micro_batch import is_out_of_memory
 from casp_pl.models.soundness import require_materialized
 from casp_pl.models.streams import BlockBatch, first_block_batches, run_blocks, run_blocks_seeing
-from casp_pl.models.surgery import round_to_storage
+from casp_pl.models.surgery import require_storable, round_to_storage
 from casp_pl.modules import BlockwiseModule
 from casp_pl.modules.widening import widened
 from casp_pl.pipeline.block_files import BlockFiles, LinearFiles, block_name, load_block, save_block
@@ -137,7 +137,11 @@ def tune_blocks(
     window_done: Callable[[range, dict[str, float]], None],
     keep: Keep = in_memory,
 ) -> None:
-    """Fine-tune window after window of blocks towards the original's outputs; files tuned/NNN.safetensors."""
+    """Fine-tune window after window of blocks towards the original's outputs; files tuned/NNN.safetensors.
+
+    Tables are filed as training leaves them, and end-to-end training goes on with these: rounded here, a last bit by
+    which the work of several processes differs from that of one could become a step of float16.
+    """
     count = len(train)
     teacher = student = first_block_batches(adapter, [*train, *held_back], trainers.autocast, keep)
     with adapter.blocks_alone():
@@ -159,7 +163,7 @@ def tune_blocks(
                 before = [quantized[number] for number in numbers]
                 tuned, losses = _tune_window(partial(window_of, seed=seed * 1000 + first), before, trainers, update)
                 for name, block in zip(names, tuned, strict=True):
-                    round_to_storage(block)
+                    require_storable(block)
                     block.eval().requires_grad_(False)
                     save_block(run, name, block, **losses)
             window_done(numbers, losses)

@@ -87,10 +87,10 @@ class EndToEndStage:
         """Train the blocks of the stage before, and write them.
 
         Args:
-            blocks: of the stage before.
+            blocks: of the stage before; trained as they are, not rounded.
             held_back: batches that the best state is chosen by.
         """
-        trainer = self._trainer()
+        trainer, blocks = self._trainer(), blocks.as_trained()
         for _ in range(self.checkpoint.step):
             self.progress.advance()
         teacher = self._teacher(trainer, held_back)

@@ -128,7 +128,7 @@ class AQLMQuantizer(Quantizer):
         self._check_inputs(weight, second_moment, bits)
         layout = self._format(weight.shape[0], weight.shape[1], bits)
         generator = torch.Generator().manual_seed(self.seed) if generator is None else generator
-        moment, share = second_moment.to(weight.device), RowShare(len(weight), together)
+        moment, share = second_moment.to(weight.device), RowShare.of_products(len(weight), together)
         own, codes, codebooks, scales, damping = self._start(weight, moment, layout, generator, share)
         moment = _damped(moment, layout.group_length, damping)
         codebooks, scales = self._improve(own, moment, codes, codebooks, scales, generator, share)

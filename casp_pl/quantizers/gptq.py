@@ -120,7 +120,7 @@ class GPTQQuantizer(Quantizer):
         self._check_inputs(weight, second_moment, bits)
         moment = second_moment.to(weight.device)
         settings = (self.group_size, self.order, self.static_groups, self.damping)
-        share = RowShare(len(weight), together)
+        share = RowShare.of_products(len(weight), together)
         found = gptq_codes(
             weight[share.own].to(torch.float32),
             self._inputs.get(moment, settings, lambda: ordered_feedback(moment, *settings)),

@@ -108,7 +108,7 @@ def choose_step(
         together: whether all processes are here, to share the sample out.
     """
     rows = torch.linspace(0, len(weight) - 1, min(_ROWS, len(weight)), device=weight.device).round().to(torch.int64)
-    share, quick = RowShare(len(rows), together), search._replace(sweeps=min(1, search.sweeps))
+    share, quick = RowShare.of_products(len(rows), together), search._replace(sweeps=min(1, search.sweeps))
     sample = weight[rows[share.own]]
     best, lowest = start, float("inf")
     for trial in range(_TRIALS):

@@ -108,7 +108,7 @@ class QuIPSharpQuantizer(Quantizer):
         mixed = incoherent_weight(weight / (size or 1.0), su, sv, width)
         step = GAUSSIAN_STEPS[bits]
         step = choose_step(mixed, prepared, search, step, together=together) if self.search_scale else step
-        share = RowShare(len(mixed), together)
+        share = RowShare.of_products(len(mixed), together)
         codes, _ = encode_rows(mixed[share.own] * step, prepared, search)
         codes = share.join(codes, 2)
         layer = LatticeLinear.from_codes(codes.transpose(1, 2), su, sv * (size / step), bits=bits, bias=bias)

@@ -6,16 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from casp_pl.errors import IntegrityError
+from casp_pl.errors import IntegrityError, NumericsError
 from casp_pl.layers import LowRankLinear, QuantizedLinear
 from casp_pl.models.surgery import (
     block_from_tensors,
     compressed_layers,
     install_layers,
     layer_specs,
+    require_storable,
     round_to_storage,
 )
 from casp_pl.quantizers import AQLMQuantizer, RTNQuantizer
@@ -138,16 +139,27 @@ def test_what_does_not_fit_is_refused(model: LlamaForCausalLM, name: str, words:
         install_layers(model.model.layers[1], {name: spec})
 
 
+def _tables(block: nn.Module) -> list[Tensor]:
+    parts = (part for layer in compressed_layers(block).values() for part in layer.modules())
+    return [table for part in parts if isinstance(part, QuantizedLinear) for table in part.tables().values()]
+
+
+def test_what_float16_cannot_hold_is_told_and_nothing_is_rounded(model: LlamaForCausalLM) -> None:
+    block = _compress(model.model.layers[0])
+    tables = _tables(block)
+    for table in tables:
+        table.mul_(1 + 1e-4)
+    before = [table.clone() for table in tables]
+    require_storable(block)
+    assert all(map(torch.equal, tables, before))
+    tables[-1].view(-1)[0] = 1e6
+    with pytest.raises(NumericsError, match="beyond float16"):
+        require_storable(block)
+
+
 def test_round_to_storage_leaves_numbers_of_float16(model: LlamaForCausalLM) -> None:
     block = _compress(model.model.layers[0])
-    layers = compressed_layers(block).values()
-    tables = [
-        table
-        for layer in layers
-        for part in layer.modules()
-        if isinstance(part, QuantizedLinear)
-        for table in part.tables().values()
-    ]
+    tables = _tables(block)
     for table in tables:
         table.mul_(1 + 1e-4)
     assert not all(torch.equal(table, table.half().float()) for table in tables)

@@ -16,10 +16,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from casp_pl import load_compressed
+from casp_pl.checkpoint import RunDirectory
 from casp_pl.cli import main
 from casp_pl.layers import LowRankLinear, QuantizedLinear
 from casp_pl.models import adapt, load_model
 from casp_pl.models.surgery import compressed_layers
+from casp_pl.pipeline.block_files import BlockFiles
 
 PICTURES = ("stages", "bits", "spectra", "losses", "attention_sparsity", "head_sparsity", "proxy_loss", "timings")
 STAGES = ["original", "rtn", "quantized", "block_tuned", "end_to_end"]
@@ -36,6 +38,18 @@ def test_run_directory_holds_everything(finished_run: Path) -> None:
         assert any(entry == name or entry.startswith(name + "/") for entry in names), name
     assert main(["verify", str(finished_run)]) == 0
     assert list((finished_run / "tensorboard").glob("events.*"))
+
+
+def test_what_block_tuning_leaves_is_rounded_for_all_but_further_training(finished_run: Path) -> None:
+    adapter = adapt(load_model("tiny")[0])
+    tuned = BlockFiles(RunDirectory.read_only(finished_run), "tuned", adapter)
+    filed = load_file(finished_run / "tuned/001.safetensors")
+    tables = [name for name in filed if name.endswith(("codebooks", "scales"))]
+    stored, trained = tuned[1].state_dict(), tuned.as_trained()[1].state_dict()
+    for name in tables:
+        assert torch.equal(trained[name], filed[name]), name
+        assert torch.equal(stored[name], filed[name].half().float()), name
+    assert any(not torch.equal(filed[name], filed[name].half().float()) for name in tables)
 
 
 def test_tensorboard_shows_every_stage_block_and_loss(finished_run: Path) -> None:

@@ -19,7 +19,7 @@ from casp_pl.quantizers.low_rank import quantize_low_rank
 dist.init_process_group("gloo")
 generator = torch.Generator().manual_seed(3)
 quantizers = [RTNQuantizer(), GPTQQuantizer(group_size=16), QuIPSharpQuantizer(), AQLMQuantizer(max_rounds=4)]
-for rows, columns in ((37, 50), (64, 96), (2, 24), (301, 512)):
+for rows, columns in ((37, 50), (20, 96), (97, 96), (2, 24), (64, 576), (301, 512)):
     weight = torch.randn(rows, columns, generator=generator)
     inputs = torch.randn(3 * columns, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
     moment = inputs.T @ inputs

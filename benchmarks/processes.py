@@ -125,14 +125,15 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY VALUE", help="further settings of the recipe")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    arguments = ["--config", options.recipe, "--trainer.precision", "32-true"]
+    recipe = ["--config", options.recipe, "--trainer.precision", "32-true"]
+    arguments = list(recipe)
     if options.model == "tiny":
         arguments += TINY
     else:
         arguments += ["--model.source", str(first_blocks(options.blocks, options.out / "model")), *FEW]
     pairs = zip(options.set[::2], options.set[1::2], strict=True)
     arguments += [item for key, value in pairs for item in (f"--{key}", value)]
-    fit([*arguments[:4], *TINY], options.out / "tiny")
+    fit([*recipe, *TINY], options.out / "tiny")
     columns = ["processes", *(f"{stage} s" for stage in STAGES), "quantize, times as fast", "plan", "codes", "loss"]
     print(f"| {' | '.join(columns)} |")
     print("|" + "---|" * len(columns), flush=True)

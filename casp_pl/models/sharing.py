@@ -30,7 +30,11 @@ def shared_out(costs: Mapping[str, float], processes: int) -> list[list[str]]:
 
 
 def are_uneven(costs: Mapping[str, float]) -> bool:
-    """Whether these linears go faster if all processes make every one of them together, not each process its own."""
+    """Whether these linears go faster if all processes make every one of them together, not each process its own.
+
+    Args:
+        costs: of each linear by name, in any unit; their sum is above 0.
+    """
     loads = [sum(costs[name] for name in names) for names in shared_out(costs, process_count())]
     return max(loads) * process_count() > _LOSS_INSIDE * sum(loads)
 

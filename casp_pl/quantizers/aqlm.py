@@ -303,8 +303,8 @@ def _row_dots(left: Tensor, right: Tensor) -> Tensor:
 
 def _by_row(codes: Tensor, codebooks: Tensor, bounds: list[int] | None = None) -> AdditiveIndex:
     """Codes (G, K, O) indexed in the layer's order (O, G, K)."""
-    codes = codes.to(torch.uint8) if codebooks.shape[1] <= 256 else codes  # before they are copied
-    return AdditiveIndex(codes.permute(2, 0, 1).contiguous(), codebooks.shape[1], bounds)
+    small = codes.to(torch.uint8)  # before they are copied; a codebook has 256 entries at most
+    return AdditiveIndex(small.permute(2, 0, 1).contiguous(), codebooks.shape[1], bounds)
 
 
 def _balanced(codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:

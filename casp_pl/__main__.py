@@ -1,7 +1,5 @@
 """`python -m casp_pl`."""
 
-import sys
+from casp_pl.cli import run
 
-from casp_pl.cli import main
-
-sys.exit(main())
+run()

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import lightning.pytorch as pl
 import yaml
@@ -41,12 +41,13 @@ from casp_pl.pipeline.chat import Models
 from casp_pl.pipeline.data_report import data
 from casp_pl.pipeline.explain import ExplainSettings
 from casp_pl.pipeline.failures import Failure, failure_of
+from casp_pl.pipeline.launch import leave
 from casp_pl.pipeline.memory import modules_kept_apart
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.watch import ToldByFirstError
 from casp_pl.quantizers import Quantizer
 
-__all__ = ["build_parser", "main", "recipe_parsers", "settings_from"]
+__all__ = ["build_parser", "main", "recipe_parsers", "run", "settings_from"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -240,6 +241,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         threading.excepthook = hook
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def run() -> NoReturn:
+    """The program: a command, and the end of this process with its exit code."""
+    leave(main())
 
 
 def _run(arguments: list[str], verbose: bool) -> int:

@@ -5,10 +5,11 @@ import ctypes
 import os
 import platform
 import signal
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ from casp_pl.pipeline.strategies import STRATEGIES, several
 from casp_pl.pipeline.watch import watched
 from casp_pl.processes import is_first, process_count
 
-__all__ = ["accelerator_type", "die_with_parent", "launched", "processes_of", "sharing_processes"]
+__all__ = ["accelerator_type", "die_with_parent", "launched", "leave", "processes_of", "sharing_processes"]
 
 _BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # some of what processes say lies on the CPU everywhere
 _PATIENCE = timedelta(hours=1)  # with a process that works alone, on a linear at most, or writing the model
@@ -68,7 +69,7 @@ def launched(trainer: Mapping[str, Any]) -> Iterator[None]:
     with watched():
         yield
     if process_count() > 1:
-        # gloo's threads abort a process whose interpreter ends under them; after a failure they might wait for ever
+        # not after a failure: they might wait for ever
         atexit.unregister(dist.destroy_process_group)  # where one process runs several commands
         atexit.register(dist.destroy_process_group)
 
@@ -92,6 +93,24 @@ def _launch(trainer: Mapping[str, Any]) -> None:
         raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from error
     if not is_first():
         die_with_parent()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process; one that worked with others without the end of its interpreter.
+
+    A thread of gloo lets go of tensors when what it did is long over, wants the interpreter for that, and aborts the
+    process if the interpreter is ending. `destroy_process_group` waits for these threads, but not for those of a group
+    that autograd's graph keeps, as it does after FSDP.
+
+    Args:
+        code: the exit code.
+    """
+    if process_count() == 1:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def die_with_parent() -> None:

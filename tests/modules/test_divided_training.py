@@ -25,6 +25,7 @@ from casp_pl.modules import EndToEndModule, checkpointing
 from casp_pl.modules.end_to_end import teacher_states
 from casp_pl.modules.parameters import trainable_parameters
 from casp_pl.modules.sharding import Sharding, trained_parts, whole_tensors
+from casp_pl.pipeline.launch import leave
 from casp_pl.pipeline.strategies import sharded_strategy
 from casp_pl.processes import mean_of_all
 from casp_pl.quantizers import RTNQuantizer
@@ -91,8 +92,7 @@ for wrapping in (None,) if count == 1 else ("fsdp", "fsdp2"):
         for autocast in (None, torch.bfloat16):
             results[wrapping, recompute, autocast is not None] = fit(wrapping, recompute, autocast)
 torch.save(results, folder / f"{count}-{rank}.pt")
-if count > 1:
-    dist.destroy_process_group()
+leave(0)
 """
 
 Results = dict[tuple[str | None, bool, bool], dict[str, Any]]

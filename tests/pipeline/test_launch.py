@@ -1,6 +1,7 @@
-"""Processes that worked together end well: the backend's threads are over before the interpreter is."""
+"""Processes that worked together end well: no thread of the backend meets the end of the interpreter."""
 
 import subprocess
+import sys
 from collections.abc import Callable
 
 # exit handlers run last come, first served
@@ -16,6 +17,22 @@ with launched({"devices": 2, "accelerator": "cpu"}):
 assert dist.is_initialized()
 """
 
+LEAVING = """
+import atexit, os, sys
+from casp_pl.pipeline.launch import launched, leave
+
+class Last:
+    def __del__(self, write=os.write):
+        write(2, b"interpreter ended\\n")
+
+last = Last()
+atexit.register(lambda: os.write(2, b"handlers ran\\n"))
+count = int(os.environ.get("WORLD_SIZE", "1"))
+with launched({"devices": count, "accelerator": "cpu"}):
+    print("said")
+leave(3)
+"""
+
 
 def test_who_ends_well_leaves_the_others_before_python_ends(
     start_together: Callable[..., list[subprocess.Popen[bytes]]], finish_together: Callable[..., None]
@@ -23,3 +40,16 @@ def test_who_ends_well_leaves_the_others_before_python_ends(
     processes = start_together(["-c", ENDING], 2)
     finish_together(processes, 60)
     assert [process.returncode for process in processes] == [0, 0]
+
+
+def test_only_who_worked_alone_ends_the_interpreter(
+    start_together: Callable[..., list[subprocess.Popen[bytes]]],
+) -> None:
+    """What a group's threads would meet there: see `leave`. Everything else happens in both cases."""
+    alone = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, timeout=60)
+    assert (alone.returncode, alone.stdout) == (3, b"said\n")
+    assert alone.stderr.splitlines()[-2:] == [b"handlers ran", b"interpreter ended"]
+    for process in start_together(["-c", LEAVING], 2):
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 3
+        assert errors.splitlines()[-1] == b"handlers ran"

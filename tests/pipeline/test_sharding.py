@@ -25,6 +25,7 @@ DRIVER = """
 import os, signal, sys
 from casp_pl.cli import main
 from casp_pl.modules import EndToEndModule
+from casp_pl.pipeline.launch import leave
 
 step = EndToEndModule.training_step
 
@@ -47,6 +48,7 @@ for strategy, folder, how in {runs}:
             assert os.listdir(folder + "/end_to_end/steps") == [f"{{{signalled_at} + 1:06d}}"]
         EndToEndModule.training_step = step
     assert main(arguments) == 0, (strategy, folder)
+leave(0)
 """
 
 

@@ -69,7 +69,7 @@ def launched(trainer: Mapping[str, Any]) -> Iterator[None]:
     with watched():
         yield
     if process_count() > 1:
-        # not after a failure: they might wait for ever
+        # waits for the group's threads; not after a failure, when these may wait for ever
         atexit.unregister(dist.destroy_process_group)  # where one process runs several commands
         atexit.register(dist.destroy_process_group)
 
@@ -100,7 +100,7 @@ def leave(code: int) -> NoReturn:
 
     A thread of gloo lets go of tensors when what it did is long over, wants the interpreter for that, and aborts the
     process if the interpreter is ending. `destroy_process_group` waits for these threads, but not for those of a group
-    that autograd's graph keeps, as it does after FSDP.
+    that something else holds, as torch does after training under FSDP. Exit handlers run in both cases.
 
     Args:
         code: the exit code.

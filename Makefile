@@ -25,8 +25,8 @@ help:  ## list the targets
 fit: .venv  ## compress the embedded LLaVA to 2 bits, fine-tune, evaluate, save (CONFIG=... for another recipe)
 	$(BIN)/python -m casp_pl fit --config $(CONFIG)
 
-test: .venv $(TRITON)  ## run all tests
-	$(BIN)/python -m pytest
+test: .venv $(TRITON)  ## run all tests, two files at a time
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-fast: .venv  ## run the tests that take less than five seconds each
 	$(BIN)/python -m pytest -m "not slow"
@@ -85,7 +85,7 @@ hooks: .venv  ## run lint and types before every commit
 
 clean:  ## remove caches and build leftovers (keeps .venv and runs)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
-	find casp_pl tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+	find casp_pl tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: .venv
 .venv: $(STAMP)  ## create the environment (stamped: a second call starts at once)

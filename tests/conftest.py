@@ -7,17 +7,25 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from casp_pl.cli import main
 from casp_pl.models.tiny import load_tiny
 
 ROOT = Path(__file__).parents[1]
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 RECIPE = ["--config", str(ROOT / "configs/llava_aqlm.yaml"), "--config", str(ROOT / "configs/models/tiny.yaml")]
+
+if WORKERS > 1:  # processes of pytest that run at once share the cores, and so do the processes that their tests start
+    torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    os.environ.pop("COLUMNS", None)  # of the terminal that they report to, which no command under test prints on
 
 
 @pytest.fixture(scope="session")
@@ -121,3 +129,30 @@ def tensor_digests() -> Callable[[Path], dict[str, str]]:
         }
 
     return digests
+
+
+@pytest.fixture
+def race_free() -> Iterator[Callable[..., None]]:
+    """race_free(compute, tolerance=0): fails unless 400 calls with two threads return the same bits.
+
+    They are those of one thread, but for a tolerance relative to the largest value, where a BLAS has a part in them.
+    """
+    numba = pytest.importorskip("numba", reason="compiled loops need numba, the extra `cpu`")
+    if numba.config.NUMBA_NUM_THREADS < 2:
+        pytest.skip("numba has one thread here, and a race needs two: NUMBA_NUM_THREADS=2 asks for them")
+    before = torch.get_num_threads()
+
+    def check(compute: Callable[[], Sequence[Tensor]], tolerance: float = 0) -> None:
+        torch.set_num_threads(1)
+        alone = compute()
+        assert numba.get_num_threads() == 1
+        torch.set_num_threads(2)
+        first = compute()
+        assert numba.get_num_threads() == 2, "no compiled loop ran"
+        for ours, theirs in zip(first, alone, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * float(theirs.abs().max()))
+        for call in range(400):
+            assert all(map(torch.equal, compute(), first)), f"call {call} differs"
+
+    yield check
+    torch.set_num_threads(before)

@@ -62,6 +62,8 @@ class Relaxation:
     """Fractional solution of some items: a loss that no assignment within a budget can go below.
 
     Items may stop anywhere on an edge of their hull, so all edges are taken by falling worth until the budget is spent.
+    What remains is added up from its end, from small to large: taken from the sum of all losses instead, bounds near 0
+    would be nothing but rounding.
 
     Attributes:
         cheapest: what the cheapest levels of all items cost together.
@@ -69,15 +71,16 @@ class Relaxation:
 
     def __init__(self, hulls: Sequence[Sequence[Step]]) -> None:
         edges = [
-            (slope(before, after), after.cost - before.cost, after.loss - before.loss)
+            (slope(before, after), after.cost - before.cost, before.loss - after.loss)
             for hull in hulls
             for before, after in zip(hull, hull[1:], strict=False)
         ]
         edges.sort()
         self.cheapest = sum(hull[0].cost for hull in hulls)
         self._spent = torch.tensor([0, *(edge[1] for edge in edges)], dtype=torch.float64).cumsum(0)
-        drops = torch.tensor([0, *(edge[2] for edge in edges)], dtype=torch.float64)
-        self._losses = sum(hull[0].loss for hull in hulls) + drops.cumsum(0)
+        self._drops = torch.tensor([edge[2] for edge in edges], dtype=torch.float64)
+        least = torch.tensor([sum(hull[-1].loss for hull in hulls)], dtype=torch.float64)
+        self._losses = torch.cat([least, self._drops.flip(0)]).cumsum(0).flip(0)
 
     def lower_bound(self, budgets: Tensor) -> Tensor:
         """Budgets (S,), each at least `cheapest`, to bounds (S,)."""
@@ -85,6 +88,5 @@ class Relaxation:
             return self._losses.expand(len(budgets))
         spare = (budgets - self.cheapest).double().clamp(max=float(self._spent[-1]))
         right = torch.searchsorted(self._spent, spare).clamp(min=1)
-        left = right - 1
-        share = (spare - self._spent[left]) / (self._spent[right] - self._spent[left])
-        return torch.lerp(self._losses[left], self._losses[right], share)
+        untaken = (self._spent[right] - spare) / (self._spent[right] - self._spent[right - 1])
+        return self._losses[right] + untaken * self._drops[right - 1]

@@ -43,6 +43,20 @@ def test_exact_equals_exhaustive_search(seed):
         assert loss == pytest.approx(exhaustive(items, budget), rel=1e-12, abs=1e-15)
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_exact_equals_exhaustive_search_where_losses_vanish(seed):
+    generator = random.Random(seed)
+    items = []
+    for _ in range(7):
+        losses = sorted((generator.choice([0.0, 10.0 ** generator.uniform(-20, 0)]) for _ in range(4)), reverse=True)
+        items.append(BitItem(1.0, {rank: (rank * generator.randint(5, 9), loss) for rank, loss in enumerate(losses)}))
+    most = sum(max(cost for cost, _ in item.choices.values()) for item in items)
+    for budget in (most, most - 1, most - 10, most // 2, most // 3):
+        cost, loss = total(items, allocate_bits(items, budget))
+        assert cost <= budget
+        assert loss == pytest.approx(exhaustive(items, budget), rel=1e-9, abs=0)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_greedy_fits_and_stays_close_to_exact(seed):
     generator = random.Random(seed)

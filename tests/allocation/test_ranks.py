@@ -71,6 +71,23 @@ def test_spectral_ranks_equal_exhaustive_search():
     assert sum(tail(spectrum, rank) for spectrum, rank in zip(spectra, ranks, strict=True)) == pytest.approx(best)
 
 
+@pytest.mark.parametrize(("true_rank", "noise", "keep_ratio"), [(48, 0, 1.0), (9, 0, 0.9), (9, 1e-6, 0.75)])
+def test_spectral_ranks_of_exactly_low_rank_weights_lose_nothing(true_rank, noise, keep_ratio):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(48, 48)] * 12
+    spectra = [
+        torch.linalg.svdvals(
+            torch.randn(48, true_rank, generator=generator) @ torch.randn(true_rank, 48, generator=generator)
+            + noise * torch.randn(48, 48, generator=generator)
+        )
+        for _ in shapes
+    ]
+    ranks = spectral_ranks(spectra, shapes, keep_ratio, grain=8)
+    assert sum(parameters(shape, rank) for shape, rank in zip(shapes, ranks, strict=True)) <= keep_ratio * 48 * 48 * 12
+    if true_rank == 9:
+        assert sum(tail(spectrum, rank) for spectrum, rank in zip(spectra, ranks, strict=True)) < 1e-10
+
+
 def test_spectral_ranks_of_equal_spectra_are_nearly_uniform():
     shapes = [(64, 64)] * 6
     ranks = spectral_ranks(spectra_of(shapes, [0.05] * 6), shapes, 0.25, grain=4)

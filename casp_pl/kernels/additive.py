@@ -4,10 +4,10 @@
 
 Letters: O out, G groups a row, K codebooks, C entries a codebook, D group length.
 
-On a CPU compiled loops do both directions (`numba_additive`). Elsewhere they are sums over bags of rows, which
-`embedding_bag` does in one pass and in a fixed order: forward over the K entries of a group, backward over the groups
-that share an entry, found by one stable sort of the codes. The sort outlives the call in an `AdditiveIndex`, since
-codes change seldom and codebooks at every step.
+On a CPU compiled loops do both directions (`numba_additive`), on a GPU a kernel in Triton does the first. Elsewhere
+they are sums over bags of rows, which `embedding_bag` does in one pass and in a fixed order: forward over the K entries
+of a group, backward over the groups that share an entry, found by one stable sort of the codes. The sort outlives the
+call in an `AdditiveIndex`, since codes change seldom and codebooks at every step.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
-from casp_pl.kernels.compiled import AdditiveLoops, additive_loops
+from casp_pl.kernels.compiled import AdditiveLoops, additive_loops, gather_loop
 from casp_pl.processes import sum_in_order
 
 __all__ = ["AdditiveIndex", "dequantize_additive", "dequantize_additive_reference"]
@@ -63,12 +63,12 @@ class AdditiveIndex:
     @torch.no_grad()
     def gather(self, codebooks: Tensor, scales: Tensor) -> Tensor:
         """The weight: codebooks (K, C, D), scales (O, 1) -> (O, G * D)."""
-        if (loops := self._loops(codebooks)) is None:
+        if self.entries > _BYTE_VALUES or (gather := gather_loop(codebooks)) is None:
             table = codebooks.reshape(self.codebooks * self.entries, -1)
             return F.embedding_bag(self._bags, table, mode="sum").view(self.rows, -1) * scales
         weight = codebooks.new_empty(self.rows, self.groups * codebooks.shape[2])
         with record_function("casp_pl::gather"):
-            loops.gather(self._codes, codebooks, scales.reshape(-1), weight)
+            gather(self._codes, codebooks, scales.reshape(-1), weight)
         return weight
 
     @torch.no_grad()

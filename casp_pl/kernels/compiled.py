@@ -18,6 +18,7 @@ __all__ = [
     "WeightLoops",
     "additive_loops",
     "backend_name",
+    "gather_loop",
     "lattice_loops",
     "lookup_loop",
     "lookup_loops",
@@ -100,6 +101,14 @@ def additive_loops(tensor: Tensor) -> AdditiveLoops | None:
     return None if gather is None or scatter is None else AdditiveLoops(gather, scatter)
 
 
+def gather_loop(tensor: Tensor) -> Callable[..., None] | None:
+    """What rebuilds additive weights like this tensor, on a GPU too; None where torch has to do it."""
+    if tensor.device.type == "cuda" and tensor.dtype == torch.float32:
+        return None if (kernels := _triton()) is None else kernels.gather
+    loops = additive_loops(tensor)
+    return None if loops is None else loops.gather
+
+
 def lattice_loops(vectors: Tensor) -> LatticeLoops | None:
     """The loops that find points of E8P near vectors like these; None where torch has to do it."""
     if not _fits(vectors):
@@ -123,7 +132,7 @@ def weight_loops(device: torch.device, dtype: torch.dtype) -> WeightLoops | None
 def lookup_loop(device: torch.device) -> LookupLoop | None:
     """The fastest code of this machine for products with codes on a device; None where torch has to do it."""
     if device.type == "cuda":
-        return _triton_loop()
+        return None if (kernels := _triton()) is None else kernels.look_up
     return next(iter(lookup_loops().values()), None) if device.type == "cpu" else None
 
 
@@ -135,7 +144,7 @@ def backend_name(device: torch.device) -> str:
     if lookup_loop(device) is None:
         return "torch"
     if device.type == "cuda":
-        return f"Triton {_version('triton')} for few tokens, torch for all else"
+        return f"Triton {_version('triton')} for few tokens and weights of AQLM, torch for all else"
     return f"numba {_version('numba')} ({next(iter(lookup_loops()))})"
 
 
@@ -175,18 +184,26 @@ def _vector_loop(floats: Callable[..., None]) -> LookupLoop | None:
     return LookupLoop(run, _laid_out, tokens=16, vectors=VectorLoops(e8p, uniform, LEAST_ROWS))
 
 
-@cache
-def _triton_loop() -> LookupLoop | None:
-    """The kernel, tried once."""
-    try:
-        from casp_pl.kernels.triton_lookup import lookup
+class _Kernels(NamedTuple):
+    """Those of `triton_lookup`; `gather` has the arguments of `numba_additive.gather`."""
 
-        ones, codes = torch.ones(1, 1, 1, device="cuda"), torch.zeros(1, 1, dtype=torch.uint8, device="cuda")
-        lookup(ones, ones, codes, ones[0], 1, torch.empty(1, 1, device="cuda"))
+    look_up: LookupLoop
+    gather: Callable[..., None]
+
+
+@cache
+def _triton() -> _Kernels | None:
+    """The kernels, tried once."""
+    try:
+        from casp_pl.kernels.triton_lookup import gather, lookup
+
+        ones, codes = torch.ones(1, 1, 1, device="cuda"), torch.zeros(1, 1, 1, dtype=torch.uint8, device="cuda")
+        lookup(ones, ones, codes[0], ones[0], 1, torch.empty(1, 1, device="cuda"))
+        gather(codes, ones, ones[0, 0], torch.empty(1, 1, device="cuda"))
     except Exception as error:  # Triton may be missing, or its compiler, or may not know this GPU
-        _LOG.info("code lookup is done by torch, which takes longer: Triton does not run here (%s)", _reason(error))
+        _LOG.info("work on codes is done by torch, which takes longer: Triton does not run here (%s)", _reason(error))
         return None
-    return LookupLoop(lookup, _laid_out, tokens=8)  # not measured on a GPU
+    return _Kernels(LookupLoop(lookup, _laid_out, tokens=8), gather)  # not measured on a GPU
 
 
 def _by_input(run: Callable[..., None]) -> Callable[..., None]:

@@ -42,11 +42,14 @@ def lookup_reference(codes: Tensor, x: Tensor, codebooks: Tensor, weights: Tenso
 
 
 def loop_for(x: Tensor, in_features: int) -> LookupLoop | None:
-    """The loop to look products with x (..., I) up; None where the dense weight is better, or needed for gradients."""
+    """The loop to look products with x (..., I) up; None where the dense weight is better, or needed for gradients.
+
+    No tokens are left to torch too, whose products know of empty tensors; a GPU launches no grid of zero programs.
+    """
     if x.dtype == torch.float64 or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     loop = lookup_loop(x.device)
-    return None if loop is None or x.numel() > loop.tokens * in_features else loop
+    return loop if loop is not None and 0 < x.numel() <= loop.tokens * in_features else None
 
 
 class CodeRows:

@@ -10,14 +10,18 @@ Letters: N tokens, O rows, G groups of inputs, D inputs a group, K codebooks, C 
 a row's codes, S spans of positions, each with scales of its own.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["dequantize", "lookup"]
+__all__ = ["gather", "lookup"]
 
 _ROWS, _GROUPS = 32, 16  # of a tile
+
+_device_of: Any = torch.cuda.device_of  # Triton launches on the current device, wherever the tensors lie
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -56,7 +60,7 @@ def _lookup(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _dequantize(  # type: ignore[no-untyped-def]
+def _gather(  # type: ignore[no-untyped-def]
     books, codes, weights, out, rows, groups, length, entries, span,
     BOOKS: tl.constexpr, LENGTH: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
@@ -75,20 +79,20 @@ def lookup(x: Tensor, books: Tensor, codes: Tensor, weights: Tensor, span: int, 
     tokens, groups, length = x.shape
     rows = len(codes)
     grid = (triton.cdiv(rows, _ROWS), tokens)
-    _lookup[grid](
-        x, books, codes, weights, sums, rows, groups, length, books.shape[1], span,
-        BOOKS=len(books), LENGTH=triton.next_power_of_2(length), ROWS=_ROWS, GROUPS=_GROUPS,
-    )  # fmt: skip
+    with _device_of(x):
+        _lookup[grid](
+            x, books, codes, weights, sums, rows, groups, length, books.shape[1], span,
+            BOOKS=len(books), LENGTH=triton.next_power_of_2(length), ROWS=_ROWS, GROUPS=_GROUPS,
+        )  # fmt: skip
 
 
-def dequantize(books: Tensor, codes: Tensor, weights: Tensor, span: int) -> Tensor:
-    """The weight (O, G * D) in float32; arguments as those of `lookup`."""
-    rows, groups = len(codes), codes.shape[1] // len(books)
-    length = books.shape[2]
-    out = torch.empty(rows, groups * length, device=codes.device)
+def gather(codes: Tensor, books: Tensor, scales: Tensor, weight: Tensor) -> None:
+    """What `numba_additive.gather` writes, with the same arguments; contiguous as there."""
+    (rows, groups, count), (_, entries, length) = codes.shape, books.shape
     grid = (triton.cdiv(rows, _ROWS), triton.cdiv(groups, _GROUPS))
-    _dequantize[grid](
-        books, codes, weights, out, rows, groups, length, books.shape[1], span,
-        BOOKS=len(books), LENGTH=triton.next_power_of_2(length), ROWS=_ROWS, GROUPS=_GROUPS,
-    )  # fmt: skip
-    return out
+    with _device_of(weight):
+        _gather[grid](
+            books.contiguous(), codes.contiguous(), scales.contiguous(), weight,
+            rows, groups, length, entries, groups * count,  # one span: a row has one scale
+            BOOKS=count, LENGTH=triton.next_power_of_2(length), ROWS=_ROWS, GROUPS=_GROUPS,
+        )  # fmt: skip

@@ -131,6 +131,11 @@ class AdditiveLinear(QuantizedLinear):
         return self.output_of(rows.multiply(x.reshape(-1, self.in_features), self.codebooks, self.scales.T), x)
 
     @property
+    def bits(self) -> float:
+        """Of the codes, a weight of a whole group: K log2(C) / D."""
+        return self.num_codebooks * self._code_width / self.group_length
+
+    @property
     def code_bits(self) -> int:
         """O G K log2(C)."""
         return self._code_count * self._code_width

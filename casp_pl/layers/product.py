@@ -102,5 +102,5 @@ class _Product(torch.autograd.Function):
                 for total, summand in zip(sums, found, strict=True):
                     total += summand
         of_tables = iter(sums)
-        of_x = None if of_x is None else of_x.to(ctx.dtype).view(*gradient.shape[:-1], -1)
+        of_x = None if of_x is None else of_x.to(ctx.dtype).view(*gradient.shape[:-1], inputs.shape[1])
         return (of_x, None, None, *(next(of_tables) if table.requires_grad else None for table in ctx.tables))

@@ -82,21 +82,6 @@ def test_codes_are_improved_alike_and_by_what_is_said(sizes: tuple[int, int, int
     assert (results[0] != start).any()
 
 
-def test_the_result_does_not_depend_on_the_threads() -> None:
-    x, metric, books, norms, images = _problem(2, 256, 8, 1000)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 2, 2):
-            torch.set_num_threads(count)
-            codes, fall = torch.zeros(2, 1000, dtype=torch.int64), torch.zeros(1000)
-            change = improve_codes(metric @ x, torch.ones(1000), books, norms, images, 4, codes, fall)
-            results.append((*beam_search(metric @ x, books, norms, images, 4), codes, fall, change))
-    finally:
-        torch.set_num_threads(threads)
-    for tensors in results[1:]:
-        assert all(map(torch.equal, tensors, results[0]))
-
-
 def test_float64_and_other_devices_stay_with_torch() -> None:
     assert search_loops(torch.empty(1, dtype=torch.float64)) is None
     assert search_loops(torch.empty(1, device="meta")) is None

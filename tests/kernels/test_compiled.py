@@ -12,6 +12,7 @@ from casp_pl.kernels import compiled
 from casp_pl.kernels.compiled import (
     additive_loops,
     backend_name,
+    gather_loop,
     lattice_loops,
     lookup_loop,
     lookup_loops,
@@ -19,12 +20,13 @@ from casp_pl.kernels.compiled import (
 )
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
+ON_GPU = types.SimpleNamespace(device=GPU, dtype=torch.float32)  # as much of a tensor as is asked for
 
 
 @pytest.fixture
 def anew(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Everything is tried again, and what it comes to is forgotten after the test."""
-    for name in ("_load", "_numba", "_triton_loop", "lookup_loops"):
+    for name in ("_load", "_numba", "_triton", "lookup_loops"):
         monkeypatch.setattr(compiled, name, compiled.cache(getattr(compiled, name).__wrapped__))
     return monkeypatch
 
@@ -66,11 +68,16 @@ def test_a_gpu_has_triton_only_where_its_kernel_runs(
     with caplog.at_level(logging.INFO):
         assert backend_name(GPU) == "torch"
         assert backend_name(GPU) == "torch"
+        assert gather_loop(ON_GPU) is None
     assert len(caplog.messages) == 1
     assert "Triton does not run here" in caplog.text
     anew.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.9.0"))
-    anew.setattr(compiled, "_triton_loop", lambda: object())
-    assert backend_name(GPU) == "Triton 3.9.0 for few tokens, torch for all else"
+    kernels = types.SimpleNamespace(look_up=object(), gather=object())
+    anew.setattr(compiled, "_triton", lambda: kernels)
+    assert backend_name(GPU) == "Triton 3.9.0 for few tokens and weights of AQLM, torch for all else"
+    assert lookup_loop(GPU) is kernels.look_up
+    assert gather_loop(ON_GPU) is kernels.gather
+    assert gather_loop(types.SimpleNamespace(device=GPU, dtype=torch.bfloat16)) is None
 
 
 def test_other_devices_are_left_to_torch() -> None:

@@ -95,19 +95,6 @@ def test_inputs_that_are_not_finite_show_in_their_token_only(name: str) -> None:
     assert torch.equal(CodeRows(codes, lookup_loops()[name]).multiply(x, codebooks, weights), torch.zeros(3, 5))
 
 
-@pytest.mark.parametrize("name", LOOPS)
-@pytest.mark.parametrize("shape", [(301, 40, 2, 256, 8, 1), (1000, 90, 1, 72, 2, 1), (700, 64, 1, 256, 4, 8)])
-def test_products_are_the_same_at_any_number_of_threads(name: str, shape: tuple[int, ...]) -> None:
-    codes, x, codebooks, weights = _random(shape)
-    rows = CodeRows(codes, lookup_loops()[name])
-    before, results = torch.get_num_threads(), []
-    for threads in [1] + [2] * 400:
-        torch.set_num_threads(threads)
-        results.append(rows.multiply(x, codebooks, weights))
-    torch.set_num_threads(before)
-    assert all(torch.equal(result, results[0]) for result in results)
-
-
 def test_every_point_of_e8p_is_four_pairs() -> None:
     points = e8p_points(torch.device("cpu"))
     pairs = pairs_of(points)

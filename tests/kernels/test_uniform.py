@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from casp_pl.kernels import compiled
 from casp_pl.kernels.packing import pack
 from casp_pl.kernels.uniform import UniformCodes, dequantize_uniform
 
@@ -53,18 +52,3 @@ def test_torch_alone_gives_the_same_bits(columns: int, group_size: int, monkeypa
     compiled_weight = dequantize_uniform(codes, scales)
     monkeypatch.setattr("casp_pl.kernels.uniform.weight_loops", lambda *_: None)
     assert torch.equal(dequantize_uniform(codes, scales), compiled_weight)
-
-
-def test_rows_at_two_threads_are_those_of_one() -> None:
-    generator = torch.Generator().manual_seed(0)
-    loops = compiled.weight_loops(torch.device("cpu"), torch.float32)
-    assert loops is not None, "numba is installed for the tests"
-    numbers = torch.randint(0, 8, (67, 48), generator=generator, dtype=torch.uint8)
-    codes = UniformCodes(pack(numbers, 3), torch.zeros(67, 3, dtype=torch.uint8), 3, 16, 48)
-    scales, threads = torch.rand(67, 3, generator=generator), torch.get_num_threads()
-    first = dequantize_uniform(codes, scales)
-    try:
-        torch.set_num_threads(2)
-        assert all(torch.equal(dequantize_uniform(codes, scales), first) for _ in range(400))
-    finally:
-        torch.set_num_threads(threads)

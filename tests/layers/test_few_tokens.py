@@ -7,7 +7,15 @@ from torch import Tensor, nn
 import casp_pl.kernels.lookup as lookup
 from casp_pl.kernels.compiled import lookup_loops
 from casp_pl.kernels.lattice import LATTICE_STAGES
-from casp_pl.layers import AdditiveLinear, LatticeLinear, QuantizedLinear, UniformLinear, materialized
+from casp_pl.layers import (
+    AdditiveLinear,
+    LatticeLinear,
+    LowRankLinear,
+    QuantizedLinear,
+    UniformLinear,
+    materialized,
+    product,
+)
 
 SHAPES = [(5, 13), (130, 40), (3, 200)]
 KINDS = [
@@ -72,6 +80,37 @@ def test_looked_up_products_are_those_of_the_weight(
         assert y.dtype == dtype
         scale = float(expected.abs().max())
         torch.testing.assert_close(y.double() / scale, expected / scale, **tolerance)
+
+
+@pytest.mark.usefixtures("loop")
+@pytest.mark.parametrize("large", [False, True])  # whether the weight is rebuilt backwards
+@pytest.mark.parametrize("lead", [(0,), (2, 0)])
+@pytest.mark.parametrize(("kind", "settings"), KINDS)
+def test_no_tokens_are_what_they_are_to_a_dense_layer(
+    kind: str, settings: tuple[int, ...], lead: tuple[int, ...], large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if large:
+        monkeypatch.setattr(product, "_LARGE", 0)
+    layer = _layer(kind, settings, (130, 40), torch.float32)
+    x = torch.empty(*lead, 40, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == nn.Linear(40, 130)(x).shape
+    assert x.grad.shape == x.shape
+    assert not any(parameter.grad.any() for parameter in layer.parameters())
+    with torch.no_grad():
+        assert layer(x).shape == y.shape
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).shape == y.shape
+        with materialized(layer):
+            assert layer(x).shape == y.shape
+
+
+def test_no_tokens_pass_both_factors_of_a_low_rank_layer() -> None:
+    first, second = _layer(*KINDS[3], (130, 40), torch.float32), _layer(*KINDS[6], (5, 130), torch.float32)
+    first.bias = None
+    with torch.no_grad():
+        assert LowRankLinear(input_factor=first, output_factor=second)(torch.empty(2, 0, 40)).shape == (2, 0, 5)
 
 
 @pytest.mark.parametrize(("kind", "settings"), [KINDS[1], KINDS[3], KINDS[8]])

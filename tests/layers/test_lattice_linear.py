@@ -50,19 +50,12 @@ def test_computes_with_the_formula(shape: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("bits", LATTICE_STAGES)
-def test_points_are_decoded_alike_by_torch_and_at_any_number_of_threads(
-    bits: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_points_are_decoded_alike_by_torch_and_by_a_loop(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, codes = _random_layer((67, 48, bits))
     stages = zip(LATTICE_STAGES[bits], codes, strict=True)
     formula = sum(stage.points(codes.device)[own].flatten(1).double() / (4 * stage.scale) for stage, own in stages)
-    first, threads = lattice_points(layer.codes, torch.float32), torch.get_num_threads()
+    first = lattice_points(layer.codes, torch.float32)
     torch.testing.assert_close(first.double(), formula, rtol=1e-6, atol=1e-6)
-    try:
-        torch.set_num_threads(2)
-        assert all(torch.equal(lattice_points(layer.codes, torch.float32), first) for _ in range(400))
-    finally:
-        torch.set_num_threads(threads)
     monkeypatch.setattr("casp_pl.layers.lattice_weight.weight_loops", lambda *_: None)
     torch.testing.assert_close(lattice_points(layer.codes, torch.float32), first, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(lattice_points(layer.codes, torch.float64), formula, rtol=1e-14, atol=1e-14)

@@ -15,13 +15,13 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 from casp_pl.callbacks.environment import package_versions, source_commit
 
 PARTS: dict[str, tuple[list[str] | None, list[str]]] = {
     "kernels": (["--shapes", "4096x4096", "576x576", "--repeats", "7"], []),
+    "correctness": (["--shapes", "131x75"], []),
     "training_step": (["--repeats", "5"], ["--repeats", "9"]),
+    "block_step": ([], ["--repeats", "9"]),
     "quantizers": (["--blocks", "15", "--tokens", "8192"], []),
     "aqlm": (["--blocks", "15", "--tokens", "8192"], []),
     "aqlm random": (None, ["--random", "4096x4096", "11008x4096", "--rounds", "1", "--repeats", "1"]),
@@ -31,7 +31,7 @@ PARTS: dict[str, tuple[list[str] | None, list[str]]] = {
     "peers auto-round": (None, []),
     "peers hqq": (None, []),
     "llama_cpp": (None, []),
-    "growth": (["--largest", "2048"], ["--largest", "8192"]),
+    "growth": (["--largest", "2048", "--tokens", "16384"], ["--largest", "8192", "--tokens", "65536"]),
     "gaussian": ([], []),
     "data_sources": (["--rows", "40"], []),
 }
@@ -61,9 +61,9 @@ def command_of(name: str, options: list[str], out: Path) -> list[str]:
     """The command of a part; those of other tools run in the environment of these."""
     module, *first = name.split()
     first = [] if first == ["random"] else first
-    picture = ["--picture", str(out / "growth.png")] if name == "growth" else []
+    places = {"growth": ["--picture", str(out / "growth.png")], "whole_model": ["--out", str(out / "whole_model")]}
     python = str(PEERS_PYTHON) if module in OF_PEERS else sys.executable
-    return [python, "-m", f"benchmarks.{module}", *first, *options, *picture]
+    return [python, "-m", f"benchmarks.{module}", *first, *options, *places.get(name, [])]
 
 
 def main() -> int:
@@ -77,7 +77,7 @@ def main() -> int:
     report, worst = options.out / "bench.md", 0
     head = [f"{key} {value}" for key, value in package_versions().items()]
     report.write_text(
-        f"# Benchmarks\n\n{processor()}, {torch.get_num_threads()} threads, {platform.platform()}\n\n"
+        f"# Benchmarks\n\n{processor()}, {os.cpu_count()} cores, {platform.platform()}\n\n"
         f"commit {source_commit()}, {', '.join(head)}\n",
         encoding="utf-8",
     )

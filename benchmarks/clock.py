@@ -34,7 +34,7 @@ def bandwidth() -> float:
     return 4 * data.numel() / medians({"read": [data.sum]}, 9)["read"]
 
 
-def gemm_rate(size: int = 2048) -> float:
-    """Float32 operations a second of a product of square matrices, by the present number of threads."""
-    left, right = torch.randn(size, size), torch.randn(size, size)
+def gemm_rate(size: int = 2048, dtype: torch.dtype = torch.float32) -> float:
+    """Operations a second of a product of square matrices, by the present number of threads."""
+    left, right = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
     return 2 * size**3 / medians({"product": [lambda: left @ right]}, 9)["product"]

@@ -89,8 +89,8 @@ PEERS = {"gptqmodel": Peer(gptqmodel), "auto-round": Peer(auto_round), "hqq": Pe
 
 
 def calibration_windows() -> list[Tensor]:
-    """Token ids (1, 256) of the windows that `configs/llama_*.yaml` calibrate on."""
-    data = CalibrationData(samples=128, text_ratio=1.0, text_length=256, batch_size=1)
+    """Token ids (1, 256) of the windows that `benchmarks.whole_model` calibrates on."""
+    data = CalibrationData(samples=128, text_ratio=1.0, text_length=256, holdout=0.0, batch_size=1)
     data.attach(load_tokenizer())
     return [batch["input_ids"] for batch in data.calibration_dataloader()]
 

@@ -6,9 +6,10 @@ usage: python -m benchmarks.processes [--model tiny | embedded] [--blocks 4] [--
 
 The embedded model is cut to its first blocks and calibrated on as many samples as the recipe says; end-to-end
 fine-tuning draws from these alone, and evaluation gets fewer. Processes talk by gloo. Codes, plan and losses are
-compared with those of the first row. More processes than cores say nothing about time. Cores share caches, memory and
-power, so the last line tells what two fits that have nothing to do with each other cost when they run at once: no two
-processes can be faster together than that. A fit of the tiny model comes before, so that nothing is compiled later.
+compared with those of the first row: the largest difference of a loss (a relative error, or nats), and the largest
+relative to the loss. More processes than cores say nothing about time. Cores share caches, memory and power, so the
+last line tells what two fits that have nothing to do with each other cost when they run at once: no two processes can
+be faster together than that. A fit of the tiny model comes before, so that nothing is compiled later.
 """
 
 import argparse
@@ -80,16 +81,17 @@ def same_codes(one: Path, other: Path) -> tuple[int, int]:
     return same, total
 
 
-def worst_loss(one: Path, other: Path) -> float:
-    """Largest relative difference of a loss of training or validation."""
+def worst_loss(one: Path, other: Path) -> tuple[float, float]:
+    """Largest difference of a loss of training or validation, and largest relative one."""
     mine, theirs = (EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}) for run in (one, other))
     mine.Reload(), theirs.Reload()
-    worst = 0.0
+    absolute = relative = 0.0
     for tag in mine.Tags()["scalars"]:
         if tag.startswith(("block_tuning", "end_to_end")):
             for a, b in zip(mine.Scalars(tag), theirs.Scalars(tag), strict=True):
-                worst = max(worst, abs(a.value - b.value) / abs(a.value))
-    return worst
+                difference = abs(a.value - b.value)
+                absolute, relative = max(absolute, difference), max(relative, difference / abs(a.value))
+    return absolute, relative
 
 
 def limit(apart: list[Path], alone: Path) -> str:
@@ -108,7 +110,8 @@ def row(name: str, run: Path, first: Path) -> str:
     plans = [(path / "plan.json").read_bytes() for path in (run, first)]
     same, total = same_codes(first, run)
     ratio = theirs["quantize"] / ours["quantize"]
-    equal = f"{plans[0] == plans[1]} | {100 * same / total:.3f} % | {worst_loss(first, run):.1e}"
+    absolute, relative = worst_loss(first, run)
+    equal = f"{plans[0] == plans[1]} | {100 * same / total:.3f} % | {absolute:.1e} | {relative:.1e}"
     return f"| {name} | {times} | {ratio:.2f} | {equal} |"
 
 
@@ -134,7 +137,8 @@ def main() -> None:
     pairs = zip(options.set[::2], options.set[1::2], strict=True)
     arguments += [item for key, value in pairs for item in (f"--{key}", value)]
     fit([*recipe, *TINY], options.out / "tiny")
-    columns = ["processes", *(f"{stage} s" for stage in STAGES), "quantize, times as fast", "plan", "codes", "loss"]
+    columns = ["processes", *(f"{stage} s" for stage in STAGES), "quantize, times as fast"]
+    columns += ["plan", "codes", "loss", "loss, relative"]
     print(f"| {' | '.join(columns)} |")
     print("|" + "---|" * len(columns), flush=True)
     first = None

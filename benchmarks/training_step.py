@@ -3,25 +3,24 @@
 usage: python -m benchmarks.training_step [--repeats 5] [--threads 2]
 
 The compressed models train codebooks, scales, vectors and norms, the dense one all weights of its decoder blocks or, as
-a lower bound, the norms alone; all on the same batches as `configs/llava_aqlm.yaml` and against the same teacher. With
-CASP W_q and W_k are products of half as many weights. Contenders take turns; a step is loss, gradients and Adam. Peak
-memory is that of a process of its own that takes three steps, of the whole process and beyond what it held with the
-model loaded.
+a lower bound, the norms alone; all against the same teacher and on the same batches of six, made as
+`configs/llava_aqlm.yaml` makes them, but of 48 samples where that has 400. With CASP W_q and W_k are products of half
+as many weights. Contenders take turns; a step is loss, gradients and Adam. Peak memory is that of a process of its own
+that takes three steps, the loading of the model included. What is of the steps is their own peak, counted from what
+the process held before them.
 """
 
 import argparse
 import copy
 import json
-import resource
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
-import psutil
 import torch
 
+from benchmarks.block_step import load_compiled
 from benchmarks.clock import medians
+from benchmarks.resident import peaks_of, printed_by
 from casp_pl.data.calibration import CalibrationData
 from casp_pl.models import adapt, load_model
 from casp_pl.modules.end_to_end import EndToEndModule, teacher_states
@@ -76,14 +75,10 @@ def contender(name: str) -> Callable[[], object]:
     return step
 
 
-def memory(name: str) -> None:
-    """Print peak memory of the process and what the steps added, in bytes, as JSON."""
-    step = contender(name)
-    before = psutil.Process().memory_info().rss
+def three(step: Callable[[], object]) -> None:
+    """The first step makes Adam's tables, later ones run with them."""
     for _ in range(3):
         step()
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps([peak, peak - before]))
 
 
 def main() -> None:
@@ -95,22 +90,23 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.memory_of:
-        return memory(options.memory_of)
+        if QUANTIZERS.get(options.memory_of, QUICK) is not None:
+            load_compiled()
+        step = contender(options.memory_of)
+        print(json.dumps(peaks_of(lambda: three(step))))
+        return
     names = [*QUANTIZERS, CHECKPOINTED]
     seconds = medians({name: [contender(name)] for name in names}, options.repeats)
-    peaks = {}
-    for name in names:
-        command = [sys.executable, "-m", "benchmarks.training_step", "--memory-of", name]
-        done = subprocess.run([*command, "--threads", str(options.threads)], capture_output=True, text=True, check=True)
-        peaks[name] = json.loads(done.stdout.splitlines()[-1])
-    print("| model | step, s | ratio | peak memory, GB | ratio | of the steps, GB | ratio |\n|" + "---|" * 7)
+    threads = ["--threads", str(options.threads)]
+    peaks = {name: printed_by("benchmarks.training_step", "--memory-of", name, *threads) for name in names}
+    step = f"step, s at threads: {options.threads}"
+    print(f"| model | {step} | ratio | peak memory, GB | ratio | of the steps, GB | ratio |\n|" + "---|" * 7)
     for name in names:
         (peak, added), (dense_peak, dense_added) = peaks[name], peaks["dense"]
         print(
             f"| {name} | {seconds[name]:.2f} | {seconds[name] / seconds['dense']:.2f} | {peak / 1e9:.2f} |"
             f" {peak / dense_peak:.2f} | {added / 1e9:.2f} | {added / dense_added:.2f} |"
         )
-    return None
 
 
 if __name__ == "__main__":

@@ -2,17 +2,21 @@
 
 usage: python -m benchmarks.whole_model [--out runs/whole_model] [--samples 128] [--methods gptq quip aqlm aqlm_2x8]
 
-Every row is a `casp_pl fit` of SmolLM2-135M on text with the same calibration and the same held-out text; a row that is
-there already is not computed again. The rows with CASP (low-rank W_q and W_k, bits by block) may spend, everything
-counted, what the plain row of their quantizer spends. Seconds are wall time: of the calibration pass, of the
-quantization of all blocks with its activations and second moments, and the quantizers' share of that.
+Every row is a `casp_pl fit` of SmolLM2-135M on text with the same calibration, of 32,768 tokens unless `--samples` says
+otherwise, and the same held-out text. Runs lie in a folder of the commit that makes them, under `--out`: a row that
+this commit has finished is not computed again, and one of a changed working tree always is. The rows with CASP
+(low-rank W_q and W_k, bits by block) may spend, everything counted, what the plain row of their quantizer spends.
+Seconds are wall time: of the calibration pass, of the quantization of all blocks with its activations and second
+moments, and the quantizers' share of that.
 """
 
 import argparse
 import json
+import time
 from pathlib import Path
 from typing import Any
 
+from casp_pl.callbacks.environment import source_commit
 from casp_pl.cli import main as casp_pl
 from casp_pl.console import make_console, print_table
 
@@ -30,12 +34,21 @@ def fit(folder: Path, method: str, samples: int, *overrides: str) -> dict[str, A
     """Stage name -> its figures, of one run without fine-tuning."""
     _, config, differs = METHODS[method]
     command = ["fit", "--config", str(CONFIGS / config), "--run_dir", str(folder), *differs]
-    command += ["--block_tuning.epochs", "0", "--end_to_end.steps", "0", "--data.samples", str(samples), *overrides]
+    command += ["--block_tuning.epochs", "0", "--end_to_end.steps", "0", "--data.samples", str(samples)]
+    command += ["--data.holdout", "0.0", *overrides]  # nothing is tuned, so nothing has to be held back
     if casp_pl(command) != 0:
         raise SystemExit(f"{folder}: the run failed")
     report = json.loads((folder / "report.json").read_text())
     work = {**report["work_seconds"], "quantizers": sum(module["seconds"] for module in report["modules"])}
     return {stage["name"]: {**stage, "work": work} for stage in report["stages"]}
+
+
+def commit_folder(out: Path) -> Path:
+    """Where the runs of this source lie; of a tree that differs from its commit, or of none, a new folder each time."""
+    commit = source_commit()
+    if commit is None or commit.endswith("-dirty"):
+        return out / f"{commit or 'unknown'}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return out / commit
 
 
 def row(name: str, casp: str, propagation: str, stage: dict[str, Any]) -> list[str]:
@@ -56,10 +69,12 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="leave CASP's steps and propagation out")
     options = parser.parse_args()
     rows: list[list[str]] = []
+    out = commit_folder(options.out)
+    print(f"runs of {out.name}\n", flush=True)
     for method in options.methods:
         for propagation in ("0.0",) if options.plain else ("0.0", "0.5"):
             aim = ["--quantization.propagation", propagation]
-            plain = fit(options.out / f"{method}_{propagation}", method, options.samples, *PLAIN, *aim)
+            plain = fit(out / f"{method}_{propagation}", method, options.samples, *PLAIN, *aim)
             if not rows:
                 rows += [row("original", "", "", plain["original"]), row("RTN g64", "no", "no", plain["rtn"])]
             on = "no" if propagation == "0.0" else "yes"
@@ -68,7 +83,7 @@ def main() -> None:
                 continue
             budget = str(plain["quantized"]["bits_per_weight_total"])
             casp = fit(
-                options.out / f"{method}_{propagation}_casp", method, options.samples, *aim,
+                out / f"{method}_{propagation}_casp", method, options.samples, *aim,
                 "--bits.counts", "total", "--bits.budget", budget, "--baseline", "null",
             )  # fmt: skip
             rows.append(row(METHODS[method][0], "yes", on, casp["quantized"]))

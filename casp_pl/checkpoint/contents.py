@@ -14,8 +14,14 @@ from casp_pl.checkpoint.layouts import ExpectedTensor, column_checks, expected_t
 from casp_pl.checkpoint.reading import read_json
 from casp_pl.checkpoint.stored_names import DTYPE_NAMES
 from casp_pl.errors import CaspError, IntegrityError
-from casp_pl.layers import LowRankLinear, build_layer
-from casp_pl.layers.build import CompressedLinear
+from casp_pl.layers import (
+    AdditiveLinear,
+    CompressedLinear,
+    LatticeLinear,
+    LowRankLinear,
+    UniformLinear,
+    build_layer,
+)
 from casp_pl.models.weight_files import checked_weight_map, weight_file
 
 __all__ = ["block_problems", "content_problems", "tensor_problem"]
@@ -122,7 +128,9 @@ def _tensors_of(layers: Mapping[str, CompressedLinear]) -> dict[str, ExpectedTen
 def _plan_problem(entry: ModulePlan, layer: CompressedLinear | None) -> str | None:
     if layer is None:
         return "is in plan.json, but not in the notes"
-    first = layer.input_factor if isinstance(layer, LowRankLinear) else layer
-    there = ((layer.out_features, layer.in_features), getattr(layer, "rank", None), getattr(first, "bits", entry.bits))
+    parts = (layer.input_factor, layer.output_factor) if isinstance(layer, LowRankLinear) else (layer,)
+    bits = {part.bits for part in parts if isinstance(part, AdditiveLinear | LatticeLinear | UniformLinear)}
+    rank = layer.rank if isinstance(layer, LowRankLinear) else None
+    there = ((layer.out_features, layer.in_features), rank, *sorted(bits or {entry.bits}))
     planned = (entry.shape, entry.rank, entry.bits)
     return None if there == planned else f"is {there} (shape, rank, bits) instead of {planned} as in plan.json"

@@ -12,7 +12,7 @@ from casp_pl.checkpoint.manifest import Manifest, describe
 from casp_pl.checkpoint.model_directory import CONFIG_NAME, is_compressed_model
 from casp_pl.errors import ResourceError
 
-__all__ = ["write_directory"]
+__all__ = ["require_new", "write_directory"]
 
 
 def write_directory(out_dir: Path | str, fill: Callable[[Path], None], *, size: int) -> None:
@@ -40,6 +40,17 @@ def write_directory(out_dir: Path | str, fill: Callable[[Path], None], *, size: 
         raise resource_error(error, target, size) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_new(directory: Path | str) -> None:
+    """Nothing may lie there but an empty directory.
+
+    Raises:
+        ResourceError: something does.
+    """
+    path = Path(directory)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ResourceError(f"{path} exists: it is not overwritten.\nGive another place, or remove it first.")
 
 
 def _check_target(target: Path) -> None:

@@ -126,6 +126,7 @@ def _gptq(model: Any, quantization: Mapping[str, Any]) -> dict[str, Check]:
     for name, linear in _decoder_linears(model):
         settings = {**quantization, **_dynamic(quantization.get("dynamic") or {}, name)}
         bits, group_size = settings["bits"], settings["group_size"]
+        group_size = linear.in_features if group_size == -1 else group_size  # whole rows
         groups = -(-linear.in_features // group_size)
         tensors = {
             "qweight": _empty(linear.in_features * bits // _WORD, linear.out_features, dtype=torch.int32),

@@ -134,7 +134,11 @@ def _lies_inside(path: Path, directory: Path) -> bool:
     """Whether a path, links followed, ends in the directory; or in the blobs that a snapshot of the hub links to."""
     real = directory.resolve()
     repository = real.parents[1] if real.parent.name == "snapshots" else None
-    return any(place is not None and path.resolve().is_relative_to(place) for place in (real, repository))
+    try:
+        end = path.resolve()
+    except (OSError, RuntimeError):  # a link that leads to itself, which Python 3.11 calls a RuntimeError
+        return False
+    return any(place is not None and end.is_relative_to(place) for place in (real, repository))
 
 
 def _is_pickle(path: Path) -> bool:

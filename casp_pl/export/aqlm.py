@@ -56,8 +56,8 @@ def _check_uniform(formats: dict[str, tuple[int, int, int]]) -> None:
         if sizes != formats[first]:
             raise ConfigError(
                 f"aqlm's config holds one format for all layers, but {first} has {formats[first]} (codebooks, entries,"
-                f" length) and {name} {sizes}.\nExport as dense or casp, or compress with --bits.score uniform and one"
-                " format in quantizer.formats."
+                f" length) and {name} {sizes}.\nExport as dense or casp, or compress with --bits.score uniform, a whole"
+                " --bits.budget and one format in quantizer.formats."
             )
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from casp_pl.checkpoint import load_compressed, save_compressed, save_plain
-from casp_pl.errors import ConfigError
+from casp_pl.checkpoint import load_compressed, require_new, save_compressed, save_plain
+from casp_pl.errors import ConfigError, NumericsError
 from casp_pl.export.aqlm import to_aqlm
 from casp_pl.export.dense import to_dense
 from casp_pl.export.gptq import to_gptq
@@ -49,6 +50,7 @@ def export_model(source: Path | str, out: Path | str, format: str, *, dtype: str
     Raises:
         ConfigError: an unknown format or dtype, or a model that the format cannot hold; the message says what would.
         InputError, IntegrityError: `source` is no sound compressed model.
+        NumericsError: the dtype does not hold a value.
         ResourceError: `out` exists or cannot be written.
     """
     if format not in EXPORT_FORMATS or dtype not in (None, *EXPORT_DTYPES):
@@ -58,6 +60,7 @@ def export_model(source: Path | str, out: Path | str, format: str, *, dtype: str
         )
     if format == "casp" and dtype is not None:
         raise ConfigError("casp keeps what was fine-tuned as it is: leave --dtype out, or export as dense.")
+    require_new(out)
     model, processor = load_compressed(source)
     card = f"Exported by casp_pl from a CASP model, format {format}.\n"
     if format == "casp":
@@ -65,5 +68,14 @@ def export_model(source: Path | str, out: Path | str, format: str, *, dtype: str
         return
     config = _CONVERTERS[format](model)
     if dtype is not None:
-        model.to(getattr(torch, dtype))
+        _narrow(model, getattr(torch, dtype))
     save_plain(model, processor, out, card=card, quantization_config=config)
+
+
+def _narrow(model: nn.Module, dtype: torch.dtype) -> None:
+    """All floating tensors to `dtype`, in place."""
+    finite = {name for name, tensor in model.state_dict().items() if tensor.isfinite().all()}
+    model.to(dtype)
+    for name, tensor in model.state_dict().items():
+        if name in finite and not tensor.isfinite().all():
+            raise NumericsError(f"{name} holds values beyond {dtype}.\nExport as bfloat16, or without --dtype.")

@@ -7,7 +7,7 @@ words, in every field modulo 8. Version 2 stores zero points as they are.
 
 Bits and group sizes by module (`dynamic`) are understood by gptqmodel's own loader; transformers' ignores them. That
 loader takes version 1 with zero points only from itself. So version 2 is for gptqmodel, 1 for transformers and older
-tools.
+tools, and of one level.
 """
 
 import re
@@ -28,6 +28,8 @@ from casp_pl.layers import UniformLinear
 __all__ = ["to_gptq"]
 
 _WIDTHS = (2, 3, 4, 8)
+_GROUPS = (16, 32, 64, 128, 256, 512, 1024)  # that gptqmodel's kernels read, beside whole rows
+_WHOLE_ROWS = -1
 _WORD = 32
 
 
@@ -41,14 +43,21 @@ def to_gptq(model: Any, *, version: int) -> dict[str, Any]:
         version: 1 or 2, of the zero points.
 
     Raises:
-        ConfigError: a layer of another kind, or of bits or a shape that fills no whole 32-bit words.
+        ConfigError: a layer of another kind, of bits or a shape that fills no whole 32-bit words, of groups that no
+            reader takes; or version 1 of layers that differ.
     """
     layers = layers_of_kind(model, UniformLinear, "gptq", "GPTQQuantizer")
     for name, layer in layers.items():
-        _check_words(name, layer)
-    sizes = {name: (layer.bits, layer.group_size) for name, layer in layers.items()}
+        _check_layer(name, layer)
+    sizes = {name: (layer.bits, _group_size(layer)) for name, layer in layers.items()}
     (bits, group_size), _ = Counter(sizes.values()).most_common(1)[0]
     others = {name: size for name, size in sizes.items() if size != (bits, group_size)}
+    if others and version == 1:
+        name, size = next(iter(others.items()))
+        raise ConfigError(
+            f"gptq, version 1, holds one number of bits and one group size, but most linears have {(bits, group_size)},"
+            f" {name} {size}.\nExport as gptq_v2, dense or casp."
+        )
     regrouped = any(layer.column_groups is not None for layer in layers.values())
     for name, layer in layers.items():
         model.set_submodule(name, StoredTensors(_tensors(layer, version)))
@@ -82,7 +91,11 @@ def _rule(name: str, stored: str) -> str:
     return f"+:^(?:{both})$"
 
 
-def _check_words(name: str, layer: UniformLinear) -> None:
+def _group_size(layer: UniformLinear) -> int:
+    return _WHOLE_ROWS if layer.group_size >= layer.in_features else layer.group_size
+
+
+def _check_layer(name: str, layer: UniformLinear) -> None:
     rows, columns, bits = layer.out_features, layer.in_features, layer.bits
     if bits not in _WIDTHS:
         raise ConfigError(
@@ -91,6 +104,11 @@ def _check_words(name: str, layer: UniformLinear) -> None:
     if rows * bits % _WORD or columns * bits % _WORD:
         raise ConfigError(
             f"{name} is {rows} x {columns}: at {bits} bits that fills no whole 32-bit words.\nExport as dense or casp."
+        )
+    if _group_size(layer) not in (*_GROUPS, _WHOLE_ROWS):
+        raise ConfigError(
+            f"{name} has groups of {layer.group_size}; readers of gptq take {', '.join(map(str, _GROUPS))} and whole"
+            " rows.\nExport as dense or casp."
         )
 
 

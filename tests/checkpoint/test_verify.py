@@ -28,9 +28,13 @@ def _additive(weight):
     return layer
 
 
-def _uniform(weight):
+def _uniform(weight, bits=4):
     spread = torch.diag(torch.rand(weight.shape[1]) + 0.1)
-    return GPTQQuantizer(group_size=16).quantize(weight.detach(), spread, bits=4 if len(weight) % 3 else 2)
+    return GPTQQuantizer(group_size=16).quantize(weight.detach(), spread, bits=bits)
+
+
+def _mixed(weight):
+    return _uniform(weight, bits=4 if len(weight) % 3 else 2)
 
 
 def _model(make):
@@ -50,12 +54,14 @@ LAYOUTS = ("streamed", *EXPORT_FORMATS)
 def written(tmp_path_factory):
     """Layout -> a directory in it, of a tiny LLaVA."""
     folder = tmp_path_factory.mktemp("layouts")
-    model, processor, adapter = _model(_uniform)
+    model, processor, adapter = _model(_mixed)
     save_compressed(model, processor, folder / "casp", card="")
     save_streamed(adapter, list(adapter.blocks), processor, folder / "streamed", card="")
-    save_compressed(*_model(_additive)[:2], folder / "additive", card="")
+    sources = {"aqlm": _additive, "gptq": _uniform}  # these hold one level
+    for layout, make in sources.items():
+        save_compressed(*_model(make)[:2], folder / f"for_{layout}", card="")
     for layout in set(EXPORT_FORMATS) - {"casp"}:
-        export_model(folder / ("additive" if layout == "aqlm" else "casp"), folder / layout, layout)
+        export_model(folder / (f"for_{layout}" if layout in sources else "casp"), folder / layout, layout)
     return folder
 
 
@@ -229,11 +235,14 @@ def test_damaged_blocks_of_a_run_are_named(finished_run, tmp_path, word, edit, m
     assert message in problem
 
 
-def test_a_block_that_is_not_what_was_planned_is_named(finished_run, tmp_path):
+@pytest.mark.parametrize(("low_rank", "key"), [(True, "rank"), (True, "bits"), (False, "bits")])
+def test_a_block_that_is_not_what_was_planned_is_named(low_rank, key, finished_run, tmp_path):
     run = Path(shutil.copytree(finished_run, tmp_path / "run"))
     plan = json.loads((run / "plan.json").read_text())
-    low_rank = next(entry for entry in plan["modules"] if entry["rank"] is not None)
-    low_rank["rank"] -= 1
+    changed = next(entry for entry in plan["modules"] if (entry["rank"] is not None) == low_rank)
+    changed[key] += 1
+    if low_rank and key == "bits":
+        changed["factor_bits"] += 1
     (run / "plan.json").write_text(json.dumps(plan))
     manifest = Manifest.load(run)
     manifest.artifacts["plan.json"] = describe(run / "plan.json")
@@ -246,6 +255,7 @@ def test_what_is_unsafe_in_a_run_is_found_at_any_depth(finished_run, tmp_path):
     (run / "model/deep/er").mkdir(parents=True)
     (run / "model/deep/er/x.pt").write_bytes(b"")
     os.symlink("/", run / "model/deep/root")
+    os.symlink("loop", run / "model/deep/loop")
     found = verify(run)
     assert any("x.pt is a pickle" in problem for problem in found)
     assert any("deep/root lies outside" in problem for problem in found)

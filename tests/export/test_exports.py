@@ -20,8 +20,9 @@ from transformers import PreTrainedTokenizerFast
 from casp_pl.checkpoint import load_compressed, save_compressed, verify
 from casp_pl.checkpoint.manifest import Manifest
 from casp_pl.cli import main
-from casp_pl.errors import ConfigError, ResourceError
+from casp_pl.errors import ConfigError, NumericsError, ResourceError
 from casp_pl.export import export_model
+from casp_pl.export.gptq import to_gptq
 from casp_pl.layers import AdditiveLinear, UniformLinear
 from casp_pl.models import adapt, load_model
 from casp_pl.quantizers import GPTQQuantizer
@@ -187,7 +188,9 @@ def test_gptq_names_the_modules_that_differ(tmp_path: Path) -> None:
         return uniform(linear, generator, bits=4 if number == 1 and linear.out_features == 96 else 2)
 
     source, _ = compressed(tmp_path, mixed)
-    export_model(source, tmp_path / "out", "gptq")
+    with pytest.raises(ConfigError, match="one number of bits.*\n.*gptq_v2"):
+        export_model(source, tmp_path / "out", "gptq")  # gptqmodel refuses it, transformers does not see `dynamic`
+    export_model(source, tmp_path / "out", "gptq_v2")
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert config["bits"] == 2
     pattern = re.compile("|".join(key.removeprefix("+:") for key in config["dynamic"]))
@@ -198,8 +201,9 @@ def test_gptq_names_the_modules_that_differ(tmp_path: Path) -> None:
 
 
 def test_group_sizes_by_name_are_exported_bit_by_bit(tmp_path: Path) -> None:
-    """Groups of 48 and of 40, which do not divide their rows, among those of 32; `verify` knows them too."""
-    quantizer = GPTQQuantizer(group_size=32, group_sizes={"down_proj": 40, "layers.0.self_attn.v_proj": 48})
+    """Groups of 64 do not divide the 96 columns of down_proj, and those of 128 are whole rows; `verify` knows them."""
+    sizes = {"down_proj": 64, "layers.0.self_attn.v_proj": 16, "k_proj": 128}
+    quantizer = GPTQQuantizer(group_size=32, group_sizes=sizes)
     model = make_llama()
     names = {id(module): name for name, module in model.named_modules()}
 
@@ -210,7 +214,7 @@ def test_group_sizes_by_name_are_exported_bit_by_bit(tmp_path: Path) -> None:
 
     source, _ = compressed(tmp_path, quantized, model)
     export_model(source, tmp_path / "out", "gptq_v2")
-    verify(tmp_path / "out")
+    assert verify(tmp_path / "out") == []
     tensors, (ours, _) = load_file(tmp_path / "out/model.safetensors"), load_compressed(source)
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert config["group_size"] == 32
@@ -220,25 +224,55 @@ def test_group_sizes_by_name_are_exported_bit_by_bit(tmp_path: Path) -> None:
         weight = ours.get_submodule(name).dequantize().detach()
         torch.testing.assert_close(gptq_weight(own, 2, 2), weight, rtol=1e-6, atol=1e-7)
         rules = [rule for key, rule in config["dynamic"].items() if re.match(key.removeprefix("+:"), name)]
-        assert len(own["scales"]) == -(-weight.shape[1] // (rules[0] if rules else config)["group_size"])
+        size = (rules[0] if rules else config)["group_size"]
+        assert len(own["scales"]) == (1 if size == -1 else -(-weight.shape[1] // size))
         found |= {name.removeprefix("model.layers."): rule["group_size"] for rule in rules}
-    assert found == {"0.mlp.down_proj": 40, "1.mlp.down_proj": 40, "0.self_attn.v_proj": 48}
+    whole_rows, wide = ({f"{block}.{name}" for block in range(2)} for name in ("self_attn.k_proj", "mlp.down_proj"))
+    assert found == dict.fromkeys(whole_rows, -1) | dict.fromkeys(wide, 64) | {"0.self_attn.v_proj": 16}
+
+
+def test_groups_that_no_reader_takes_are_refused(tmp_path: Path) -> None:
+    source, _ = compressed(tmp_path, lambda linear, g, _: uniform(linear, g, group_size=8))
+    with pytest.raises(ConfigError, match="groups of 8;.*\n.*dense"):
+        export_model(source, tmp_path / "out", "gptq_v2")
+
+
+def test_values_beyond_float16_are_not_exported_as_infinity(tmp_path: Path) -> None:
+    model = make_llama()
+    model.lm_head.weight.data[0, 0] = 1e5
+    source, _ = compressed(tmp_path, lambda linear, g, _: uniform(linear, g), model)
+    with pytest.raises(NumericsError, match="lm_head.*\n.*bfloat16"):
+        export_model(source, tmp_path / "out", "dense", dtype="float16")
+    export_model(source, tmp_path / "out", "dense", dtype="bfloat16")  # where nothing was left
+
+
+@pytest.mark.parametrize("layout", ["dense", "casp"])
+def test_a_model_is_never_overwritten_nor_is_the_source(layout: str, tmp_path: Path) -> None:
+    source, _ = compressed(tmp_path / "one", lambda linear, g, _: uniform(linear, g))
+    other, _ = compressed(tmp_path / "other", lambda linear, g, _: uniform(linear, g, bits=3))
+    for out in (source, other):
+        with pytest.raises(ResourceError, match="not overwritten"):
+            export_model(source, out, layout)
+        assert verify(out) == []
+        assert load_compressed(out)[0].config.quantization_config is not None
+    (tmp_path / "empty").mkdir()
+    export_model(source, tmp_path / "empty", layout)
+    assert verify(tmp_path / "empty") == []
 
 
 def mixed_llava(folder):
-    """A tiny LLaVA with 4 bits in one kind of linear; its export, and the logits it must give."""
+    """The export of a tiny LLaVA with 4 bits in one kind of linear."""
 
     def mixed(linear, generator, number):
         other = number == 1 and linear.in_features > linear.out_features
         return uniform(linear, generator, bits=4 if other else 2, group_size=16)
 
-    source, expected = compressed(folder, mixed, *load_model("tiny"))
-    export_model(source, folder / "out", "gptq_v2")
-    return folder / "out", expected
+    export_model(compressed(folder, mixed, *load_model("tiny"))[0], folder / "out", "gptq_v2")
+    return folder / "out"
 
 
 def test_gptq_names_the_modules_of_a_llava_as_its_files_and_as_transformers_do(tmp_path: Path) -> None:
-    directory, _ = mixed_llava(tmp_path)
+    directory = mixed_llava(tmp_path)
     config = json.loads((directory / "config.json").read_text())["quantization_config"]
     tensors = load_file(directory / "model.safetensors")
     names = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
@@ -343,8 +377,6 @@ def test_what_cannot_be_expressed_says_why(tmp_path: Path) -> None:
 def test_odd_widths_are_refused_by_gptq(tmp_path: Path) -> None:
     model = nn.Module()
     model.layer = uniform(nn.Linear(48, 31, bias=False), torch.Generator(), bits=3, group_size=16)
-    from casp_pl.export.gptq import to_gptq
-
     with pytest.raises(ConfigError, match="31 x 48"):
         to_gptq(model, version=2)
 

@@ -15,6 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NoReturn
@@ -44,6 +45,7 @@ from casp_pl.pipeline.failures import Failure, failure_of
 from casp_pl.pipeline.launch import leave
 from casp_pl.pipeline.memory import modules_kept_apart
 from casp_pl.pipeline.settings import RunSettings
+from casp_pl.pipeline.trainers import require_free_keys
 from casp_pl.pipeline.watch import ToldByFirstError
 from casp_pl.quantizers import Quantizer
 
@@ -202,6 +204,7 @@ def settings_from(parser: LightningArgumentParser, chosen: Namespace) -> RunSett
     fields |= {key: built[key] for key in ("scoring", "activations", "model", "low_rank", "bits", "quantization")}
     kwargs_only = ("calibration", "block_tuning", "end_to_end", "codebook_update", "trainer")
     fields |= {key: built[key].as_dict() for key in kwargs_only}
+    require_free_keys(fields["trainer"])
     built["quantization"].seed = built["seed_everything"]
     return RunSettings(
         run_dir=built["run_dir"] or Path("runs") / built["name"],
@@ -257,24 +260,32 @@ def _run(arguments: list[str], verbose: bool) -> int:
     _check_files(arguments)
     try:
         config = parser.parse_args(arguments)
-        command = config.subcommand
-        if command == "verify":
-            return commands.verify(config.verify.directory)
-        if command == "report":
-            return commands.report(config.report.directory)
-        if command == "explain":
-            return commands.explain(_explain_settings(config.explain.run_dir), config.explain.module)
-        if command == "export":
-            chosen = config.export
-            return commands.export(chosen.directory, chosen.out, chosen.format, dtype=chosen.dtype)
-        settings = settings_from(recipes[command], config[command])
-        settings.verbose = verbose
-        settings.command = shlex.join(["python", "-m", "casp_pl", *arguments])
+        command, chosen = config.subcommand, config[config.subcommand]
+        if command in recipes:
+            settings = settings_from(recipes[command], chosen)
+            settings.verbose = verbose
+            settings.command = shlex.join(["python", "-m", "casp_pl", *arguments])
+            work: Callable[[], int] = partial(_on_recipe, command, settings, chosen)
+        else:
+            work = _plain_work(command, chosen)
     except (ArgumentError, argparse.ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(_short_reason(str(error), recipes, arguments)) from error
-    extra = {key: config[command][key] for key in _OWN_ARGUMENTS.get(command, ())}
+    return work()  # out here: what it raises is not about the arguments
+
+
+def _on_recipe(command: str, settings: RunSettings, chosen: Namespace) -> int:
+    extra = {key: chosen[key] for key in _OWN_ARGUMENTS.get(command, ())}
     with modules_kept_apart():
         return COMMANDS[command][0](settings, **extra)
+
+
+def _plain_work(command: str, chosen: Namespace) -> Callable[[], int]:
+    """A command that takes no recipe, with its arguments."""
+    if command == "explain":
+        return partial(commands.explain, _explain_settings(chosen.run_dir), chosen.module)
+    if command == "export":
+        return partial(commands.export, chosen.directory, chosen.out, chosen.format, dtype=chosen.dtype)
+    return partial({"verify": commands.verify, "report": commands.report}[command], chosen.directory)
 
 
 def _explain_settings(run_dir: Path) -> ExplainSettings:

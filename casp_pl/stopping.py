@@ -41,18 +41,12 @@ class LateStop:
         self._before: dict[signal.Signals, Any] = {}
         self._changed = False
 
-    def remember(self) -> None:
-        """The handlers of now are those of a second signal, whatever Lightning puts in their place until `begin`.
-
-        Lightning's own SIGTERM handler waits for the other processes, which may be no more.
-        """
-        handlers = {number: signal.getsignal(number) for number in _NUMBERS}
-        ignored = (None, signal.SIG_IGN)  # None is one that Python did not set and cannot put back
-        self._before = {number: handler for number, handler in handlers.items() if handler not in ignored}
-
     def begin(self) -> None:
         """From now on a signal is noted."""
         if threading.current_thread() is threading.main_thread():
+            handlers = {number: signal.getsignal(number) for number in _NUMBERS}
+            ignored = (None, signal.SIG_IGN)  # None is one that Python did not set and cannot put back
+            self._before = {number: handler for number, handler in handlers.items() if handler not in ignored}
             for number in self._before:
                 signal.signal(number, self._note)
             self._changed = True

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from math import inf, isfinite
 from typing import Any
 
 import lightning.pytorch as pl
@@ -39,21 +40,23 @@ class BestState(pl.Callback):
 
     def __init__(self, *, monitor: str = "val_loss") -> None:
         self.monitor = monitor
-        self.best = float("inf")
-        self.first = float("inf")
+        self.best = inf
+        self.first = inf
         self.restarts = 0
         self._validated = False
         self._loss_is_finite = True
         self.state: dict[str, Tensor] = {}
 
-    def notes(self) -> dict[str, float]:
-        """What belongs to `state`, to be saved with it."""
-        return {"best": self.best, "first": self.first, "restarts": self.restarts}
+    def notes(self) -> dict[str, float | None]:
+        """What belongs to `state`, to be saved with it; None for a loss that is not finite: JSON has no such number."""
+        losses = {"best": self.best, "first": self.first}
+        return {name: loss if isfinite(loss) else None for name, loss in losses.items()} | {"restarts": self.restarts}
 
-    def recall(self, state: dict[str, Tensor], notes: Mapping[str, float]) -> None:
+    def recall(self, state: dict[str, Tensor], notes: Mapping[str, float | None]) -> None:
         """Go on from a saved state and its `notes`; the learning rates are as after its restarts."""
         self.state, self._validated = state, True
-        self.best, self.first, self.restarts = notes["best"], notes["first"], int(notes["restarts"])
+        best, first = (inf if (loss := notes[name]) is None else loss for name in ("best", "first"))
+        self.best, self.first, self.restarts = best, first, int(notes["restarts"] or 0)
 
     @property
     def rate(self) -> float:

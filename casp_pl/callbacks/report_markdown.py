@@ -27,7 +27,7 @@ READING = (
     "Perplexity and KL (nats, from the original's next-token distribution) are measured on held-out text. Lower is "
     "better; the original's KL is 0 by definition.",
     "RTN rounds every weight to the nearest level without looking at any data: the baseline, not part of the model.",
-    "n/a: not measured, or does not apply.",
+    "n/a: not measured, not finite, or does not apply.",
 )
 
 _EXAMPLES = "Example questions"

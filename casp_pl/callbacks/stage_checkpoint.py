@@ -61,10 +61,6 @@ class StageCheckpoint(pl.Callback):
         self.step = int(self._found.rsplit("/", 1)[1]) if self._found else 0
         self._stop = LateStop()
 
-    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        """Before Lightning sets handlers of its own."""
-        self._stop.remember()
-
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Put back what was saved; the trainer counts on from `step`."""
         if self._found is None:

@@ -20,7 +20,7 @@ from casp_pl.checkpoint.lock import hold_lock
 from casp_pl.checkpoint.manifest import MANIFEST_NAME, Manifest, describe
 from casp_pl.checkpoint.reading import read_json, read_safetensors
 from casp_pl.errors import ConfigError, IntegrityError, ResourceError
-from casp_pl.processes import is_first, process_rank, said_by_first, wait_for_all
+from casp_pl.processes import is_first, of_all, process_rank, said_by_first, wait_for_all
 
 __all__ = ["RunDirectory"]
 
@@ -73,10 +73,16 @@ class RunDirectory:
 
         Raises:
             ResourceError: another process holds the directory, or it cannot be written.
-            ConfigError: its artifacts were made with another fingerprint; the message names the key that differs.
+            ConfigError: its artifacts, or another process, have another fingerprint; the message names the key that
+                differs.
             IntegrityError: its manifest is missing or broken.
         """
-        root = Path(path)
+        root, own = Path(path), json.loads(json.dumps(fingerprint, sort_keys=True))
+        for rank, other in enumerate(everyones := of_all(own)):
+            if (difference := _difference(everyones[0], other, "in the first process", "in that one")) is not None:
+                raise ConfigError(
+                    f"Process {rank} is at other work. {difference}.\nAll need the same command, model and data."
+                )
         if not is_first():
             wait_for_all()
             yield cls(root, Manifest.load(root), writable=False, together=True)
@@ -86,7 +92,7 @@ class RunDirectory:
         except OSError as error:
             raise ResourceError(f"Cannot create {root}: {error.strerror}.\nGive another --run_dir.") from error
         with hold_lock(root / _LOCK_NAME):
-            manifest = _load_or_create(root, json.loads(json.dumps(fingerprint, sort_keys=True)))
+            manifest = _load_or_create(root, own)
             _clean(root)
             wait_for_all()
             yield cls(root, manifest, writable=True, together=True)
@@ -281,20 +287,23 @@ def _load_or_create(root: Path, fingerprint: dict[str, Any]) -> Manifest:
         manifest.save(root)
         return manifest
     manifest = Manifest.load(root)
-    _compare(root, manifest.fingerprint, fingerprint)
+    if (difference := _difference(manifest.fingerprint, fingerprint, "there", "now")) is not None:
+        raise ConfigError(
+            f"{root} was made with other settings. {difference}.\nGive another --run_dir, or the settings of this one."
+        )
     return manifest
 
 
-def _compare(root: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
-    before, after = _flat(there), _flat(now)
+def _difference(one: Mapping[str, Any], other: Mapping[str, Any], where: str, elsewhere: str) -> str | None:
+    """The first key in which two fingerprints differ, and how many more do; None where they are alike."""
+    before, after = _flat(one), _flat(other)
     keys = sorted(key for key in before.keys() | after.keys() if before.get(key, "absent") != after.get(key, "absent"))
-    if keys:
-        first = keys[0]
-        more = f" (and {len(keys) - 1} more: {', '.join(keys[1:4])})" if len(keys) > 1 else ""
-        raise ConfigError(
-            f"{root} was made with other settings. {first}: {_short(before.get(first, 'absent'))} there, "
-            f"{_short(after.get(first, 'absent'))} now{more}.\nGive another --run_dir, or the settings of this one."
-        )
+    if not keys:
+        return None
+    first = keys[0]
+    more = f" (and {len(keys) - 1} more: {', '.join(keys[1:4])})" if len(keys) > 1 else ""
+    there, here = (_short(flat.get(first, "absent")) for flat in (before, after))
+    return f"{first}: {there} {where}, {here} {elsewhere}{more}"
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -29,15 +29,19 @@ class ActivationStore:
     is, also after a kill. Only a kill between the two leaves a `.tmp` file, which the run directory clears away.
 
     Args:
-        mode: `memory`, `disk`, or `auto`: memory while more than `reserve` bytes of it would stay free.
+        mode: `memory`, `disk`, or `auto`: where the tensor lies while more than `reserve` bytes would stay free there.
         directory: where the files are made; on the disk that holds the run, not in TMPDIR.
-        reserve: bytes of memory that `auto` leaves to everything else.
+        reserve: bytes of memory that `auto` leaves to everything else of a process.
+        sharing: processes that share the memory of this machine, each with its own reserve; a GPU belongs to one.
     """
 
-    def __init__(self, mode: Literal["auto", "memory", "disk"], directory: Path, *, reserve: int = 0) -> None:
+    def __init__(
+        self, mode: Literal["auto", "memory", "disk"], directory: Path, *, reserve: int = 0, sharing: int = 1
+    ) -> None:
         self.mode = mode
         self.directory = directory
         self.reserve = reserve
+        self.sharing = sharing
         self.bytes_on_disk = 0
 
     def __call__(self, tensor: Tensor) -> Tensor:
@@ -48,10 +52,17 @@ class ActivationStore:
         """
         if self.mode == "memory" or tensor.numel() == 0:
             return tensor
-        if self.mode == "auto" and psutil.virtual_memory().available - tensor.nbytes > self.reserve:
+        if self.mode == "auto" and self._has_room(tensor):
             return tensor
         self.bytes_on_disk += tensor.nbytes
         return self._mapped(tensor)
+
+    def _has_room(self, tensor: Tensor) -> bool:
+        """Whether what is there already, the tensor itself among it, leaves the reserve free."""
+        if tensor.is_cuda:
+            kept_for_later = torch.cuda.memory_reserved(tensor.device) - torch.cuda.memory_allocated(tensor.device)
+            return torch.cuda.mem_get_info(tensor.device)[0] + kept_for_later > self.reserve
+        return psutil.virtual_memory().available - tensor.nbytes > self.reserve * self.sharing
 
     def _mapped(self, tensor: Tensor) -> Tensor:
         path = self.directory / f".tmp-activations-{secrets.token_hex(8)}"

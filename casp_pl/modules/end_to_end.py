@@ -208,9 +208,10 @@ class EndToEndModule(pl.LightningModule):
         """`val_loss`, the loss of all held-back tokens, is what the best state is kept by."""
         sums = sum_of_all(self._held_back)
         text, answers = (sums[:, 0] / sums[:, 1].clamp_min(1)).tolist()
-        self.log("val_loss", text + self.answer_weight * answers, logger=False)
-        self.log("end_to_end/held_back_kl", text)
-        self.log("end_to_end/held_back_answer_kl", answers)
+        same: dict[str, Any] = {"sync_dist": True, "reduce_fx": "max"}  # in all processes: their largest is any of them
+        self.log("val_loss", text + self.answer_weight * answers, logger=False, **same)
+        self.log("end_to_end/held_back_kl", text, **same)
+        self.log("end_to_end/held_back_answer_kl", answers, **same)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Adam with relative steps, a warm-up, then half a cosine."""

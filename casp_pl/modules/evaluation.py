@@ -114,7 +114,8 @@ class EvaluationModule(pl.LightningModule):
         self.outputs = ReferenceOutputs.collect(rows, self._windows)
         self.figures = self._compute_figures()
         logged = {name: value for name, value in self.figures.to_dict().items() if isinstance(value, float)}
-        self.log_dict({f"test/{name}": value for name, value in logged.items()})
+        # they are the same in all processes; their largest is any of them, to the bit
+        self.log_dict({f"test/{name}": value for name, value in logged.items()}, sync_dist=True, reduce_fx="max")
 
     def comparison(self) -> PairedFigures | None:
         """This model and the original question by question; None without a reference or questions."""

@@ -59,6 +59,8 @@ def forecast_bits(
 ) -> tuple[tuple[GroupForecast, ...], tuple[CurveEntry, ...]]:
     """What every group of linears got, the price of a bit more or less, and the Pareto curve.
 
+    Both are empty where no linear's bits were chosen: all are low-rank products, or the user gave them bits.
+
     Args:
         plan: rank and bits of every linear.
         quantizer: what is asked for true costs.
@@ -66,6 +68,8 @@ def forecast_bits(
         weights_bytes: of model.safetensors with this plan.
     """
     choices, levels = choices_of_plan(plan, quantizer, granularity, counts="total")
+    if not choices.items:
+        return (), ()
     error = predicted_error(choices.items, levels)
     groups = []
     for group, item, level in zip(choices.groups, choices.items, levels, strict=True):

@@ -35,13 +35,14 @@ from casp_pl.pipeline.trainers import TrainerFactory
 from casp_pl.processes import process_count
 from casp_pl.quantizers import Quantizer
 
-__all__ = ["quantize_blocks", "run_through", "tune_blocks"]
+__all__ = ["Losses", "quantize_blocks", "run_through", "tune_blocks"]
 
 _LOG = logging.getLogger(__name__)
 
 Batches = Sequence[dict[str, Any]]
 BlockDone = Callable[[int, list[LinearReport]], None]
 LinearDone = Callable[[LinearReport], None]
+Losses = dict[str, float | None]  # None: not finite
 
 
 def quantize_blocks(
@@ -134,7 +135,7 @@ def tune_blocks(
     tuning: dict[str, Any],
     update: dict[str, Any],
     seed: int,
-    window_done: Callable[[range, dict[str, float]], None],
+    window_done: Callable[[range, Losses], None],
     keep: Keep = in_memory,
 ) -> None:
     """Fine-tune window after window of blocks towards the original's outputs; files tuned/NNN.safetensors.
@@ -157,11 +158,16 @@ def tune_blocks(
                 loaded = [load_block(run, name, adapter, number) for name, number in zip(names, numbers, strict=True)]
                 tuned, losses = [block for block, _ in loaded], loaded[-1][1]
             else:
-                pairs = [(batch, target.hidden) for batch, target in zip(student[:count], teacher[:count], strict=True)]
-                held = list(zip(student[count:], zip(*held_back_targets, strict=True), strict=True))
-                window_of = partial(BlockwiseModule, train=pairs, held_back=held, first=first, **tuning)
-                before = [quantized[number] for number in numbers]
-                tuned, losses = _tune_window(partial(window_of, seed=seed * 1000 + first), before, trainers, update)
+                module = partial(
+                    BlockwiseModule,
+                    train=list(zip(student[:count], (batch.hidden for batch in teacher[:count]), strict=True)),
+                    held_back=list(zip(student[count:], zip(*held_back_targets, strict=True), strict=True)),
+                    first=first,
+                    seed=seed * 1000 + first,
+                    **tuning,
+                )
+                tuned, losses = _tune_window(module, [quantized[number] for number in numbers], trainers, update)
+                del module  # else the next window's targets would be made beside what this one has read
                 for name, block in zip(names, tuned, strict=True):
                     require_storable(block)
                     block.eval().requires_grad_(False)
@@ -177,7 +183,7 @@ def _tune_window(
     quantized: Sequence[nn.Module],
     trainers: TrainerFactory,
     update: dict[str, Any],
-) -> tuple[list[nn.Module], dict[str, float]]:
+) -> tuple[list[nn.Module], Losses]:
     """Tuned copies of the blocks of one window, with a half, a quarter ... of a batch at a time if memory is short."""
     halvings = 0
     while True:
@@ -200,7 +206,7 @@ def _tune_window(
         _LOG.warning("%s: out of memory; once more with 1/%d of a batch at a time", module.purpose, 2**halvings)
 
 
-def _fit_window(module: BlockwiseModule, trainers: TrainerFactory, update: dict[str, Any]) -> dict[str, float]:
+def _fit_window(module: BlockwiseModule, trainers: TrainerFactory, update: dict[str, Any]) -> Losses:
     require_materialized(module)
     best = BestState()
     callbacks = [best, CodebookUpdate(**update), EarlyStopping("val_loss", patience=module.patience, min_delta=0.0)]
@@ -215,4 +221,5 @@ def _fit_window(module: BlockwiseModule, trainers: TrainerFactory, update: dict[
     with widened(module):
         trainer.validate(module, verbose=False)  # the state before training competes for the best
         trainer.fit(module)
-    return {"held_back_before": best.first, "held_back_after": best.best}
+    notes = best.notes()
+    return {"held_back_before": notes["first"], "held_back_after": notes["best"]}

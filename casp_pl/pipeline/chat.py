@@ -16,7 +16,7 @@ from casp_pl.data.video import FRAMES, video_frames
 from casp_pl.errors import InputError
 from casp_pl.pipeline.prepare import model_device, prepare
 from casp_pl.pipeline.settings import RunSettings
-from casp_pl.pipeline.side_by_side import model_directory
+from casp_pl.pipeline.side_by_side import model_directory, require_original_of_run
 
 __all__ = ["Conversation", "Models", "open_conversations", "read_questions"]
 
@@ -112,6 +112,7 @@ def open_conversations(
 
     Raises:
         InputError: the image, the video or a model is missing or cannot be read.
+        ConfigError: the recipe's model is not the one that its run compressed.
     """
     shown: dict[str, Any] = {"image": None if image is None else _read("--image", image, lambda: load_image(image))}
     if video is not None:
@@ -120,7 +121,10 @@ def open_conversations(
     directory = None if asked == "original" else _compressed(settings, model_dir)
     talks = []
     if asked != "compressed":
-        prepared = prepare(settings)
+        beside = directory is not None and model_dir is None
+        prepared = prepare(settings, digest=beside)
+        if beside:
+            require_original_of_run(settings, prepared)
         model, processor = prepared.adapter.model, prepared.processor
         talks.append(Conversation("original", model, processor, max_new_tokens=max_new_tokens, **shown))
     if directory is not None:

@@ -26,6 +26,7 @@ from casp_pl.modules.widening import widened
 from casp_pl.pipeline.block_files import BlockFiles, block_name, save_block
 from casp_pl.pipeline.blocks import Batches
 from casp_pl.pipeline.broken_samples import BrokenSamples
+from casp_pl.pipeline.prepare import load_batches
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.strategies import sharded_strategy, wrapping_of
 from casp_pl.pipeline.trainers import TrainerFactory, as_loader
@@ -93,7 +94,7 @@ class EndToEndStage:
         trainer, blocks = self._trainer(), blocks.as_trained()
         for _ in range(self.checkpoint.step):
             self.progress.advance()
-        teacher = self._teacher(trainer, held_back)
+        teacher, held_back = self._teacher(trainer, held_back)
         pl.seed_everything(self.settings.seed, verbose=False)
         if self.wrapping is None:
             trained: Iterable[nn.Module] = self._train_whole(trainer, teacher, held_back, list(blocks))
@@ -120,15 +121,19 @@ class EndToEndStage:
             **overrides,
         )
 
-    def _teacher(self, trainer: pl.Trainer, held_back: Batches) -> dict[str, Tensor]:
-        """What the original gives for the batches that are still to come, without samples on which it breaks down."""
+    def _teacher(self, trainer: pl.Trainer, held_back: Batches) -> tuple[dict[str, Tensor], Batches]:
+        """What the original gives for the batches that are still to come, and those of them that are held back.
+
+        Samples on which it breaks down are left out of both.
+        """
         while True:
             divided = autocast_to(self.trainers.autocast, self.adapter.device)
             with trainer.precision_plugin.forward_context() if self.wrapping is None else divided:
                 batches = _Steps(self.settings.data.train_dataloader(), self.checkpoint.step, self.steps)
                 teacher = teacher_states(self.adapter, chain(batches, held_back), self.keep)
             if not self.broken.leave_out([name for name, states in teacher.items() if not states.isfinite().all()]):
-                return teacher
+                return teacher, held_back
+            held_back = load_batches(self.settings, self.adapter.device).held_back
 
     def _train(self, trainer: pl.Trainer, module: EndToEndModule, held_back: Batches) -> None:
         if self.checkpoint.step == 0:  # the state before training competes for the best

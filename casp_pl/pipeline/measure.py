@@ -1,13 +1,17 @@
 """Figures of one stage: what the model answers, how far it is from the original, what it costs."""
 
+import logging
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 from torch import nn
 
 from casp_pl.callbacks import Advance, StageReport
 from casp_pl.callbacks.report import StageRow
+from casp_pl.callbacks.stage_table import stage_title
 from casp_pl.checkpoint import RunDirectory
 from casp_pl.checkpoint.stored_names import compact_state_dict
 from casp_pl.data.evaluation import EvaluationData
@@ -20,7 +24,9 @@ from casp_pl.modules.evaluation import EvaluationModule
 from casp_pl.pipeline.block_files import runnable
 from casp_pl.pipeline.trainers import TrainerFactory
 
-__all__ = ["Measurement", "bits_per_weight", "evaluation_module", "stage_costs"]
+__all__ = ["Measurement", "bits_per_weight", "evaluation_module", "finite_row", "stage_costs"]
+
+_LOG = logging.getLogger(__name__)
 
 
 class Measurement:
@@ -101,6 +107,24 @@ def evaluation_module(
 ) -> EvaluationModule:
     """Measures `model` on `data` as the recipe says."""
     return EvaluationModule(model, processor, rule=rule, reference=reference, max_new_tokens=data.max_new_tokens)
+
+
+def finite_row(row: StageRow) -> StageRow:
+    """The row without the figures of a model so broken that they are not finite, with a warning that names them.
+
+    JSON has no such numbers, and a run goes on: the next stage may be sound.
+    """
+    figures: dict[str, Any] = asdict(row)
+    broken = [name for name, value in figures.items() if not _is_finite(value)]
+    if broken:
+        said = ", ".join(f"{name} {figures[name]}" for name in broken)
+        _LOG.warning("%s: not finite, so they read n/a and are kept as null: %s", stage_title(row.name), said)
+    return StageRow(**(figures | dict.fromkeys(broken)))
+
+
+def _is_finite(figure: Any) -> bool:
+    parts = figure if isinstance(figure, tuple) else (figure,)
+    return all(math.isfinite(part) for part in parts if isinstance(part, float))
 
 
 def stage_costs(stage: str, adapter: ModelAdapter, blocks: Sequence[nn.Module]) -> StageRow:

@@ -19,8 +19,11 @@ def print_forecast(forecast: RunForecast, console: Console) -> None:
     """Tables of stages, bits and sizes, and what to change where something does not fit."""
     _print_linears(forecast, console)
     _print_stages(forecast, console)
-    _print_bits(forecast, console)
-    _print_curve(forecast, console)
+    if forecast.groups:
+        _print_bits(forecast, console)
+        _print_curve(forecast, console)
+    else:
+        print_text("No bits are left to choose: bits.overrides and low-rank products have them all.", console)
 
 
 def _print_linears(forecast: RunForecast, console: Console) -> None:

@@ -1,5 +1,7 @@
 """What every command needs before it can start: model, processor, data on the right device."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,6 +35,8 @@ __all__ = [
     "prepare_outline",
     "wanted_device",
 ]
+
+_NO_NUMBERS = frozenset({"_name_or_path", "transformers_version", "architectures", "image_processor_type"})
 
 
 @dataclass(frozen=True)
@@ -185,13 +189,22 @@ def load_batches(settings: RunSettings, device: torch.device) -> RunBatches:
 
 
 def fingerprint(settings: RunSettings, prepared: Prepared) -> dict[str, Any]:
-    """What the artifacts of a run depend on: the recipe key by key, the weights, the samples, what it is judged on."""
+    """What a run's artifacts depend on: the recipe key by key, model and processor, samples, what it is judged on."""
+    images = getattr(prepared.processor, "image_processor", None)
     return {
         "recipe": settings.flat,
         "model": prepared.weights,
+        "model_config": _digest(prepared.adapter.model.config.to_diff_dict()),
+        "image_processor": _digest({} if images is None else images.to_dict()),
         "data": settings.data.fingerprint,
         "evaluation": settings.evaluation.fingerprint,
     }
+
+
+def _digest(settings: Mapping[str, Any]) -> str:
+    """SHA-256 of what decides numbers: not of where something was read, nor by which version."""
+    told = {key: value for key, value in settings.items() if key not in _NO_NUMBERS}
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def on_device(batches: Iterable[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:

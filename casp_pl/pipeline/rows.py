@@ -25,18 +25,18 @@ def show_block(progress: RunProgress, block: int, reports: Sequence[LinearReport
     progress.row(f"block {block:2d}", *_cost(bits, error), time=duration(seconds))
 
 
-def show_window(progress: RunProgress, blocks: range, losses: Mapping[str, float], seconds: float) -> None:
+def show_window(progress: RunProgress, blocks: range, losses: Mapping[str, float | None], seconds: float) -> None:
     """The held-back error of blocks that were tuned together, before and after."""
     name = f"block {blocks[0]:2d}" if len(blocks) == 1 else f"blocks {blocks[0]:2d}-{blocks[-1]:2d}"
-    error = f"error {losses['held_back_before']:.4f} -> {losses['held_back_after']:.4f}"
+    error = f"error {number(losses['held_back_before'], 4)} -> {number(losses['held_back_after'], 4)}"
     progress.row(name, error, time=duration(seconds))
 
 
 def show_stage(progress: RunProgress, row: StageRow) -> None:
-    """What a stage was measured to be."""
+    """What a stage was measured to be; a figure that is not finite reads n/a."""
     figures = [f"right {number(row.vqa_accuracy, 1, 100):>5} %"] if row.vqa_accuracy is not None else []
-    figures += [f"perplexity {number(row.perplexity, 2):>6}"] if row.perplexity is not None else []
-    figures += [f"KL {number(row.kl, 4)}"] if row.kl is not None else []
+    figures += [f"perplexity {number(row.perplexity, 2):>6}"] if row.text_tokens else []
+    figures += [f"KL {number(row.kl, 4)}"] if row.text_tokens and row.name != "original" else []
     progress.row(stage_title(row.name), *figures, time=duration(row.seconds))
 
 

@@ -30,15 +30,17 @@ from casp_pl.models.memory import streaming_memory
 from casp_pl.modules import CalibrationModule
 from casp_pl.modules.sensitivity import linear_sensitivities
 from casp_pl.pipeline.block_files import LINEARS, BlockFiles, block_name, finished_blocks, save_block
-from casp_pl.pipeline.blocks import Batches, quantize_blocks, tune_blocks
+from casp_pl.pipeline.blocks import Batches, Losses, quantize_blocks, tune_blocks
 from casp_pl.pipeline.broken_samples import BrokenSamples
 from casp_pl.pipeline.end_to_end import CHECKPOINTS, FOLDER, EndToEndStage
-from casp_pl.pipeline.measure import Measurement
+from casp_pl.pipeline.launch import sharing_processes
+from casp_pl.pipeline.measure import Measurement, finite_row
 from casp_pl.pipeline.memory import release_memory
 from casp_pl.pipeline.prepare import RunBatches, load_batches, on_device
 from casp_pl.pipeline.rows import show_block, show_stage, show_window
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import TrainerFactory
+from casp_pl.processes import said_by_first
 
 __all__ = ["SENSITIVITY_BATCHES", "CompressionRun", "activation_store"]
 
@@ -138,10 +140,12 @@ class CompressionRun:
         if module.statistics is None or settings.bits.plan is None:
             raise InputError("The calibration pass saw no sample: give data.samples a larger number.")
         self.run.write_tensors("calibration.safetensors", module.statistics.tensors(), {})
-        self.run.write_json("plan.json", settings.bits.plan.to_json())
+        # every process has made a plan, of scores that may differ in a last bit: that of the first is the run's
+        plan = CompressionPlan.from_json(said_by_first(settings.bits.plan.to_json()))
+        self.run.write_json("plan.json", plan.to_json())
         spent = duration(self.work_seconds()["calibration"])
         self.progress.row("calibration", f"{module.statistics.tokens:,} tokens", time=spent)
-        return settings.bits.plan
+        return plan
 
     def _sensitivity(self) -> dict[str, float]:
         chosen = on_device(self.settings.data.first_batches(SENSITIVITY_BATCHES), self.adapter.model.device)
@@ -221,7 +225,7 @@ class CompressionRun:
 
         laps = [start]
 
-        def done(numbers: range, losses: dict[str, float]) -> None:
+        def done(numbers: range, losses: Losses) -> None:
             laps.append(time.monotonic())
             show_window(self.progress, numbers, losses, laps[-1] - laps[-2])
             for _ in numbers:
@@ -272,6 +276,7 @@ class CompressionRun:
         with self.progress.stage(f"evaluate {name}", max(1, self.measurement.steps)):
             row = self.measurement.measure(name, self.adapter, blocks, self.progress.advance, started=begun)
         release_memory()
+        row = finite_row(row)
         self.run.write_json(f"stages/{name}.json", asdict(row))
         show_stage(self.progress, row)
         if self.measured is not None:
@@ -281,4 +286,9 @@ class CompressionRun:
 def activation_store(settings: RunSettings, adapter: ModelAdapter) -> ActivationStore:
     """Keeps activations of a run as its recipe says; `auto` leaves memory for the work on one block."""
     needed = streaming_memory(adapter)
-    return ActivationStore(settings.activations, settings.run_dir, reserve=needed.block + needed.moments)
+    return ActivationStore(
+        settings.activations,
+        settings.run_dir,
+        reserve=needed.block + needed.moments,
+        sharing=sharing_processes(settings.trainer),
+    )

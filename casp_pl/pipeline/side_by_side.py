@@ -8,20 +8,21 @@ from typing import Any, NamedTuple
 from casp_pl.callbacks import Advance
 from casp_pl.callbacks.comparison import ModelComparison, comparison_markdown, print_comparison
 from casp_pl.callbacks.report import StageRow
-from casp_pl.checkpoint import load_compressed, write_text
+from casp_pl.checkpoint import RunDirectory, load_compressed, write_text
+from casp_pl.checkpoint.manifest import MANIFEST_NAME
 from casp_pl.console import RunProgress, make_console, print_path
-from casp_pl.errors import InputError
+from casp_pl.errors import ConfigError, InputError
 from casp_pl.evaluation import DecodeCost, PairedFigures, ReferenceOutputs, measure_decoding, resident_beside
 from casp_pl.models.adapter import ModelAdapter, adapt
 from casp_pl.pipeline.launch import launched
 from casp_pl.pipeline.measure import evaluation_module, stage_costs
 from casp_pl.pipeline.memory import release_memory
-from casp_pl.pipeline.prepare import prepare
+from casp_pl.pipeline.prepare import Prepared, prepare
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import TrainerFactory
 from casp_pl.processes import is_first
 
-__all__ = ["model_directory", "side_by_side"]
+__all__ = ["model_directory", "require_original_of_run", "side_by_side"]
 
 
 class _Measured(NamedTuple):
@@ -49,7 +50,8 @@ def side_by_side(settings: RunSettings, command: str) -> int:
 
 
 def _compare(settings: RunSettings, directory: Path, command: str) -> int:
-    prepared = prepare(settings)
+    prepared = prepare(settings, digest=True)
+    require_original_of_run(settings, prepared)
     device = prepared.device
     stages = {"evaluate original": 1.0, "evaluate compressed": 1.0}
     with RunProgress(stages, enabled=is_first(), verbose=settings.verbose) as progress:
@@ -86,6 +88,24 @@ def model_directory(settings: RunSettings) -> Path:
     if not directory.is_dir():
         raise InputError(f"{directory} does not exist: run `fit` with this recipe first, or give --run_dir.")
     return directory
+
+
+def require_original_of_run(settings: RunSettings, prepared: Prepared) -> None:
+    """A compressed model is compared with the model that it was made from.
+
+    Args:
+        settings: the recipe.
+        prepared: with the digest of its weights.
+
+    Raises:
+        ConfigError: the recipe's model is another one than that of the run.
+    """
+    run = settings.run_dir
+    if (run / MANIFEST_NAME).exists() and RunDirectory.read_only(run).fingerprint.get("model") != prepared.weights:
+        raise ConfigError(
+            f"{settings.model.source} in {settings.model.dtype} is not the model that {run} compressed.\n"
+            f"Give the recipe of that run: --config {run / 'config.yaml'}"
+        )
 
 
 def _measure(

@@ -1,6 +1,7 @@
 """The Trainer of every stage: the user's settings plus what the stage itself needs."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,7 +16,38 @@ from casp_pl.pipeline.launch import accelerator_type
 from casp_pl.pipeline.strategies import plain_strategy
 from casp_pl.processes import process_count
 
-__all__ = ["TrainerFactory", "as_loader"]
+__all__ = ["TrainerFactory", "as_loader", "require_free_keys"]
+
+_INSTEAD = {
+    "accumulate_grad_batches": "data.batch_size is the batch of a step; what does not fit is halved.",
+    "fast_dev_run": "For a quick try add --config configs/models/tiny.yaml.",
+    "max_epochs": "Set block_tuning.epochs.",
+    "max_steps": "Set end_to_end.steps.",
+    "logger": "Losses go to tensorboard/ in the run's directory.",
+    "enable_checkpointing": "Set end_to_end.checkpoint_every.",
+} | dict.fromkeys(
+    ("overfit_batches", "limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches"),
+    "Set data.samples, data.fine_tuning_samples, evaluation.questions or evaluation.text_tokens.",
+)
+_DECIDED_BY_STAGES = (
+    *_INSTEAD, "min_epochs", "min_steps", "max_time", "val_check_interval", "check_val_every_n_epoch",
+    "num_sanity_val_steps", "log_every_n_steps", "gradient_clip_val", "gradient_clip_algorithm",
+    "enable_progress_bar", "enable_model_summary", "use_distributed_sampler", "reload_dataloaders_every_n_epochs",
+    "barebones",
+)  # fmt: skip
+
+
+def require_free_keys(settings: Mapping[str, Any]) -> None:
+    """Settings of a Trainer that the stages decide by themselves may not be given: they would be passed over, or worse.
+
+    Raises:
+        ConfigError: one is.
+    """
+    defaults = inspect.signature(pl.Trainer).parameters
+    for key in _DECIDED_BY_STAGES:
+        if settings.get(key, defaults[key].default) != defaults[key].default:
+            instead = _INSTEAD.get(key, "")
+            raise ConfigError(f"trainer.{key}: every stage decides this by itself; leave it out.\n{instead}".rstrip())
 
 
 class TrainerFactory:
@@ -72,10 +104,13 @@ class TrainerFactory:
             # codes are buffers: they are the same everywhere, and would be sent around with every step
             own["strategy"] = DDPStrategy(forward_sync_buffers=False)
         try:
-            return pl.Trainer(**{**self.settings, **own, **overrides})
+            trainer = pl.Trainer(**{**self.settings, **own, **overrides})
         except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(f"trainer: {reason}") from error
+        # Lightning's handler of SIGTERM asks the other processes first, which may wait for this one, all of them in C
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        return trainer
 
 
 def as_loader(batches: Sequence[dict[str, Any]]) -> DataLoader[Any]:

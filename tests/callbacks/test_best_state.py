@@ -1,5 +1,7 @@
 """The best state is the one of the lowest held-back loss, the state before training included."""
 
+import json
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -113,3 +115,15 @@ def test_a_held_back_loss_that_is_never_finite_is_an_error() -> None:
         fit(Descent(broken=set(), held_back=float("nan")), [BestState()], max_epochs=1)
     with pytest.raises(NumericsError, match="step 0: the loss is NaN"):
         fit(Descent(broken={0}, held_back=float("nan")), [BestState()], max_epochs=1)
+
+
+def test_losses_that_are_not_finite_are_noted_as_json_and_recalled() -> None:
+    kept = BestState()
+    fit(Walk([5.0]), [kept], max_epochs=1)
+    kept.first = float("nan")
+    notes = json.loads(json.dumps(kept.notes(), allow_nan=False))
+    again = BestState()
+    again.recall(kept.state, notes)
+    assert (again.best, again.first, again.restarts) == (kept.best, float("inf"), kept.restarts)
+    again.best = float("inf")
+    assert json.loads(json.dumps(again.notes(), allow_nan=False))["best"] is None

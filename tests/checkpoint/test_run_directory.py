@@ -104,6 +104,28 @@ def test_another_configuration_is_refused_by_key(tmp_path, now, key):
     assert verify(tmp_path) == []
 
 
+DIFFERING = """
+import sys
+import torch.distributed as dist
+from casp_pl.checkpoint import RunDirectory
+from casp_pl.errors import ConfigError
+from casp_pl.processes import process_rank
+
+dist.init_process_group("gloo")
+try:
+    with RunDirectory.open(sys.argv[1], {"data": {"images": 7 + process_rank()}}):
+        sys.exit("nobody noticed")
+except ConfigError as error:
+    assert str(error).startswith("Process 1 is at other work. data.images: 7 in the first process, 8 in that one")
+    assert str(error).count("\\n") == 1
+"""
+
+
+def test_processes_at_different_work_are_refused(tmp_path, start_together, finish_together):
+    finish_together(start_together(["-c", DIFFERING, str(tmp_path / "run")]))
+    assert not (tmp_path / "run").exists()
+
+
 def test_fingerprints_compare_as_json(tmp_path):
     with RunDirectory.open(tmp_path, {"levels": (2, 3), "empty": {}}):
         pass

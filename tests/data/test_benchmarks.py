@@ -43,6 +43,14 @@ def test_gqa(tmp_path):
     assert shown(sample) == ("Is it overcast?", ("no",), "n161313.jpg", "verify")
 
 
+@pytest.mark.parametrize("column", ["question", "answer"])
+def test_half_a_surrogate_pair_ends_the_evaluation(column, tmp_path):
+    row = {"question": "Is it overcast?", "imageId": "n161313", "answer": "no"}
+    path = write(tmp_path / "q.json", {"201307251": row | {column: "\ud83d"}})
+    with pytest.raises(InputError, match=r"GQA: .*one half of a surrogate pair in the text \(\\ud83d\)"):
+        GQA(path=path, image_folder=tmp_path).load("test")
+
+
 @pytest.mark.parametrize("apart", [True, False])
 def test_mme(apart, tmp_path):
     folder = tmp_path / "count"

@@ -73,6 +73,9 @@ def test_llava_json_reads_turns_and_strips_the_mark(llava_folder):
         ({"id": "x7"}, "x7: not a LLaVA conversation"),
         ({"id": "x7", "conversations": [{"from": "human"}, {"from": "gpt"}]}, "x7: not a LLaVA conversation"),
         (["x7"], "#0: not a LLaVA conversation"),
+        (talk("Hi \ud83d", "Hello", name="x7"), "x7: one half of a surrogate pair in the text (\\ud83d)"),
+        (talk("Hi", "Hello", "\udc4d", "Bye", name="x7"), "x7: one half of a surrogate pair in the text (\\udc4d)"),
+        (talk("<image>", "A bus.", image="\ud83d.png", name="x7"), "x7: one half of a surrogate pair"),
     ],
 )
 def test_llava_json_names_the_bad_sample(llava_folder, row, message, ending):
@@ -113,6 +116,29 @@ def test_malformed_rows_within_the_tolerance_are_skipped_and_told(tiny, llava_fo
         f"{path}, line {number}" for number in (12, 41, 51)
     ]
     assert data.counts["samples"] + data.counts["held_back_samples"] == 30
+
+
+def test_whole_surrogate_pairs_are_text(llava_folder):
+    images, write = llava_folder
+    path = write([talk("Hi \U0001f44d", "Hello", name="\ud83d")])
+    assert "\\ud83d\\udc4d" in path.read_text(), "a pair in the file"
+    (sample,) = LlavaJson(path=path, image_folder=images).load("train")
+    assert sample.turns == (Turn("Hi \U0001f44d", "Hello"),)
+    assert sample.id == "train.json#0/\\ud83d", "as JSON writes it, so that it can be printed and drawn"
+
+
+def test_half_a_surrogate_pair_in_a_line_of_text_is_skipped(tiny, tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": f"line {number}"}) for number in range(40)]
+    lines[7] = json.dumps({"text": "a broken \ud83d thumb"})
+    path.write_text("\n".join(lines))
+    data = CalibrationData(
+        text_source=TextFiles(path=path), samples=2, fine_tuning_samples=None, text_ratio=1, text_length=16
+    )
+    data.attach(tiny[1])
+    data.setup()
+    reason = f"{path}, line 8: one half of a surrogate pair in the text (\\ud83d)"
+    assert data.counts["skipped"] == [{"id": f"{path}#7", "reason": reason}]
 
 
 def test_llava_json_bad_files(llava_folder, tmp_path):

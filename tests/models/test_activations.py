@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -26,6 +27,9 @@ def test_auto_leaves_the_reserve_free(tmp_path: Path) -> None:
     assert ActivationStore("memory", tmp_path)(tensor) is tensor
     assert ActivationStore("auto", tmp_path)(tensor) is tensor
     assert ActivationStore("auto", tmp_path, reserve=1 << 60)(tensor) is not tensor
+    available = psutil.virtual_memory().available
+    assert ActivationStore("auto", tmp_path, reserve=available // 8, sharing=2)(tensor) is tensor
+    assert ActivationStore("auto", tmp_path, reserve=available // 8, sharing=16)(tensor) is not tensor
 
 
 def test_a_full_disk_names_path_and_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,8 @@ def words(file: str, old: str, new: str) -> Change:
         pytest.param(lambda folder: (folder / "images").rename(folder / "moved"), set(), id="pictures moved"),
         pytest.param(weights(lambda tensor: tensor[3, 5].mul_(-1)), {"model"}, id="one sign"),
         pytest.param(weights(lambda tensor: tensor.copy_(tensor.flip(0))), {"model"}, id="rows in another order"),
+        pytest.param(words("model/config.json", "10000.0", "20000.0"), {"model_config"}, id="base of rotary positions"),
+        pytest.param(words("model/processor_config.json", "0.4578275", "0.5"), {"image_processor"}, id="mean of green"),
         pytest.param(picture(7), {"data"}, id="picture to learn from"),
         pytest.param(words("train.txt", "late", "soon"), {"data"}, id="text to learn from"),
         pytest.param(picture(17), {"evaluation"}, id="picture to be judged on"),

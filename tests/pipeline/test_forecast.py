@@ -62,6 +62,20 @@ def test_before_calibration_it_says_what_it_cannot_know(recipe: list[str], tmp_p
     assert forecast(recipe, tmp_path / "none", *fixed)["size_is_exact"]
 
 
+def test_a_plan_without_a_choice_of_bits(recipe: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("--quick", "--bits.overrides", "{self_attn: 3, mlp: 2}")
+    told = forecast(recipe, tmp_path / "none", *given)
+    assert {module["name"].split(".")[-2]: module["bits"] for module in told["plan"]["modules"]} == {
+        "self_attn": 3,
+        "mlp": 2,
+    }
+    assert (told["groups"], told["curve"]) == ([], [])
+    assert main(["plan", *recipe, "--run_dir", str(tmp_path / "none"), *given]) == 0
+    printed = capsys.readouterr().out
+    assert "No bits are left to choose: bits.overrides" in printed
+    assert "predicted error" not in printed
+
+
 def test_another_recipe_does_not_use_the_plan(recipe: list[str], finished_run: Path) -> None:
     told = forecast(recipe, finished_run, "--quick", "--bits.budget", "2.5")
     assert told["plan_from"] == "prediction"

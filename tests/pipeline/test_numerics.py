@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,18 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from casp_pl.callbacks import BestState
+from casp_pl.callbacks.report import StageRow
 from casp_pl.checkpoint import RunDirectory
 from casp_pl.cli import recipe_parsers, settings_from
 from casp_pl.console import RunProgress
 from casp_pl.errors import NumericsError, ResourceError
 from casp_pl.models import ModelAdapter, adapt, load_model
+from casp_pl.models.activations import in_memory
 from casp_pl.models.compress import round_to_nearest
 from casp_pl.models.streams import BlockBatch, first_block_batches, run_blocks
 from casp_pl.modules import BlockwiseModule, EndToEndModule
 from casp_pl.modules.end_to_end import teacher_states
+from casp_pl.pipeline.block_files import BlockFiles, block_name, save_block
 from casp_pl.pipeline.blocks import _tune_window
 from casp_pl.pipeline.broken_samples import BrokenSamples
-from casp_pl.pipeline.measure import Measurement
+from casp_pl.pipeline.end_to_end import EndToEndStage
+from casp_pl.pipeline.measure import Measurement, finite_row
 from casp_pl.pipeline.prepare import RunBatches, load_batches, prepare
 from casp_pl.pipeline.run import CompressionRun
 from casp_pl.pipeline.settings import RunSettings
@@ -199,6 +204,100 @@ def run_that_breaks(recipe: list[str], folder: Path, samples: int) -> tuple[RunS
 
     prepared.adapter.model.get_input_embeddings().register_forward_hook(overflow)
     return settings, prepared.adapter, load_batches(settings, prepared.device)
+
+
+def test_a_broken_stage_is_measured_once_and_reads_na(
+    recipe: list[str],
+    tmp_path: Path,
+    trainers: TrainerFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    parser = recipe_parsers()["fit"]
+    settings = settings_from(parser, parser.parse_args([*recipe, "--trainer.accelerator", "cpu"]))
+    prepared = prepare(settings)
+    adapter, measurements = prepared.adapter, []
+    broken = copy.deepcopy(list(adapter.blocks))
+    broken[1].mlp.get_submodule("down_proj").weight.data[0, 0] = NAN
+    measure = Measurement.measure
+
+    def counted(self: Measurement, stage: str, *more: Any, **named: Any) -> StageRow:
+        measurements.append(stage)
+        return measure(self, stage, *more, **named)
+
+    monkeypatch.setattr(Measurement, "measure", counted)
+
+    def measured_rows(run: RunDirectory) -> list[StageRow]:
+        evaluation = Measurement(run, settings.evaluation, prepared.processor, settings.scoring, trainers)
+        with RunProgress({"evaluate original": 1.0, "evaluate rtn": 1.0}, enabled=True) as progress:
+            compression = CompressionRun(settings, run, adapter, evaluation, trainers, progress)
+            for name, blocks in (("original", list(adapter.blocks)), ("rtn", broken)):
+                compression._measure(name, blocks)
+            return compression.rows()
+
+    with RunDirectory.open(tmp_path / "run", {}) as run:
+        first = measured_rows(run)
+        stored = run.read_json("stages/rtn.json")
+    original, rtn = first
+    assert original.perplexity is not None
+    for name in ("perplexity", "perplexity_interval", "kl", "kl_interval", "kl_answers"):
+        assert (getattr(rtn, name), stored[name]) == (None, None), name
+    assert rtn.vqa_interval is not None, "what is finite stays"
+    assert rtn.text_tokens == original.text_tokens
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "casp_pl.pipeline.measure"]
+    assert warning.startswith("RTN: not finite, so they read n/a and are kept as null: perplexity inf, ")
+    shown = capsys.readouterr().out.split("RTN")[1]
+    assert "perplexity" in shown
+    assert "KL n/a" in shown
+    with RunDirectory.open(tmp_path / "run", {}) as run:
+        assert measured_rows(run) == first
+    assert measurements == ["original", "rtn"], "the resumed run measures nothing again"
+
+
+def test_an_infinite_figure_goes_with_its_interval() -> None:
+    row = StageRow(name="rtn", perplexity=math.inf, perplexity_interval=(7.5, math.inf), kl=3.0, kl_interval=(2.0, 4.0))
+    assert finite_row(row) == StageRow(name="rtn", kl=3.0, kl_interval=(2.0, 4.0))
+
+
+def test_a_held_back_sample_that_breaks_late_is_left_out_of_end_to_end_training(
+    recipe: list[str], tmp_path: Path, trainers: TrainerFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, adapter, _ = run_that_breaks(recipe, tmp_path, 160)
+    (token,) = settings.data._processor.tokenizer("#")["input_ids"]
+    for part in (settings.data._kept, settings.data._held_back):
+        part[:] = [sample for sample in part if token not in sample.input_ids]
+    sound, first = settings.data._held_back[1:], settings.data._held_back[0]
+    settings.data._held_back[0] = replace(first, input_ids=(token, *first.input_ids[1:]))
+    settings.end_to_end |= {"steps": 2}
+    held_back = load_batches(settings, adapter.device).held_back
+    passes = []
+
+    def counted(*positional: Any) -> dict[str, Tensor]:
+        passes.append(0)
+        assert len(passes) < 4, "the same sample is found again and again"
+        return teacher_states(*positional)
+
+    monkeypatch.setattr("casp_pl.pipeline.end_to_end.teacher_states", counted)
+    losses = []
+    validated = EndToEndModule.on_validation_epoch_end
+
+    def recorded(self: EndToEndModule) -> None:
+        validated(self)
+        losses.append(float(self.trainer.callback_metrics["val_loss"]))
+
+    monkeypatch.setattr(EndToEndModule, "on_validation_epoch_end", recorded)
+    with RunDirectory.open(tmp_path / "run", {}) as run, RunProgress({"end to end": 1.0}, enabled=False) as progress:
+        for number, block in enumerate(round_to_nearest(adapter, RTNQuantizer(group_size=16), 3)):
+            save_block(run, block_name("blocks", number), block)
+        broken = BrokenSamples(run, adapter, settings.data, None)
+        stage = EndToEndStage(settings, run, adapter, trainers, progress, broken, in_memory)
+        stage.fit(BlockFiles(run, "blocks", adapter), held_back)
+        assert run.read_json("broken_samples.json") == [first.id]
+    assert len(passes) == 2
+    assert settings.data._held_back == sound
+    assert losses
+    assert all(map(math.isfinite, losses))
 
 
 def names(batches: RunBatches) -> set[str]:

@@ -43,6 +43,7 @@ def finish(recipe: list[str], folder: Path, processes: int) -> str:
         command(recipe, folder, processes), env=os.environ | SINGLE_THREAD, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
+    assert "warning" not in (done.stdout + done.stderr).lower()
     return done.stdout
 
 
@@ -211,3 +212,40 @@ def test_one_error_is_told_with_its_code_whichever_process_it_is_of(
     said = [line for line in done.stderr.splitlines() if not line.startswith("warning:")]
     assert said == ["the blocks are broken", "and so", "is the rest"]
     assert done.returncode == 4
+
+
+SIGNALLED = """
+import os, signal, sys
+from casp_pl.cli import main
+from casp_pl.modules import BlockwiseModule
+from casp_pl.processes import process_rank
+
+def signalled(self, batch, batch_idx):
+    if self.global_step == 1 and process_rank() in {signalled}:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(self, batch, batch_idx)
+
+step, BlockwiseModule.training_step = BlockwiseModule.training_step, signalled
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signalled", [(0,), (1,), (0, 1)])
+def test_sigterm_in_block_tuning_ends_all_processes_at_once(
+    signalled: tuple[int, ...],
+    recipe: list[str],
+    alone: Path,
+    tmp_path: Path,
+    start_together: Callable[..., list[subprocess.Popen[bytes]]],
+) -> None:
+    """As under torchrun and SLURM, where no process has started the other; the other waits for gradients, in C."""
+    script = SIGNALLED.replace("{signalled}", str(signalled))
+    processes = start_together(["-c", script, *command(recipe, tmp_path / "run", 2)[3:]])
+    codes = [process.wait(200) for process in processes]
+    errors = [process.communicate()[1].decode() for process in processes]
+    assert codes == [143, 143], errors
+    assert sum("the same command goes on" in error for error in errors) == 1, errors
+    assert not any("Traceback" in error for error in errors), errors
+    finish(recipe, tmp_path / "run", 1)
+    assert_equal_runs(alone, tmp_path / "run")

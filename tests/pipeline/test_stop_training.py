@@ -124,7 +124,6 @@ def stop() -> Any:
     """A `LateStop` under way, over a handler of SIGTERM that raises."""
     before = signal.signal(signal.SIGTERM, _raise)
     late = LateStop()
-    late.remember()
     late.begin()
     yield late
     late.end()
@@ -148,11 +147,7 @@ def test_outside_the_main_thread_signals_do_what_they_did() -> None:
     late = LateStop()
     before = signal.getsignal(signal.SIGTERM)
 
-    def begin() -> None:
-        late.remember()
-        late.begin()
-
-    thread = threading.Thread(target=begin)
+    thread = threading.Thread(target=late.begin)
     thread.start()
     thread.join()
     assert signal.getsignal(signal.SIGTERM) is before

@@ -10,6 +10,7 @@ from typing import Any
 
 from casp_pl.data.sample import Sample, Turn
 from casp_pl.data.sources.base import DataSource, Row, Split
+from casp_pl.data.sources.conversations import check_texts
 from casp_pl.errors import ConfigError, InputError
 
 __all__ = ["Benchmark", "Prompt", "letter", "lettered", "read_json", "read_json_lines"]
@@ -70,8 +71,13 @@ class Prompt:
         self.template = template
 
     def sample(self, id: str, image: Path, answers: Sequence[str], category: str = "", **fields: str) -> Sample:
-        """One question of the benchmark; the most common answer stands for all where one is shown."""
+        """One question of the benchmark; the most common answer stands for all where one is shown.
+
+        Raises:
+            MalformedError: a text is no Unicode.
+        """
         turn = Turn(self.template.format(**fields), Counter(answers).most_common(1)[0][0])
+        check_texts(turn.question, *answers)
         return Sample(id=id, turns=(turn,), images=(image,), answers=tuple(answers), category=category)
 
 

@@ -1,5 +1,6 @@
 """Questions, answers and images of one row as a sample; what does not fit together is refused with the reason."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,9 +8,10 @@ from casp_pl.data.images import ImageSource
 from casp_pl.data.sample import IMAGE_MARK, Sample, Turn
 from casp_pl.errors import InputError
 
-__all__ = ["MalformedError", "image_file", "make_sample", "split_turns"]
+__all__ = ["MalformedError", "check_texts", "image_file", "make_sample", "split_turns"]
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 class MalformedError(ValueError):
@@ -34,6 +36,17 @@ def split_turns(conversation: Sequence[dict[str, str]]) -> tuple[list[str], list
     return texts[::2], texts[1::2]
 
 
+def check_texts(*texts: str) -> None:
+    """Refuses what is no Unicode: JSON may hold one half of a surrogate pair, which no tokenizer and no file takes.
+
+    Raises:
+        MalformedError: with the half, as JSON writes it.
+    """
+    half = next(filter(None, map(_HALF.search, texts)), None)
+    if half is not None:
+        raise MalformedError(f"one half of a surrogate pair in the text (\\u{ord(half[0]):04x})")
+
+
 def make_sample(
     name: str, questions: Sequence[str], answers: Sequence[str], images: Sequence[ImageSource], *, marks: int | None
 ) -> Sample:
@@ -47,8 +60,9 @@ def make_sample(
         marks: how many marks there must be; None where they may also be left out, for images in front.
 
     Raises:
-        MalformedError: the number of marks is not that of the images, or an answer has one.
+        MalformedError: the number of marks is not that of the images, an answer has one, or a text is no Unicode.
     """
+    check_texts(*questions, *answers)
     found = sum(text.count(IMAGE_MARK) for text in [*questions, *answers])
     if found != (marks if marks is not None else found and len(images)):
         raise MalformedError(f"{found} {IMAGE_MARK} marks in the text, but {len(images)} images")
@@ -65,7 +79,9 @@ def image_file(folder: Path, image: str, name: str) -> Path:
 
     Raises:
         InputError: the name points out of the folder.
+        MalformedError: the name is no Unicode.
     """
+    check_texts(image)
     if Path(image).is_absolute() or ".." in Path(image).parts:
         raise InputError(f"Sample {name}: the image {image} lies outside the image folder")
     return folder / image

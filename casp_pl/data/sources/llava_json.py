@@ -67,7 +67,7 @@ class LlavaJson(DataSource):
 
     def _row(self, row: JsonRow, name: str) -> Row:
         if isinstance(row.value, dict) and isinstance(row.value.get("id"), str | int):
-            name = f"{name}/{row.value['id']}"
+            name = f"{name}/{row.value['id']}".encode(errors="backslashreplace").decode()
         try:
             if row.problem:
                 raise MalformedError(row.problem)

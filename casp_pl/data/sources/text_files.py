@@ -7,7 +7,8 @@ from pathlib import Path
 from casp_pl.data.sample import Sample
 from casp_pl.data.skipped import Skipped
 from casp_pl.data.sources.base import DataSource, Row, Split
-from casp_pl.data.sources.json_rows import json_rows
+from casp_pl.data.sources.conversations import MalformedError, check_texts
+from casp_pl.data.sources.json_rows import JsonRow, json_rows
 from casp_pl.errors import ConfigError, InputError
 
 __all__ = ["TextFiles"]
@@ -30,7 +31,9 @@ class TextFiles(DataSource):
         self.column = column
 
     def rows(self, split: Split, start: int = 0) -> Iterator[Row]:
-        """One sample per file or line that is not blank, files by name; a line without the column is skipped.
+        """One sample per file or line that is not blank, files by name.
+
+        Skipped are lines without the column, and those whose text is no Unicode.
 
         Raises:
             InputError: no such file, no text in the folder, or a file that is not UTF-8.
@@ -53,15 +56,22 @@ class TextFiles(DataSource):
             raise InputError(f"TextFiles: no text in {path}: give a .txt or .jsonl file or a folder that holds some")
 
     def _lines(self, file: Path) -> Iterator[Row]:
-        for number, (place, row, problem) in enumerate(json_rows(file)):
+        for number, row in enumerate(json_rows(file)):
             name = f"{file}#{number}"
-            text = row.get(self.column) if isinstance(row, dict) else None
-            if isinstance(text, str):
-                yield Sample(id=name, text=text)
-            else:
-                keys = list(row) if isinstance(row, dict) else type(row).__name__
-                missing = f"no text in the column {self.column!r}, there is {keys}"
-                yield Skipped(name, f"{place}: {problem or missing}")
+            try:
+                yield Sample(id=name, text=self._text(row))
+            except MalformedError as error:
+                yield Skipped(name, f"{row.place}: {error}")
+
+    def _text(self, row: JsonRow) -> str:
+        if row.problem:
+            raise MalformedError(row.problem)
+        text = row.value.get(self.column) if isinstance(row.value, dict) else None
+        if not isinstance(text, str):
+            keys = list(row.value) if isinstance(row.value, dict) else type(row.value).__name__
+            raise MalformedError(f"no text in the column {self.column!r}, there is {keys}")
+        check_texts(text)
+        return text
 
 
 def _read(file: Path) -> str:

@@ -132,8 +132,8 @@ def tensor_digests() -> Callable[[Path], dict[str, str]]:
 
 
 @pytest.fixture
-def race_free() -> Iterator[Callable[..., None]]:
-    """race_free(compute, tolerance=0): fails unless 400 calls with two threads return the same bits.
+def assert_race_free() -> Iterator[Callable[..., None]]:
+    """assert_race_free(compute, tolerance=0): fails unless 400 calls with two threads return the same bits.
 
     They are those of one thread, but for a tolerance relative to the largest value, where a BLAS has a part in them.
     """

@@ -54,10 +54,8 @@ def require_new(directory: Path | str) -> None:
 
 
 def _check_target(target: Path) -> None:
-    if target.is_dir() and (not any(target.iterdir()) or is_compressed_model(target)):
-        return
-    if target.exists():
-        raise ResourceError(f"{target} exists and is no compressed model: it is not overwritten.\nGive another place.")
+    if not (target.is_dir() and is_compressed_model(target)):
+        require_new(target)
 
 
 def _seal(directory: Path) -> None:

@@ -58,7 +58,7 @@ class ActivationStore:
         return self._mapped(tensor)
 
     def _has_room(self, tensor: Tensor) -> bool:
-        """Whether what is there already, the tensor itself among it, leaves the reserve free."""
+        """Whether the reserve stays free where the tensor lies; on a CPU with room for one more like it."""
         if tensor.is_cuda:
             kept_for_later = torch.cuda.memory_reserved(tensor.device) - torch.cuda.memory_allocated(tensor.device)
             return torch.cuda.mem_get_info(tensor.device)[0] + kept_for_later > self.reserve

@@ -158,7 +158,7 @@ def tune_blocks(
                 loaded = [load_block(run, name, adapter, number) for name, number in zip(names, numbers, strict=True)]
                 tuned, losses = [block for block, _ in loaded], loaded[-1][1]
             else:
-                module = partial(
+                make = partial(
                     BlockwiseModule,
                     train=list(zip(student[:count], (batch.hidden for batch in teacher[:count]), strict=True)),
                     held_back=list(zip(student[count:], zip(*held_back_targets, strict=True), strict=True)),
@@ -166,8 +166,8 @@ def tune_blocks(
                     seed=seed * 1000 + first,
                     **tuning,
                 )
-                tuned, losses = _tune_window(module, [quantized[number] for number in numbers], trainers, update)
-                del module  # else the next window's targets would be made beside what this one has read
+                tuned, losses = _tune_window(make, [quantized[number] for number in numbers], trainers, update)
+                del make  # else the next window's targets would be made beside what this one has read
                 for name, block in zip(names, tuned, strict=True):
                     require_storable(block)
                     block.eval().requires_grad_(False)

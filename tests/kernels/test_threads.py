@@ -129,8 +129,8 @@ CASES: dict[str, Callable[[], Compute]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_threads_give_the_bits_of_one(case: str, race_free: Callable[[Compute], None]) -> None:
-    race_free(CASES[case]())
+def test_two_threads_give_the_bits_of_one(case: str, assert_race_free: Callable[[Compute], None]) -> None:
+    assert_race_free(CASES[case]())
 
 
 def test_no_loop_is_left_out() -> None:

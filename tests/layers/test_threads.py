@@ -49,21 +49,21 @@ LAYERS: dict[str, Callable[[], QuantizedLinear]] = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_few_tokens(name: str, race_free: Callable[..., None]) -> None:
+def test_few_tokens(name: str, assert_race_free: Callable[..., None]) -> None:
     layer, x = LAYERS[name](), _numbers(5, COLUMNS)
     with torch.no_grad():
-        race_free(lambda: (layer(x[:1]), layer(x)), 0 if "AQLM" in name else ROUNDING)
+        assert_race_free(lambda: (layer(x[:1]), layer(x)), 0 if "AQLM" in name else ROUNDING)
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_many_tokens(name: str, race_free: Callable[..., None]) -> None:
+def test_many_tokens(name: str, assert_race_free: Callable[..., None]) -> None:
     layer, x = LAYERS[name](), _numbers(35, COLUMNS)
     with torch.no_grad():
-        race_free(lambda: (layer(x),), ROUNDING)
+        assert_race_free(lambda: (layer(x),), ROUNDING)
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_weight_and_its_gradients(name: str, race_free: Callable[..., None]) -> None:
+def test_the_weight_and_its_gradients(name: str, assert_race_free: Callable[..., None]) -> None:
     layer, pull = LAYERS[name](), _numbers(ROWS, COLUMNS)
     tables = list(layer.tables().values())
 
@@ -71,4 +71,4 @@ def test_the_weight_and_its_gradients(name: str, race_free: Callable[..., None])
         weight = layer.dequantize()
         return weight.detach(), *torch.autograd.grad(weight, tables, pull)
 
-    race_free(compute, ROUNDING if "E8P" in name else 0)
+    assert_race_free(compute, ROUNDING if "E8P" in name else 0)

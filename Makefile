@@ -38,7 +38,7 @@ test-browser: browser  ## open a report in Qt's Chromium, which `test` does wher
 	$(BIN)/python -m pytest tests/callbacks/test_report_in_browser.py
 
 test-peers: peers  ## run the tests that load exports with gptqmodel, which others skip
-	.venv-peers/bin/python -m pytest tests/export -k gptqmodel
+	.venv-peers/bin/python -m pytest -W ignore::DeprecationWarning tests/export -k gptqmodel
 
 bench: .venv  ## measure kernels, quantizers, training steps and growth into runs/bench (BENCH=--full: all, for hours)
 	$(BIN)/python -m benchmarks $(BENCH)

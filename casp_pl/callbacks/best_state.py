@@ -7,11 +7,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from casp_pl.errors import NumericsError
-from casp_pl.modules.sharding import own_parts
+from casp_pl.modules.sharding import own_parts, trained_parts
 from casp_pl.processes import is_first, mean_of_all
 
 __all__ = ["BestState"]
@@ -30,6 +30,7 @@ class BestState(pl.Callback):
     Each process keeps its own part of a model that is divided.
 
     Args:
+        codes: whether codes change too, or parameters alone; what does not change is not kept.
         monitor: the logged value, lower is better.
 
     Attributes:
@@ -38,7 +39,8 @@ class BestState(pl.Callback):
         state: what training may change, as it was at the lowest; empty before the first validation.
     """
 
-    def __init__(self, *, monitor: str = "val_loss") -> None:
+    def __init__(self, *, codes: bool = True, monitor: str = "val_loss") -> None:
+        self.codes = codes
         self.monitor = monitor
         self.best = inf
         self.first = inf
@@ -46,6 +48,10 @@ class BestState(pl.Callback):
         self._validated = False
         self._loss_is_finite = True
         self.state: dict[str, Tensor] = {}
+
+    def changing(self, module: nn.Module) -> dict[str, Tensor]:
+        """This process's parts of all that training may change."""
+        return own_parts(module) if self.codes else trained_parts(module)
 
     def notes(self) -> dict[str, float | None]:
         """What belongs to `state`, to be saved with it; None for a loss that is not finite: JSON has no such number."""
@@ -73,7 +79,7 @@ class BestState(pl.Callback):
             self.first, self._validated = loss, True
         if loss < self.best:
             self.best = loss
-            self.state = {name: tensor.clone() for name, tensor in own_parts(pl_module).items()}
+            self.state = {name: tensor.clone() for name, tensor in self.changing(pl_module).items()}
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Look at the loss; NaN of one process is NaN in the mean of all, so they decide alike."""
@@ -126,7 +132,7 @@ class BestState(pl.Callback):
             )
 
     def _restore(self, pl_module: pl.LightningModule) -> None:
-        parts = own_parts(pl_module)
+        parts = self.changing(pl_module)
         with torch.no_grad():
             for name, tensor in self.state.items():
                 parts[name].copy_(tensor)

@@ -26,7 +26,7 @@ _READING = """\
 - **size** is the whole model as stored; **weights in memory** as it lies there while it runs (float32 on a CPU).
 - **decode** is greedy, one sequence, one token at a time after a short prompt, compressed layers by look-up. **peak
   memory** is the largest resident size of the process meanwhile, libraries included (on a GPU the largest allocation).
-- n/a: not measured, or does not apply."""
+- n/a: not measured, not finite, or does not apply."""
 
 
 @dataclass(frozen=True, kw_only=True)

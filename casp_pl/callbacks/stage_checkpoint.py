@@ -17,7 +17,7 @@ from casp_pl.callbacks.best_state import BestState
 from casp_pl.checkpoint import RunDirectory
 from casp_pl.errors import StopRun
 from casp_pl.layers import AdditiveLinear
-from casp_pl.modules.sharding import local, own_parts, plain_name, trained_parts
+from casp_pl.modules.sharding import local, plain_name
 from casp_pl.processes import largest_of_all, wait_for_all
 from casp_pl.stopping import LateStop
 
@@ -124,9 +124,9 @@ class StageCheckpoint(pl.Callback):
         return self.run.read_tensors(f"{name}/000.safetensors")
 
     def _save(self, trainer: pl.Trainer, module: Any, step: int) -> None:
-        optimizer, chosen = trainer.optimizers[0], self._kept_names(module)
-        tensors = {f"now/{name}": part.clone() for name, part in own_parts(module).items() if name in chosen}
-        tensors |= {f"best/{name}": part for name, part in self.best.state.items() if name in chosen}
+        optimizer = trainer.optimizers[0]
+        tensors = {f"now/{name}": part.clone() for name, part in self.best.changing(module).items()}
+        tensors |= {f"best/{name}": part for name, part in self.best.state.items()}
         for name, parameter in _trained(module.blocks):
             state = optimizer.state.get(parameter) or {}  # none where no part of the parameter is here
             for moment in _MOMENTS:
@@ -145,14 +145,9 @@ class StageCheckpoint(pl.Callback):
         for other in older:
             self.run.discard(other)
 
-    def _kept_names(self, module: Any) -> set[str]:
-        """Codes are saved only where they change."""
-        return set(own_parts(module) if module.update_codes else trained_parts(module))
-
     def _restore_module(self, module: nn.Module, saved: dict[str, Tensor]) -> None:
-        for name, part in own_parts(module).items():
-            if name in saved:
-                part.copy_(saved[name])
+        for name, part in self.best.changing(module).items():
+            part.copy_(saved[name])
 
 
 def _trained(blocks: nn.Module) -> list[tuple[str, nn.Parameter]]:

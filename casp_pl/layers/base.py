@@ -10,7 +10,7 @@ from casp_pl.errors import NumericsError
 from casp_pl.layers.product import linear
 from casp_pl.processes import mean_of_all
 
-__all__ = ["STORED_FLOAT_BITS", "QuantizedLinear", "round_to_float16"]
+__all__ = ["STORED_FLOAT_BITS", "QuantizedLinear", "output_dtype", "round_to_float16"]
 
 STORED_FLOAT_BITS = 16
 
@@ -151,10 +151,8 @@ class QuantizedLinear(nn.Module, ABC):
 
     def output_of(self, products: Tensor, x: Tensor) -> Tensor:
         """Products (N, O) of x (..., I) in float32 -> the layer's output (..., O) in the dtype that F.linear gives."""
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         y = products if self.bias is None else products + self.bias
-        return y.to(dtype).view(*x.shape[:-1], self.out_features)
+        return y.to(output_dtype(x)).view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """The spec in one line, as `print(model)` shows it."""
@@ -176,6 +174,12 @@ class QuantizedLinear(nn.Module, ABC):
         else:
             self.weight_gradient[0] += gradient
             self.weight_gradient[1].addcmul_(gradient, gradient)
+
+
+def output_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of what F.linear makes of x: autocast's where it is enabled."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from casp_pl.errors import ConfigError
 from casp_pl.kernels.lattice import GROUP_LENGTH, LATTICE_STAGES, pack_lattice, unpack_lattice
 from casp_pl.kernels.lookup import loop_for
-from casp_pl.layers.base import STORED_FLOAT_BITS, QuantizedLinear
+from casp_pl.layers.base import STORED_FLOAT_BITS, QuantizedLinear, output_dtype
 from casp_pl.layers.cache import CodesCache
 from casp_pl.layers.lattice_rows import LatticeRows
 from casp_pl.layers.lattice_weight import dequantize_lattice, lattice_points, multiply_lattice
@@ -132,8 +132,7 @@ class LatticeLinear(QuantizedLinear):
                 return rebuilt_linear(mixed, lambda tile: lattice_points(self.codes[tile], x.dtype), tiles, ())
 
             y = multiply_lattice(x, product, self.su, self.sv, width)
-            y = y if self.bias is None else y + self.bias
-            return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+            return (y if self.bias is None else y + self.bias).to(output_dtype(x))
         rows = self._rows.get(lambda: LatticeRows(self.codes, self.bits, loop), self.codes)
         with torch.autocast(x.device.type, enabled=False):
             inputs = x.reshape(-1, self.in_features).float()

@@ -71,7 +71,7 @@ class EndToEndStage:
         self.arguments = dict(settings.end_to_end)
         self.steps: int = self.arguments["steps"]
         self.wrapping = wrapping_of(trainers.settings)
-        best = BestState()
+        best = BestState(codes=self.arguments["update_codes"])
         self.checkpoint = StageCheckpoint(
             run,
             best,

@@ -169,6 +169,7 @@ def workload(settings: RunSettings, adapter: ModelAdapter) -> Workload:
         tuning_epochs=settings.block_tuning.get("epochs", 0),
         tuning_window=settings.block_tuning.get("window", 1),
         steps=steps,
+        codes_change=settings.end_to_end.get("update_codes", False),
         taught_tokens=round(a_sample * taught),
         counted_tokens=round(counted * (taught + counts["held_back_samples"])),
         batches_bytes=round(sample_bytes * (counts["samples"] + counts["held_back_samples"])),

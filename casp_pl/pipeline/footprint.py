@@ -84,7 +84,7 @@ def stage_memory(
     kept = work.batch_tokens * kept_bytes
     moments = 3 * shape.widest**2 * _DOUBLE
     window = 2 * codes * work.tuning_window // shape.blocks
-    training = 2 * codes + shape.widening + logits + work.taught_bytes
+    training = (1 + work.codes_change) * codes + shape.widening + logits + work.taught_bytes
     own = {
         "evaluate original": logits,
         "evaluate rtn": codes + dense + logits,

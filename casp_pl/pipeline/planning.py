@@ -48,6 +48,7 @@ class Workload:
         tuning_epochs: passes of the block tuning; 0 leaves it out.
         tuning_window: blocks that are tuned together.
         steps: optimizer steps of the end-to-end stage; 0 leaves it out.
+        codes_change: whether these steps change codes.
         taught_tokens: tokens of the samples that these steps see, each once.
         counted_tokens: of these and those held back, the tokens that are trained on.
         batches_bytes: of all batches of calibration, tuning and held back as tensors, pixels above all.
@@ -64,6 +65,7 @@ class Workload:
     tuning_epochs: int
     tuning_window: int
     steps: int
+    codes_change: bool
     taught_tokens: int
     counted_tokens: int
     batches_bytes: int

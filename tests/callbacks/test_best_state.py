@@ -60,6 +60,14 @@ def test_the_lowest_loss_wins(values: list[float], best: float) -> None:
     assert len(steps) == 6, "validation batches do not count"
 
 
+@pytest.mark.parametrize("codes", [True, False])
+def test_codes_are_kept_where_they_change(codes: bool) -> None:
+    module, kept = Walk([5.0]), BestState(codes=codes)
+    module.register_buffer("codes", torch.arange(3))
+    fit(module, [kept], max_epochs=1)
+    assert kept.state.keys() == ({"weight", "codes"} if codes else {"weight"})
+
+
 class Descent(pl.LightningModule):
     """The loss is weight^2, and NaN at the steps in `broken`; the held-back loss is the weight."""
 

@@ -131,8 +131,21 @@ def test_looked_up_where_nothing_forbids_it(
         assert not calls
         torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
         assert calls
-        with torch.autocast("cpu", torch.bfloat16):
-            assert layer(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("tokens", [1, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "settings"), [KINDS[1], KINDS[3], KINDS[8]])
+def test_the_dtype_is_that_of_a_dense_layer(
+    kind: str, settings: tuple[int, ...], dtype: torch.dtype, tokens: int
+) -> None:
+    layer, dense = _layer(kind, settings, (5, 13), dtype), nn.Linear(13, 5, dtype=dtype)
+    x = torch.ones(tokens, 13, dtype=dtype)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            assert layer(x).dtype == dense(x).dtype == dtype
+            with torch.autocast("cpu", torch.bfloat16):
+                assert layer(x).dtype == dense(x).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("kind", "settings"), [KINDS[1], KINDS[3], KINDS[8]])

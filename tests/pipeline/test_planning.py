@@ -40,6 +40,7 @@ WORK = Workload(
     tuning_epochs=2,
     tuning_window=2,
     steps=10,
+    codes_change=False,
     taught_tokens=800,
     counted_tokens=90,
     batches_bytes=5000,

@@ -88,13 +88,13 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     print(heading(options.threads))
     OURS.quantize(*random_case(16, 16), bits=2)  # loads what is compiled
-    totals, ratios, count = [0.0, 0.0], list[float](), 0
+    slow_total, fast_total, ratios, count = 0.0, 0.0, list[float](), 0
     for name, weight, moment in cases(options):
         official, slow = timed(lambda: official_aqlm(weight, moment, rounds=options.rounds))  # noqa: B023
         runs = [timed(lambda: OURS.quantize(weight, moment, bits=2)) for _ in range(options.repeats)]  # noqa: B023
         ours, fast = runs[0][0].dequantize().detach(), statistics.median(seconds for _, seconds in runs)
         losses = [float(relative_proxy_loss(weight, made, moment)) for made in (official.weight, ours)]
-        totals, count = [totals[0] + slow, totals[1] + fast], count + 1
+        slow_total, fast_total, count = slow_total + slow, fast_total + fast, count + 1
         if official.ended:
             ratios.append(losses[1] / losses[0])
         rounds = f"{official.rounds}{'' if official.ended else ', stopped'}"
@@ -104,7 +104,7 @@ def main() -> None:
             f" {f'{ratios[-1]:.3f}' if official.ended else ''} |",
             flush=True,
         )
-    print(summary(*totals, ratios, count))
+    print(summary(slow_total, fast_total, ratios, count))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ SHAPES = {"embedded": Shape(576, 1536, 9, 3, 6, 192), "7b": Shape(4096, 11008, 3
 TINY = Shape(64, 128, 1, 1, 1, 4)
 DENSE, NORMS = "dense", "dense, norms alone"
 LAYERS: dict[str, Callable[[int, int], nn.Module] | None] = {
-    DENSE: None, NORMS: None, "AQLM 2x8": additive, "QuIP# E8P": lattice(2), "GPTQ g64 act-order": uniform(2),
+    DENSE: None, NORMS: None, "AQLM 2x8": additive(2), "QuIP# E8P": lattice(2), "GPTQ g64 act-order": uniform(2),
 }  # fmt: skip
 
 
@@ -61,19 +61,22 @@ def make_block(name: str, config: LlamaConfig) -> Any:
     return block
 
 
-def contender(name: str, shape: Shape) -> Callable[[], None]:
-    """One training step."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
+def config_of(shape: Shape) -> LlamaConfig:
+    """Of a model with such blocks."""
+    settings: dict[str, Any] = {"attn_implementation": "sdpa"}  # an argument that transformers does not declare
+    return LlamaConfig(
         hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_attention_heads=shape.heads,
-        num_key_value_heads=shape.key_value_heads, attn_implementation="sdpa",
+        num_key_value_heads=shape.key_value_heads, **settings,
     )  # fmt: skip
+
+
+def step_of(name: str, block: Any, shape: Shape) -> Callable[[], None]:
+    """One training step of a contender's block, always on the same batch."""
     hidden = torch.randn(shape.samples, shape.length, shape.hidden)
-    rotary = LlamaRotaryEmbedding(config)(hidden, torch.arange(shape.length)[None])
+    rotary = LlamaRotaryEmbedding(config_of(shape))(hidden, torch.arange(shape.length)[None])
     real = torch.ones(hidden.shape[:2], dtype=torch.bool)
     batch = BlockBatch(hidden, real, ~real, {"position_embeddings": rotary, "attention_mask": None})
     target = torch.randn_like(hidden)
-    block = make_block(name, config)
     module = BlockwiseModule([block], [(batch, target)], [])
     if name == DENSE:
         block.requires_grad_(True)
@@ -81,10 +84,16 @@ def contender(name: str, shape: Shape) -> Callable[[], None]:
 
     def step() -> None:
         optimizer.zero_grad()
-        module.batch_loss((batch, target)).backward()
+        module.batch_loss((batch, target)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     return step
+
+
+def contender(name: str, shape: Shape) -> Callable[[], None]:
+    """One training step of a block of random weights."""
+    torch.manual_seed(0)
+    return step_of(name, make_block(name, config_of(shape)), shape)
 
 
 def load_compiled() -> None:

@@ -22,6 +22,7 @@ import numba
 import torch
 from torch import Tensor
 
+from benchmarks.kernels import sizes
 from casp_pl.kernels.divergence import head_divergence, head_divergence_reference
 from casp_pl.kernels.lattice import LATTICE_STAGES, QUARTER, LatticeStage, decode_e8p_reference, e8_residual
 from casp_pl.layers import AdditiveLinear, LatticeLinear, QuantizedLinear, UniformLinear
@@ -144,7 +145,9 @@ def doubled(tensors: Sequence[Tensor]) -> list[Tensor]:
 def works(case: Case, x: Tensor) -> list[Work]:
     """The weight of a layer, and its product with inputs x (N, I)."""
     layer, formula = case.layer, case.formula
-    tables = list(layer.tables().values())
+    tables: list[Tensor] = list(layer.tables().values())
+    if layer.bias is None:
+        raise ValueError("a case has a bias")
     inputs = [x, layer.bias, *tables]
     return [
         Work("weight", layer.dequantize, tables, formula, doubled(tables)),
@@ -244,19 +247,13 @@ def divergence(calls: int) -> bool:
     return compared("divergence of logits", "997x75", work, None, calls)
 
 
-def sizes(shape: str) -> tuple[int, int]:
-    """131x75 -> (131, 75)."""
-    rows, columns = map(int, shape.split("x"))
-    return rows, columns
-
-
 def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="ROWSxCOLUMNS")
     parser.add_argument("--calls", type=int, default=400)
     options = parser.parse_args()
-    if numba.config.NUMBA_NUM_THREADS < 2:
+    if numba.get_num_threads() < 2:
         parser.error("numba has one thread here, and a race needs two: NUMBA_NUM_THREADS=2 asks for them")
     torch.manual_seed(0)
     columns = f"| layer | shape | work | same bits, {options.calls} calls | error | error of gradients | gradcheck |"

@@ -139,7 +139,7 @@ def write_video(path: Path, frames: Iterable[Image.Image]) -> None:
         stream = container.add_stream("mpeg4", rate=8)
         stream.width, stream.height, stream.pix_fmt = 224, 224, "yuv420p"
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))  # type: ignore[no-untyped-call]
         container.mux(stream.encode())
 
 

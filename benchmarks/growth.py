@@ -42,7 +42,8 @@ def exponent(costs: Costs) -> float:
     """Slope of log cost over log size, of the four largest sizes."""
     points = [(math.log(size), math.log(cost)) for size, cost in sorted(costs.items())[-4:]]
     mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
+    slope: float = sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
+    return slope
 
 
 def draw(quantizers: dict[str, Costs], calibration: Costs, path: Path) -> None:

@@ -16,6 +16,7 @@ import argparse
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,12 @@ PROMPT = 256
 GROUP = 64
 
 Make = Callable[[int, int], QuantizedLinear]
+
+
+def sizes(shape: str) -> tuple[int, int]:
+    """131x75 -> (131, 75)."""
+    rows, columns = map(int, shape.split("x"))
+    return rows, columns
 
 
 def additive(books: int) -> Make:
@@ -77,6 +84,7 @@ LAYERS: dict[str, Make] = {
 PEER, PEER_OF = "aqlm package", "AQLM 2x8"  # whose codes it gets
 COLUMNS = ["dense", PEER, *LAYERS]
 
+Layer = Callable[[Tensor], Tensor]
 Calls = Sequence[Callable[[], Tensor]]
 
 
@@ -97,12 +105,12 @@ def package(layer: AdditiveLinear, x: Tensor) -> Callable[[], Tensor]:
     return lambda: numba_gemm_lut(x, codes, books, scales, None)
 
 
-def calls(layers: Sequence[nn.Module], x: Tensor) -> Calls:
+def calls(layers: Sequence[Layer], x: Tensor) -> Calls:
     """The product with every layer."""
-    return [lambda layer=layer: layer(x) for layer in layers]
+    return [partial(layer, x) for layer in layers]
 
 
-def exact(layer: nn.Module, x: Tensor) -> Tensor:
+def exact(layer: nn.Linear | QuantizedLinear, x: Tensor) -> Tensor:
     """The product in float64, which our loops do not know: torch decodes the weight."""
     wide = copy.deepcopy(layer).double()
     weight = wide.weight if isinstance(wide, nn.Linear) else wide.dequantize()
@@ -129,7 +137,9 @@ def one_token(rows: int, columns: int, threads: int, rates: Rates, repeats: int)
     """Lines of a shape."""
     x = torch.randn(1, columns)
     count = -(-CACHE // (4 * rows * columns))
-    layers: dict[str, list[nn.Module]] = {"dense": [nn.Linear(columns, rows, bias=False) for _ in range(count)]}
+    layers: dict[str, list[nn.Linear | QuantizedLinear]] = {
+        "dense": [nn.Linear(columns, rows, bias=False) for _ in range(count)]
+    }
     limits = {"dense": 4 * rows * columns / rates.reading}
     for name, make in LAYERS.items():
         first = make(rows, columns)
@@ -147,8 +157,8 @@ def one_token(rows: int, columns: int, threads: int, rates: Rates, repeats: int)
 def prompt(rows: int, columns: int, threads: int, rates: Rates, repeats: int) -> list[str]:
     """Lines of a shape."""
     x = torch.randn(PROMPT, columns)
-    layers: dict[str, nn.Module] = {name: make(rows, columns) for name, make in LAYERS.items()}
-    layers = {"dense": nn.Linear(columns, rows, bias=False), **layers}
+    layers: dict[str, nn.Linear | QuantizedLinear] = {"dense": nn.Linear(columns, rows, bias=False)}
+    layers |= {name: make(rows, columns) for name, make in LAYERS.items()}
     limits = dict.fromkeys(layers, 2 * PROMPT * rows * columns / rates.multiplying)
     contenders = {name: calls([layer], x) for name, layer in layers.items()}
     products = {name: exact(layer, x) for name, layer in layers.items()}
@@ -163,7 +173,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
-    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes]
+    shapes = [sizes(shape) for shape in options.shapes]
     rates: dict[int, Rates] = {}
     for threads in options.threads:
         torch.set_num_threads(threads)

@@ -79,7 +79,7 @@ def write_checkpoint(folder: Path, shape: Shape, blocks: int) -> None:
     for name, tensor in model.state_dict().items():
         number = name.split(".layers.")[1].split(".")[0] if "language_model.layers." in name else None
         groups.setdefault("rest" if number is None else f"block-{int(number):03d}", {})[name] = tensor
-    places = {}
+    places: dict[str, str] = {}
     for group, tensors in groups.items():
         file = folder / f"model-{group}.safetensors"
         on_disk = revert_weight_conversion(model, tensors)

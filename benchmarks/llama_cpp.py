@@ -52,7 +52,7 @@ def write_gguf(model: LlamaForCausalLM, path: Path) -> None:
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_head_count_kv(config.num_key_value_heads or config.num_attention_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(VOCABULARY)
     writer.add_tokenizer_model("none")
@@ -126,7 +126,7 @@ def decoding(model: LlamaForCausalLM, token: int) -> Step:
 
 def compressed(model: LlamaForCausalLM, name: str) -> tuple[LlamaForCausalLM, int]:
     """The same model with layers of ours in the block, of random codes; and their bytes."""
-    other, size = LlamaForCausalLM(model.config).eval(), 0
+    other, size = LlamaForCausalLM(model.config).eval(), 0  # type: ignore[no-untyped-call]
     for place, linear in linears(other):
         layer = LAYERS[name](linear.out_features, linear.in_features)
         other.model.layers[0].set_submodule(place, layer)
@@ -143,12 +143,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     options = parser.parse_args()
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=options.hidden, intermediate_size=options.intermediate,
-            num_hidden_layers=1, num_attention_heads=options.heads, num_key_value_heads=options.heads,
-        )
-    ).eval()  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=options.hidden, intermediate_size=options.intermediate,
+        num_hidden_layers=1, num_attention_heads=options.heads, num_key_value_heads=options.heads,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()  # type: ignore[no-untyped-call]
     ours = {name: compressed(model, name) for name in OURS}
     silent = llama_cpp.llama_log_callback(lambda *_: None)
     llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))

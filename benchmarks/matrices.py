@@ -40,7 +40,10 @@ def real_matrices(blocks: Sequence[int], tokens: int) -> dict[tuple[int, str], t
     for window in windows:
         adapter.decoder(window[None])
     return {
-        (block, name): (adapter.blocks[block].get_submodule(name).weight.detach().clone(), moments[block, group[0]])
+        (block, name): (
+            adapter.blocks[block].get_parameter(f"{name}.weight").detach().clone(),
+            moments[block, group[0]],
+        )
         for block in blocks
         for group in adapter.linear_groups
         for name in group

@@ -34,7 +34,7 @@ _VECTOR = 8
 class VectorLoops(NamedTuple):
     """The loops of `numba_vectors` for codes in the layouts in which they are stored, taking tensors."""
 
-    e8p: Callable[..., None]
+    lattice: Callable[..., None]
     uniform: Callable[..., None]
     least_rows: int
 
@@ -46,7 +46,7 @@ class LookupLoop(NamedTuple):
         run: (x, codebooks, codes, weights, span, sums) as `triton_lookup.lookup` takes them, but codes arranged.
         arrange: codes uint8 (O, M) -> the layout that `run` takes for them.
         tokens: up to how many this is faster than dequantizing a weight and multiplying with it.
-        vectors: what decodes codes of E8P and whole numbers instead, where that is faster than `run`.
+        vectors: what decodes lattice codes and whole numbers instead, where that is faster than `run`.
     """
 
     run: Callable[..., None]
@@ -56,14 +56,14 @@ class LookupLoop(NamedTuple):
 
 
 class AdditiveLoops(NamedTuple):
-    """The loops of `numba_additive`, taking tensors."""
+    """The loops of `numba_additive`, taking tensors; `gather` is that of `numba_vectors` for groups of 8."""
 
     gather: Callable[..., None]
     scatter: Callable[..., None]
 
 
 class WeightLoops(NamedTuple):
-    """The loops of `numba_dequantize`, taking tensors; `uniform` reads so many bytes ahead."""
+    """`numba_dequantize.uniform_weight`, which reads so many bytes ahead, and `numba_vectors.rebuild_lattice`."""
 
     uniform: Callable[..., None]
     lattice: Callable[..., None]
@@ -98,7 +98,14 @@ def additive_loops(tensor: Tensor) -> AdditiveLoops | None:
     if not _fits(tensor):
         return None
     gather, scatter = _load("additive", "gather"), _load("additive", "scatter")
-    return None if gather is None or scatter is None else AdditiveLoops(gather, scatter)
+    eights = _load("vectors", "rebuild_additive", _as_they_are)
+    if gather is None or scatter is None or eights is None:
+        return None
+
+    def either(codes: Tensor, codebooks: Tensor, scales: Tensor, weight: Tensor) -> None:
+        (eights if codebooks.shape[2] == _VECTOR else gather)(codes, codebooks, scales, weight)
+
+    return AdditiveLoops(either, scatter)
 
 
 def gather_loop(tensor: Tensor) -> Callable[..., None] | None:
@@ -121,7 +128,7 @@ def weight_loops(device: torch.device, dtype: torch.dtype) -> WeightLoops | None
     """The loops that write rows of a weight from packed codes, in float32; None where torch has to do it."""
     if device.type != "cpu" or dtype == torch.float64 or torch.compiler.is_compiling():
         return None
-    uniform, lattice = _load("dequantize", "uniform_weight"), _load("dequantize", "lattice_weight")
+    uniform, lattice = _load("dequantize", "uniform_weight"), _load("vectors", "rebuild_lattice", _as_they_are)
     if uniform is None or lattice is None:
         return None
     from casp_pl.kernels.numba_dequantize import AHEAD
@@ -169,9 +176,9 @@ def lookup_loops() -> dict[str, LookupLoop]:
 
 def _vector_loop(floats: Callable[..., None]) -> LookupLoop | None:
     """`numba_vectors`, and the look-up of single products for the groups that it does not take."""
-    loops = [_load("vectors", f"multiply_{kind}", _as_they_are) for kind in ("additive", "e8p", "uniform")]
-    additive, e8p, uniform = loops
-    if additive is None or e8p is None or uniform is None:
+    loops = [_load("vectors", f"multiply_{kind}", _as_they_are) for kind in ("additive", "lattice", "uniform")]
+    additive, lattice, uniform = loops
+    if additive is None or lattice is None or uniform is None:
         return None
     from casp_pl.kernels.numba_vectors import LEAST_ROWS
 
@@ -181,7 +188,7 @@ def _vector_loop(floats: Callable[..., None]) -> LookupLoop | None:
         fits = codebooks.shape[2] == _VECTOR and len(codes) >= LEAST_ROWS and span % len(codebooks) == 0
         (additive if fits else others)(x, codebooks, codes, weights, span, sums)
 
-    return LookupLoop(run, _laid_out, tokens=16, vectors=VectorLoops(e8p, uniform, LEAST_ROWS))
+    return LookupLoop(run, _laid_out, tokens=16, vectors=VectorLoops(lattice, uniform, LEAST_ROWS))
 
 
 class _Kernels(NamedTuple):
@@ -274,16 +281,16 @@ def _smallest_arguments(name: str) -> list[Any]:
         return [torch.ones(8, 1), torch.eye(8), *patterns, 1, torch.empty(1, dtype=torch.int64), torch.empty(8, 1)]
     if name == "uniform_weight":
         return [torch.zeros(9, dtype=torch.uint8), 1, torch.ones(1, 1), torch.ones(1, 1), 8, torch.empty(1, 8)]
-    if name == "lattice_weight":
-        tables = [torch.zeros(*shape, dtype=torch.int8) for shape in ((3, 256, 8), (256, 8))]
-        return [torch.zeros(1, 1, 2, dtype=torch.uint8), *tables, 1.0, torch.empty(1, 8)]
+    if name.startswith("rebuild"):
+        books = torch.ones(2, 1, 8) if name == "rebuild_additive" else torch.zeros(2 * 256 * 8 + 256)
+        return [torch.zeros(1, 1, 2, dtype=torch.uint8), books, torch.ones(1), torch.empty(1, 8)]
     if name.startswith("multiply"):
         x, scales, sums = torch.ones(1, 1, 8), torch.ones(1, 4), torch.empty(1, 4)
         codes = torch.zeros(4, 1, 2, dtype=torch.uint8)
         if name == "multiply_additive":
             return [x, torch.ones(2, 1, 8), codes[:, 0], scales, 2, sums]
-        if name == "multiply_e8p":
-            return [x, torch.zeros(3, 256, 8, dtype=torch.int8), codes, scales, sums]
+        if name == "multiply_lattice":
+            return [x, torch.zeros(2 * 256 * 8 + 256), codes, scales, sums]
         return [x, 2, torch.zeros(12, dtype=torch.uint8), scales, 1, sums]
     codes = torch.zeros(1, 1, dtype=torch.uint8)
     return [torch.ones(1, 1, 1), torch.ones(1, 1, 1), codes if name == "lookup" else _tiles(codes),

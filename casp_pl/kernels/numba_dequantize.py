@@ -11,13 +11,12 @@ Letters: O out, I in, G groups a row.
 import numpy as np
 from numba import njit, prange
 
-__all__ = ["AHEAD", "lattice_weight", "uniform_weight"]
+__all__ = ["AHEAD", "uniform_weight"]
 
 AHEAD = 8  # bytes behind the last code that `uniform_weight` may read
-_UNIT = 8  # codes that fill whole bytes, and coordinates of a lattice point
+_UNIT = 8  # codes that fill whole bytes
 _NARROW = 4  # bits; eight codes of so many fit into 32, which vectors shift twice as many of at once as of 64
 _FAST = {"contract", "nsz"}
-_QUARTER = np.float32(0.25)
 
 
 @njit(parallel=True, nogil=True, cache=True, fastmath=_FAST)
@@ -55,33 +54,3 @@ def uniform_weight(packed, bits, zeros, scales, size, weight):  # type: ignore[n
                     for j in range(_UNIT):
                         code = np.int32((long >> np.uint64(bits * j)) & wide)
                         own[first + j] = (np.float32(code) - zero) * scale
-
-
-@njit(parallel=True, nogil=True, cache=True, fastmath=_FAST)
-def lattice_weight(codes, tables, residual, fine, weight):  # type: ignore[no-untyped-def]
-    """Sums of the points of all stages, the first as it is, the second times `fine`.
-
-    Args:
-        codes: uint8 (O, G, B): two bytes of E8P, then none, one of the residual codebook or two of E8P.
-        tables: int8 (3, 256, 8), `e8p_byte_tables`.
-        residual: int8 (256, 8), in quarters.
-        fine: float32.
-        weight: float32 (O, 8 G), written.
-    """
-    rows, groups, size = codes.shape
-    patterns, flips, shifts = tables[0], tables[1], tables[2]
-    step = _QUARTER * fine
-    for o in prange(rows):
-        for g in range(groups):
-            own, code = weight[o, g * _UNIT : (g + 1) * _UNIT], codes[o, g]
-            pattern, flip, shift = patterns[code[0]], flips[code[1]], shifts[code[1]]
-            for j in range(_UNIT):
-                own[j] = np.float32(np.int8((pattern[j] ^ flip[j]) + shift[j])) * _QUARTER
-            if size == 3:
-                entry = residual[code[2]]
-                for j in range(_UNIT):
-                    own[j] += np.float32(entry[j]) * step
-            elif size == 4:
-                pattern, flip, shift = patterns[code[2]], flips[code[3]], shifts[code[3]]
-                for j in range(_UNIT):
-                    own[j] += np.float32(np.int8((pattern[j] ^ flip[j]) + shift[j])) * step

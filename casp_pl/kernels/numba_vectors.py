@@ -1,7 +1,7 @@
-"""Products with codes by decoding them into registers, eight weights at a time: for CPUs without AVX-512 VBMI.
+"""Codes decoded into registers, eight weights at a time: weights, and products on CPUs without AVX-512 VBMI.
 
-The entries of two codebooks, or the patterns of E8P, lie in a core's first cache. So one load brings the eight weights
-that a code stands for, where a look-up of products brings one. A decoded vector serves four tokens.
+The entries of codebooks, or the patterns and signs of E8P, lie in a core's first cache. So one load brings the eight
+weights that a code stands for, where a look-up of products brings one. A decoded vector serves four tokens.
 
 numba does not keep vectors in registers by itself, so the innermost loops are written in LLVM's own language, which has
 vectors on every CPU. The loop around them chooses among them by a number: numba cannot keep one in its cache that is
@@ -14,6 +14,7 @@ their own.
 """
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any, NamedTuple
 
 from llvmlite import ir
@@ -24,14 +25,20 @@ from torch import Tensor
 
 from casp_pl.kernels.numba_addresses import addresses, contiguous
 
-__all__ = ["LEAST_ROWS", "multiply_additive", "multiply_e8p", "multiply_uniform"]
+__all__ = [
+    "LEAST_ROWS",
+    "multiply_additive",
+    "multiply_lattice",
+    "multiply_uniform",
+    "rebuild_additive",
+    "rebuild_lattice",
+]
 
 LEAST_ROWS = 4  # computed at once for a single token: their inputs are loaded once
 _TOKENS, _FEWER_ROWS = 4, 2  # that share a decoded vector; the sums of both fill half of AVX2's registers
 _PIECE = 64  # rows that one thread takes at a time, a multiple of LEAST_ROWS
 _WIDTH = 8
-
-_PAIRS, _SUMS, _LATTICE, _NUMBERS, _BYTE_NUMBERS = range(5)  # kinds of codes
+_E8P_SIGNS, _E8P_SHIFTS, _E8P_END = 256 * 8, 2 * 256 * 8, 2 * 256 * 8 + 256  # in `lattice_tables`
 
 _INDEX, _INT, _BYTE, _FLOAT = ir.IntType(64), ir.IntType(32), ir.IntType(8), ir.FloatType()
 _FLOATS = ir.VectorType(_FLOAT, _WIDTH)
@@ -40,6 +47,7 @@ _BYTES = ir.VectorType(ir.IntType(8), _WIDTH)
 _CONTRACT = ("contract",)  # a product and a sum may become one instruction
 
 _compiled: Any = njit(parallel=True, nogil=True, cache=True)
+_intrinsic: Any = intrinsic  # what it makes is called with one argument less than mypy believes
 _for_range: Any = cgutils.for_range
 _alloca: Any = cgutils.alloca_once
 
@@ -75,9 +83,9 @@ def _entry(builder: Any, place: _Place, book: Any) -> Any:
     return _load(builder, _FLOATS, place.tables, builder.mul(entry, _INDEX(_WIDTH)))
 
 
-def _two_books(builder: Any, place: _Place) -> list[Any]:
-    """Entries of two codebooks."""
-    return [_entry(builder, place, _INDEX(book)) for book in range(2)]
+def _books(count: int) -> Decode:
+    """Entries of so many codebooks."""
+    return lambda builder, place: [_entry(builder, place, _INDEX(book)) for book in range(count)]
 
 
 def _any_books(builder: Any, place: _Place) -> list[Any]:
@@ -90,14 +98,29 @@ def _any_books(builder: Any, place: _Place) -> list[Any]:
     return [builder.load(total)]
 
 
-def _e8p(builder: Any, place: _Place) -> list[Any]:
-    """A point of E8P in quarters: bytes of the pattern, flipped and shifted as the second byte says."""
-    codes = (builder.zext(_load(builder, _BYTE, place.codes, _INDEX(number)), _INDEX) for number in (0, 1))
-    low, high = (builder.mul(code, _INDEX(_WIDTH)) for code in codes)
-    flips, shifts = (builder.add(high, _INDEX(table * 256 * _WIDTH)) for table in (1, 2))
-    pattern, flip, shift = (_load(builder, _BYTES, place.tables, at) for at in (low, flips, shifts))
-    point = builder.add(builder.xor(pattern, flip), shift)
-    return [builder.sitofp(builder.sext(point, _INTS), _FLOATS)]
+def _e8p(builder: Any, place: _Place, byte: int = 0) -> list[Any]:
+    """A point of E8P in quarters: a pattern with signs and a shift, which the second byte says."""
+    low, high = (builder.zext(_load(builder, _BYTE, place.codes, _INDEX(byte + n)), _INDEX) for n in (0, 1))
+    pattern = _load(builder, _FLOATS, place.tables, builder.mul(low, _INDEX(_WIDTH)))
+    signs = _load(builder, _FLOATS, place.tables, builder.add(builder.mul(high, _INDEX(_WIDTH)), _INDEX(_E8P_SIGNS)))
+    shift = _load(builder, _FLOAT, place.tables, builder.add(high, _INDEX(_E8P_SHIFTS)))
+    signed = builder.fmul(pattern, signs, flags=_CONTRACT)
+    return [builder.fadd(signed, _spread(builder, _FLOATS, shift), flags=_CONTRACT)]
+
+
+def _e8p_and_e8(builder: Any, place: _Place) -> list[Any]:
+    """A point of E8P, and an entry of the finer codebook behind its tables."""
+    code = builder.zext(_load(builder, _BYTE, place.codes, _INDEX(2)), _INDEX)
+    fine = builder.add(builder.mul(code, _INDEX(_WIDTH)), _INDEX(_E8P_END))
+    return [*_e8p(builder, place), _load(builder, _FLOATS, place.tables, fine)]
+
+
+def _two_e8p(builder: Any, place: _Place) -> list[Any]:
+    """Two points of E8P, the second one times a number behind the tables."""
+    (second,) = _e8p(builder, place, byte=2)
+    (first,), scale = _e8p(builder, place), _load(builder, _FLOAT, place.tables, _INDEX(_E8P_END))
+    second = builder.fmul(second, _spread(builder, _FLOATS, scale), flags=_CONTRACT)
+    return [builder.fadd(first, second, flags=_CONTRACT)]
 
 
 def _uniform(builder: Any, place: _Place) -> list[Any]:
@@ -164,8 +187,8 @@ def _sum_groups(builder: Any, decode: Decode, data: list[Any], sizes: _Sizes, to
                 group = builder.add(builder.mul(builder.add(row, _INDEX(r)), sizes.groups), g)
                 own = builder.gep(codes, [builder.mul(group, sizes.width)])
                 vectors = decode(builder, _Place(own, sizes.width, tables, setting))
-                if tokens > 1 and len(vectors) > 1:
-                    vectors = [builder.fadd(*vectors)]
+                if tokens > 1:
+                    vectors = [reduce(builder.fadd, vectors)]
                 for n in range(tokens):
                     for vector in vectors:
                         _add_product(builder, part[r, n], vector, inputs[n])
@@ -177,51 +200,71 @@ def _sum_groups(builder: Any, decode: Decode, data: list[Any], sizes: _Sizes, to
     return total
 
 
-def _products(decode: Decode, entry: Any, rows: int, tokens: int) -> Any:
-    """`rows` x `tokens` sums at a time, as a function that numba can call; tables hold values of the type `entry`."""
-    kinds = [_FLOAT, entry, _BYTE, _FLOAT]
+class _Call(NamedTuple):
+    """What one call computes: sums of the rows from the first to before the last, of a token and those after it."""
 
-    @intrinsic
-    def products(typing_context, x, tables, codes, weights, setting, sizes, token, first, last, sums):  # type: ignore[no-untyped-def]
-        # sums[token + n, first:last] of the next tokens. Arrays are addresses. The last rows start before the end, so
-        # that their number need not be a multiple.
+    token: Any
+    first: Any
+    last: Any
+    sums: Any
+
+
+def _all_rows(builder: Any, decode: Decode, data: list[Any], sizes: _Sizes, call: _Call, shape: Any) -> None:
+    """`shape` = (rows, tokens) sums at a time; the last rows start before the end where their number is no multiple."""
+    rows, _ = shape
+    length = builder.add(builder.sub(call.last, call.first), _INDEX(rows - 1))
+    with _for_range(builder, builder.sdiv(length, _INDEX(rows))) as blocks:
+        row = builder.add(call.first, builder.mul(blocks.index, _INDEX(rows)))
+        latest = builder.sub(call.last, _INDEX(rows))
+        row = builder.select(builder.icmp_signed("<", row, latest), row, latest)
+        total = _sum_groups(builder, decode, data, sizes, call.token, row, shape)
+        for (r, n), vector in total.items():
+            at = builder.mul(builder.add(call.token, _INDEX(n)), sizes.rows)
+            out = builder.gep(call.sums, [builder.add(at, builder.add(row, _INDEX(r)))])
+            builder.store(_total(builder, builder.load(vector)), out)
+
+
+_MOST_BOOKS = 4  # of a loop that is written for their number
+_DECODERS: list[Decode] = [
+    _any_books, *map(_books, range(1, _MOST_BOOKS + 1)), _e8p, _e8p_and_e8, _two_e8p, _uniform, _whole_bytes
+]  # fmt: skip
+_LATTICE = _MOST_BOOKS - 1  # plus the bytes of a group: the number of its decoder
+_NUMBERS, _BYTE_NUMBERS = range(len(_DECODERS))[-2:]
+
+
+def _of_books(count: int) -> int:
+    """The number of the decoder for so many codebooks."""
+    return count if count <= _MOST_BOOKS else 0
+
+
+def _products(rows: int, tokens: int) -> Any:
+    """`rows` x `tokens` sums at a time by any of the decoders, as a function that numba can call."""
+
+    @_intrinsic
+    def products(typing_context, kind, x, tables, codes, weights, setting, sizes, token, first, last, sums):  # type: ignore[no-untyped-def]
+        # sums[token + n, first:last] of the next tokens, by the decoder with the number `kind`; arrays are addresses
 
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            def place(address: Any, kind: Any) -> Any:
+            def pointer(address: Any, kind: Any = _FLOAT) -> Any:
                 return builder.inttoptr(address, kind.as_pointer())
 
-            own = _Sizes(*cgutils.unpack_tuple(builder, arguments[5]))  # type: ignore[no-untyped-call]
-            token, first, last = arguments[6:9]
-            data = [*map(place, arguments, kinds), arguments[4]]
-            length = builder.add(builder.sub(last, first), _INDEX(rows - 1))
-            with _for_range(builder, builder.sdiv(length, _INDEX(rows))) as blocks:
-                row = builder.add(first, builder.mul(blocks.index, _INDEX(rows)))
-                latest = builder.sub(last, _INDEX(rows))
-                row = builder.select(builder.icmp_signed("<", row, latest), row, latest)
-                total = _sum_groups(builder, decode, data, own, token, row, (rows, tokens))
-                for (r, n), vector in total.items():
-                    at = builder.mul(builder.add(token, _INDEX(n)), own.rows)
-                    out = builder.gep(place(arguments[9], _FLOAT), [builder.add(at, builder.add(row, _INDEX(r)))])
-                    builder.store(_total(builder, builder.load(vector)), out)
+            kind, x, tables, codes, weights, setting, packed, token, first, last, sums = arguments
+            data = [pointer(x), pointer(tables), pointer(codes, _BYTE), pointer(weights), setting]
+            own = _Sizes(*cgutils.unpack_tuple(builder, packed))  # type: ignore[no-untyped-call]
+            for number, decode in enumerate(_DECODERS):
+                with builder.if_then(builder.icmp_signed("==", kind, _INDEX(number))):
+                    _all_rows(builder, decode, data, own, _Call(token, first, last, pointer(sums)), (rows, tokens))
             return context.get_dummy_value()
 
         number = types.int64
         numbers = types.UniTuple(number, len(_Sizes._fields))  # type: ignore[no-untyped-call]
-        return types.void(*[number] * 5, numbers, *[number] * 4), generate
+        return types.void(*[number] * 6, numbers, *[number] * 4), generate
 
     return products
 
 
-def _both(decode: Decode, entry: Any) -> tuple[Any, Any]:
-    """`_products` of one token, and of several."""
-    return _products(decode, entry, LEAST_ROWS, 1), _products(decode, entry, _FEWER_ROWS, _TOKENS)
-
-
-_one_two_books, _more_two_books = _both(_two_books, _FLOAT)
-_one_any_books, _more_any_books = _both(_any_books, _FLOAT)
-_one_e8p, _more_e8p = _both(_e8p, _BYTE)
-_one_uniform, _more_uniform = _both(_uniform, _BYTE)
-_one_byte, _more_bytes = _both(_whole_bytes, _BYTE)
+_single = _products(LEAST_ROWS, 1)
+_several = _products(_FEWER_ROWS, _TOKENS)
 
 
 @njit(inline="always")
@@ -237,27 +280,62 @@ def _multiply(kind, x, tables, codes, weights, sums, setting, tokens, sizes):  #
     for number in prange((rows + _PIECE - 1) // _PIECE):
         first, last = _piece(number, rows)
         for n in range(0, fours, _TOKENS):
-            if kind == _PAIRS:
-                _more_two_books(x, tables, codes, weights, setting, sizes, n, first, last, sums)
-            elif kind == _SUMS:
-                _more_any_books(x, tables, codes, weights, setting, sizes, n, first, last, sums)
-            elif kind == _LATTICE:
-                _more_e8p(x, tables, codes, weights, setting, sizes, n, first, last, sums)
-            elif kind == _NUMBERS:
-                _more_uniform(x, tables, codes, weights, setting, sizes, n, first, last, sums)
-            else:
-                _more_bytes(x, tables, codes, weights, setting, sizes, n, first, last, sums)
+            _several(kind, x, tables, codes, weights, setting, sizes, n, first, last, sums)
         for n in range(fours, tokens):
-            if kind == _PAIRS:
-                _one_two_books(x, tables, codes, weights, setting, sizes, n, first, last, sums)
-            elif kind == _SUMS:
-                _one_any_books(x, tables, codes, weights, setting, sizes, n, first, last, sums)
-            elif kind == _LATTICE:
-                _one_e8p(x, tables, codes, weights, setting, sizes, n, first, last, sums)
-            elif kind == _NUMBERS:
-                _one_uniform(x, tables, codes, weights, setting, sizes, n, first, last, sums)
-            else:
-                _one_byte(x, tables, codes, weights, setting, sizes, n, first, last, sums)
+            _single(kind, x, tables, codes, weights, setting, sizes, n, first, last, sums)
+
+
+@_intrinsic
+def _one_row(typing_context, kind, tables, codes, scales, setting, sizes, row, weight):  # type: ignore[no-untyped-def]
+    # weight[row] by the decoder with the number `kind`; arrays are addresses
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        kind, setting, row = arguments[0], arguments[4], arguments[6]
+        own = _Sizes(*cgutils.unpack_tuple(builder, arguments[5]))  # type: ignore[no-untyped-call]
+        tables, codes, scales, weight = (
+            builder.inttoptr(arguments[place], element.as_pointer())
+            for place, element in ((1, _FLOAT), (2, _BYTE), (3, _FLOAT), (7, _FLOATS))
+        )
+        scale = _spread(builder, _FLOATS, builder.load(builder.gep(scales, [row])))
+        for number, decode in enumerate(_DECODERS):
+            chosen = builder.icmp_signed("==", kind, _INDEX(number))
+            with builder.if_then(chosen), _for_range(builder, own.groups) as groups:
+                group = builder.add(builder.mul(row, own.groups), groups.index)
+                place = _Place(builder.gep(codes, [builder.mul(group, own.width)]), own.width, tables, setting)
+                vector = builder.fmul(reduce(builder.fadd, decode(builder, place)), scale)
+                builder.store(vector, builder.gep(weight, [group]), align=4)
+        return context.get_dummy_value()
+
+    number = types.int64
+    numbers = types.UniTuple(number, len(_Sizes._fields))  # type: ignore[no-untyped-call]
+    return types.void(*[number] * 5, numbers, number, number), generate
+
+
+@_compiled
+def _rebuild(kind, tables, codes, scales, weight, setting, sizes):  # type: ignore[no-untyped-def]
+    for row in prange(sizes[4]):
+        _one_row(kind, tables, codes, scales, setting, sizes, row, weight)
+
+
+def rebuild_additive(codes: Tensor, books: Tensor, scales: Tensor, weight: Tensor) -> None:
+    """The sums of `numba_additive.gather` for groups of 8: codes (O, G, K), books (K, C, 8), scales (O,), weight."""
+    (rows, groups, count), entries = codes.shape, books.shape[1]
+    read = contiguous(books, codes, scales)
+    _rebuild(_of_books(count), *addresses(*read, weight), entries, (groups, count, groups, 1, rows))
+
+
+def rebuild_lattice(codes: Tensor, tables: Tensor, scales: Tensor, weight: Tensor) -> None:
+    """Rows of points of E8P, and finer ones.
+
+    Args:
+        codes: uint8 (O, G, 2, 3 or 4), as for `multiply_lattice`.
+        tables: likewise.
+        scales: float32 (O,).
+        weight: float32 (O, 8 G), contiguous, written.
+    """
+    rows, groups, count = codes.shape
+    read = contiguous(tables, codes, scales)
+    _rebuild(_LATTICE + count, *addresses(*read, weight), 0, (groups, count, groups, 1, rows))
 
 
 def multiply_additive(x: Tensor, books: Tensor, codes: Tensor, weights: Tensor, span: int, sums: Tensor) -> None:
@@ -275,23 +353,22 @@ def multiply_additive(x: Tensor, books: Tensor, codes: Tensor, weights: Tensor, 
     count, entries, _ = books.shape
     spans, rows = weights.shape
     read = contiguous(x, books, codes, weights)
-    kind = _PAIRS if count == 2 else _SUMS
-    _multiply(kind, *addresses(*read, sums), entries, tokens, (groups, count, span // count, spans, rows))
+    _multiply(_of_books(count), *addresses(*read, sums), entries, tokens, (groups, count, span // count, spans, rows))
 
 
-def multiply_e8p(x: Tensor, tables: Tensor, codes: Tensor, weights: Tensor, sums: Tensor) -> None:
-    """Products with points of E8P in quarters.
+def multiply_lattice(x: Tensor, tables: Tensor, codes: Tensor, weights: Tensor, sums: Tensor) -> None:
+    """Products with points of E8P in quarters, and finer ones.
 
     Args:
         x: float32 (N, G, 8).
-        tables: int8 (3, 256, 8): patterns by the low byte of a code; bits to flip and what to add then by the high one.
-        codes: uint8 (O, G, 2), the low byte first.
+        tables: float32, flat, `lattice_tables`: of as many bits as a group has bytes.
+        codes: uint8 (O, G, 2, 3 or 4), the low byte of a code first.
         weights: float32 (1, O), scales of the rows.
         sums: float32 (N, O), contiguous, written.
     """
     (tokens, groups, _), (rows, _, count) = x.shape, codes.shape
     read = contiguous(x, tables, codes, weights)
-    _multiply(_LATTICE, *addresses(*read, sums), 0, tokens, (groups, count, groups, 1, rows))
+    _multiply(_LATTICE + count, *addresses(*read, sums), 0, tokens, (groups, count, groups, 1, rows))
 
 
 def multiply_uniform(x: Tensor, bits: int, codes: Tensor, weights: Tensor, span: int, sums: Tensor) -> None:

@@ -10,50 +10,62 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from casp_pl.kernels.compiled import VectorLoops
-from casp_pl.kernels.lattice import GROUP_LENGTH, QUARTER, e8p_even_patterns, e8p_patterns
+from casp_pl.kernels.lattice import GROUP_LENGTH, LATTICE_STAGES, QUARTER, e8_residual, e8p_even_patterns, e8p_patterns
 from casp_pl.kernels.packing import pack
 
-__all__ = ["E8PRows", "UniformBytes", "e8p_byte_tables"]
+__all__ = ["LatticeBytes", "UniformBytes", "e8p_tables", "lattice_tables"]
 
 _SIGNS = 7
 _AHEAD = 4  # bytes that the loop over uniform codes reads at once
 
 
 @lru_cache(maxsize=1)
-def e8p_byte_tables() -> Tensor:
-    """What the bytes of a code of E8P stand for (3, 256, 8), int8: point = (first[low] ^ second[high]) + third[high].
+def e8p_tables() -> tuple[Tensor, Tensor, Tensor]:
+    """What the bytes of a code of E8P stand for, in float32: point = first[low] * second[high] + third[high].
 
-    First the patterns in quarters, the eighth coordinate negated where a point has an odd number of minus signs; then
-    all bits of the coordinates that the high byte negates, as the eighth sign follows from the others; then what
-    completes their negation, and the shift.
+    First the patterns (256, 8), the eighth coordinate negated where a point has an odd number of minus signs; then the
+    signs (256, 8), of which the eighth follows from the others; then the shifts (256, 1).
     """
     with torch.inference_mode(False):
-        patterns = (e8p_patterns(torch.device("cpu")) / QUARTER).to(torch.int8)
+        patterns = e8p_patterns(torch.device("cpu")).clone()
         patterns[e8p_even_patterns() :, -1] *= -1
-        high = torch.arange(256, device="cpu")
-        minus = high[:, None] >> torch.arange(_SIGNS, device="cpu") & 1
+        high = torch.arange(256, device="cpu").unsqueeze(1)
+        minus = high >> torch.arange(_SIGNS, device="cpu") & 1
         minus = torch.cat([minus, minus.sum(dim=1, keepdim=True) % 2], dim=1)
-        shift = 1 - 2 * (high >> _SIGNS)
-        return torch.stack([patterns, -minus.to(torch.int8), (minus + shift[:, None]).to(torch.int8)])
+        return patterns, 1.0 - 2 * minus, QUARTER * (1 - 2 * (high >> _SIGNS))
 
 
-class E8PRows:
-    """Rows of points of E8P.
+@lru_cache(maxsize=len(LATTICE_STAGES))
+def lattice_tables(bits: int) -> Tensor:
+    """`e8p_tables` and what the second stage needs, one after the other: flat, float32.
+
+    Behind the shifts stands the residual codebook (256, 8), divided by its scale, or what the second point of E8P is
+    multiplied with.
+    """
+    with torch.inference_mode(False):
+        parts = list(e8p_tables())
+        for stage in LATTICE_STAGES[bits][1:]:
+            fine = e8_residual(parts[0].device) * QUARTER if stage.kind == "e8" else torch.ones(1, device="cpu")
+            parts.append(fine / stage.scale)
+        return torch.cat([part.flatten() for part in parts])
+
+
+class LatticeBytes:
+    """Rows of points of E8P, with finer ones from 3 bits on.
 
     Args:
-        codes: uint8 (O, G, 2), the low byte first; at least 4 rows.
-        scale: points are multiplied with it.
+        codes: uint8 (O, G, bits), as they are stored; at least 4 rows.
         loops: of this machine.
     """
 
-    def __init__(self, codes: Tensor, scale: float, loops: VectorLoops) -> None:
-        self._codes, self._loops, self._tables = codes.contiguous(), loops, e8p_byte_tables()
-        self._weights = torch.full((1, len(codes)), scale * QUARTER)
+    def __init__(self, codes: Tensor, loops: VectorLoops) -> None:
+        self._codes, self._loops, self._tables = codes.contiguous(), loops, lattice_tables(codes.shape[2])
+        self._weights = torch.ones(1, len(codes))
 
     def multiply(self, x: Tensor) -> Tensor:
-        """Products with the scaled points in float32: x (N, 8 G) -> (N, O)."""
+        """Products with the points in float32: x (N, 8 G) -> (N, O)."""
         sums = torch.empty(len(x), len(self._codes))
-        self._loops.e8p(x.float().view(len(x), -1, GROUP_LENGTH), self._tables, self._codes, self._weights, sums)
+        self._loops.lattice(x.float().view(len(x), -1, GROUP_LENGTH), self._tables, self._codes, self._weights, sums)
         return sums
 
 

@@ -5,7 +5,7 @@ Neighbouring coordinates of a point of E8P are one of 72 pairs.
 Letters: O out, P padded width, N tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -23,7 +23,7 @@ from casp_pl.kernels.lattice import (
     unpack_lattice,
 )
 from casp_pl.kernels.lookup import CodeRows
-from casp_pl.kernels.vectors import E8PRows
+from casp_pl.kernels.vectors import LatticeBytes
 
 __all__ = ["LatticeRows"]
 
@@ -41,11 +41,10 @@ class LatticeRows:
 
     def __init__(self, packed: Tensor, bits: int, loop: LookupLoop) -> None:
         self._products: list[Callable[[Tensor], Tensor]] = []
-        first = 0
-        for stage in LATTICE_STAGES[bits]:
-            own = packed[..., first : first + stage.num_bytes]
-            first += stage.num_bytes
-            self._products.append(_product(own, stage, loop))
+        if loop.vectors is not None and len(packed) >= loop.vectors.least_rows:
+            self._products.append(LatticeBytes(packed, loop.vectors).multiply)
+        else:
+            self._products.extend(_of_stages(packed, bits, loop))
 
     def multiply(self, x: Tensor) -> Tensor:
         """X Z^T: (N, P) -> (N, O) in float32."""
@@ -53,11 +52,16 @@ class LatticeRows:
         return products[0] if len(products) == 1 else torch.stack(products).sum(dim=0)
 
 
+def _of_stages(packed: Tensor, bits: int, loop: LookupLoop) -> Iterator[Callable[[Tensor], Tensor]]:
+    first = 0
+    for stage in LATTICE_STAGES[bits]:
+        yield _product(packed[..., first : first + stage.num_bytes], stage, loop)
+        first += stage.num_bytes
+
+
 def _product(codes: Tensor, stage: LatticeStage, loop: LookupLoop) -> Callable[[Tensor], Tensor]:
     """X (N, P) -> its products with the points of a stage (N, O); codes (O, G, bytes), uint8."""
-    rows, vectors = len(codes), loop.vectors
-    if stage.kind == "e8p" and vectors is not None and rows >= vectors.least_rows:
-        return E8PRows(codes, 1 / stage.scale, vectors).multiply
+    rows = len(codes)
     if stage.kind == "e8p":
         numbers = unpack_lattice(codes, _E8P_BITS)[0]
         points = decode_points(numbers.view(-1), stage.points(codes.device))

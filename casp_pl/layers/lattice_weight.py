@@ -20,10 +20,9 @@ from casp_pl.kernels.lattice import (
     LATTICE_STAGES,
     QUARTER,
     decode_points,
-    e8_residual,
     unpack_lattice,
 )
-from casp_pl.kernels.vectors import e8p_byte_tables
+from casp_pl.kernels.vectors import lattice_tables
 from casp_pl.linalg.orthogonal import transform_columns, transform_matrix, transform_rows
 
 __all__ = [
@@ -109,16 +108,13 @@ def multiply_lattice(x: Tensor, product: Callable[[Tensor], Tensor], su: Tensor,
 def lattice_points(packed: Tensor, dtype: torch.dtype) -> Tensor:
     """Z (O, P) of packed codes (O, G, bits), uint8."""
     rows, groups, bits = packed.shape
-    (_, *finer) = LATTICE_STAGES[bits]
-    fine = 1 / finer[0].scale if finer else 0.0
     if (loops := weight_loops(packed.device, dtype)) is not None:
         points = torch.empty(rows, GROUP_LENGTH * groups)
-        loops.lattice(packed, e8p_byte_tables(), e8_residual(packed.device), fine, points)
+        loops.lattice(packed, lattice_tables(bits), torch.ones(rows), points)
         return points.to(dtype)
-    first, *others = lattice_quarters(packed, bits)
-    total: Tensor = first.to(dtype) * QUARTER
-    for own in others:
-        total.add_(own, alpha=QUARTER * fine)
+    total = torch.zeros((), dtype=dtype, device=packed.device)
+    for own, stage in zip(lattice_quarters(packed, bits), LATTICE_STAGES[bits], strict=True):
+        total = total + own.to(dtype) * (QUARTER / stage.scale)
     return total
 
 

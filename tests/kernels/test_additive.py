@@ -13,7 +13,7 @@ from casp_pl.kernels.additive import (
 )
 
 DTYPES = [torch.float64, torch.float32]  # by torch, by compiled loops
-SHAPES = [(1, 1, 1, 2, 1), (5, 3, 2, 16, 8), (3, 7, 3, 256, 5), (130, 9, 1, 4, 2)]
+SHAPES = [(1, 1, 1, 2, 1), (5, 3, 2, 16, 8), (3, 7, 3, 256, 5), (130, 9, 1, 4, 2), (7, 5, 4, 256, 8), (1, 3, 5, 9, 8)]
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,10 +5,18 @@ import torch
 from torch import Tensor
 
 from casp_pl.kernels.compiled import lookup_loop, lookup_loops
-from casp_pl.kernels.lattice import e8p_pairs, e8p_points, pairs_of
+from casp_pl.kernels.lattice import (
+    LATTICE_STAGES,
+    QUARTER,
+    e8p_pairs,
+    e8p_points,
+    pack_lattice,
+    pairs_of,
+    unpack_lattice,
+)
 from casp_pl.kernels.lookup import CodeRows, lookup_reference
 from casp_pl.kernels.uniform import byte_codebook, bytes_of_codes, codes_per_byte
-from casp_pl.kernels.vectors import e8p_byte_tables
+from casp_pl.kernels.vectors import LatticeBytes, e8p_tables
 
 # rows, groups, codebooks, entries, group length, spans
 SHAPES = [
@@ -23,6 +31,7 @@ SHAPES = [
     (4, 5, 2, 256, 8, 1),
     (67, 24, 3, 256, 8, 4),
     (134, 17, 4, 16, 8, 2),
+    (70, 6, 5, 32, 8, 2),
 ]
 LOOPS = list(lookup_loops())
 
@@ -104,9 +113,25 @@ def test_every_point_of_e8p_is_four_pairs() -> None:
 
 def test_bytes_of_every_code_of_e8p_make_its_point() -> None:
     codes = torch.arange(65536)
-    patterns, flips, shifts = e8p_byte_tables()
-    points = (patterns[codes & 255] ^ flips[codes >> 8]) + shifts[codes >> 8]
-    assert torch.equal(points, e8p_points(torch.device("cpu")))
+    patterns, signs, shifts = e8p_tables()
+    points = patterns[codes & 255] * signs[codes >> 8] + shifts[codes >> 8]
+    assert torch.equal(points, e8p_points(torch.device("cpu")) * QUARTER)
+
+
+@pytest.mark.skipif("vectors" not in LOOPS, reason="this CPU does not decode vectors")
+@pytest.mark.parametrize("tokens", [8, 3])  # by fours, and one by one
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_every_lattice_code_is_decoded(bits: int, tokens: int) -> None:
+    """Tokens of which each reads one coordinate of a group, against points that are decoded in float64."""
+    generator = torch.Generator().manual_seed(bits)
+    numbers = torch.arange(65536)
+    fine = [torch.randint(256**stage.num_bytes, (65536,), generator=generator) for stage in LATTICE_STAGES[bits][1:]]
+    packed = pack_lattice(torch.stack([numbers, *fine]), bits).unsqueeze(1)
+    stages = zip(unpack_lattice(packed, bits)[..., 0], LATTICE_STAGES[bits], strict=True)
+    points = [stage.points(codes.device)[codes].double() * QUARTER / stage.scale for codes, stage in stages]
+    rows = LatticeBytes(packed, lookup_loops()["vectors"].vectors)
+    expected = torch.stack(points).sum(dim=0).T[:tokens]
+    torch.testing.assert_close(rows.multiply(torch.eye(8)[:tokens]).double(), expected, rtol=0, atol=5e-7)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

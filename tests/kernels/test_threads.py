@@ -17,7 +17,7 @@ from casp_pl.kernels.lookup import CodeRows
 from casp_pl.kernels.nearest import nearest_entries
 from casp_pl.kernels.packing import pack
 from casp_pl.kernels.uniform import UniformCodes, dequantize_uniform
-from casp_pl.kernels.vectors import E8PRows, UniformBytes
+from casp_pl.kernels.vectors import LatticeBytes, UniformBytes
 from casp_pl.layers.lattice_weight import lattice_points
 
 Compute = Callable[[], tuple[Tensor, ...]]
@@ -59,8 +59,8 @@ def _looked_up(name: str, rows: int, shape: tuple[int, ...]) -> Compute:
     return lambda: (codes.multiply(x, codebooks, weights),)
 
 
-def _e8p() -> Compute:
-    rows, x = E8PRows(_codes(256, ROWS, 12, 2), 0.5, lookup_loops()["vectors"].vectors), _numbers(TOKENS, 96)
+def _lattice_bytes(bits: int) -> Compute:
+    rows, x = LatticeBytes(_codes(256, ROWS, 12, bits), lookup_loops()["vectors"].vectors), _numbers(TOKENS, 96)
     return lambda: (rows.multiply(x),)
 
 
@@ -112,10 +112,12 @@ def _near_points(*, best: bool) -> Compute:
 CASES: dict[str, Callable[[], Compute]] = {
     **{f"gather {k}x8": lambda k=k: _additive(k, backward=False) for k in (1, 2, 3, 4)},
     **{f"scatter {k}x8": lambda k=k: _additive(k, backward=True) for k in (1, 2, 3, 4)},
-    **{f"multiply_additive {k}x8": lambda k=k: _looked_up("vectors", ROWS, (12, k, 256, 8, 1)) for k in (1, 2, 3, 4)},
+    **{
+        f"multiply_additive {k}x8": lambda k=k: _looked_up("vectors", ROWS, (12, k, 256, 8, 1)) for k in (1, 2, 3, 4, 5)
+    },
     **{f"lookup {number}": lambda s=shape: _looked_up("floats", ROWS, s) for number, shape in enumerate(TABLES)},
     **{f"lookup_bytes {number}": lambda s=shape: _looked_up("bytes", ROWS, s) for number, shape in enumerate(TABLES)},
-    "multiply_e8p": _e8p,
+    **{f"multiply_lattice {bits}": lambda b=bits: _lattice_bytes(b) for bits in (2, 3, 4)},
     **{f"multiply_uniform {bits}": lambda b=bits: _uniform_bytes(b) for bits in (1, 2, 3, 4, 8)},
     **{f"uniform_weight {bits}": lambda b=bits: _uniform_weight(b) for bits in (2, 3, 4, 8)},
     **{f"lattice_weight {bits}": lambda b=bits: _lattice_weight(b) for bits in (2, 3, 4)},

@@ -9,11 +9,54 @@ Letters: O out, G groups a row, K codebooks, C entries a codebook, D group lengt
 """
 
 import numpy as np
-from numba import njit, prange
+from llvmlite import ir
+from numba import njit, prange, types
+
+from casp_pl.kernels.numba_llvm import (
+    BYTE,
+    CONTRACT,
+    FLOATS,
+    INDEX,
+    WIDTH,
+    add_product,
+    alloca,
+    for_range,
+    intrinsic,
+    spread,
+    sum_of_lanes,
+)
 
 __all__ = ["gather", "scatter"]
 
 _FAST = {"contract", "nsz", "reassoc"}
+
+
+@intrinsic
+def _scatter_row(typing_context, codes, codebooks, scale, weight, sums, groups, books, entries):  # type: ignore[no-untyped-def]
+    # `scatter` of a row in groups of 8, whose dot is returned; arrays are addresses
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        codes, codebooks, scale, weight, sums, groups, books, entries = arguments
+        codes, codebooks, weight, sums = (
+            builder.inttoptr(address, kind.as_pointer())
+            for address, kind in ((codes, BYTE), (codebooks, FLOATS), (weight, FLOATS), (sums, FLOATS))
+        )
+        dot, scale = alloca(builder, FLOATS), spread(builder, FLOATS, scale)
+        builder.store(ir.Constant(FLOATS, [0.0] * WIDTH), dot)
+        with for_range(builder, groups) as row:
+            given = builder.load(builder.gep(weight, [row.index]), align=4)
+            own = builder.gep(codes, [builder.mul(row.index, books)])
+            with for_range(builder, books) as chosen:
+                code = builder.zext(builder.load(builder.gep(own, [chosen.index])), INDEX)
+                place = builder.add(builder.mul(chosen.index, entries), code)
+                entry, total = (builder.gep(table, [place]) for table in (codebooks, sums))
+                add_product(builder, dot, given, builder.load(entry, align=4))
+                added = builder.fmul(given, scale, flags=CONTRACT)
+                builder.store(builder.fadd(builder.load(total, align=4), added, flags=CONTRACT), total, align=4)
+        return sum_of_lanes(builder, builder.load(dot))
+
+    number = types.int64
+    return types.float32(number, number, types.float32, *[number] * 5), generate
 
 
 @njit(parallel=True, nogil=True, cache=True, fastmath=_FAST)
@@ -66,6 +109,12 @@ def scatter(codes, codebooks, scales, weight, bounds, sums, dots):  # type: igno
     for part in prange(len(sums)):
         own = sums[part]
         for o in range(bounds[part], bounds[part + 1]):
+            if length == WIDTH:
+                dots[o] = _scatter_row(
+                    codes[o].ctypes.data, codebooks.ctypes.data, scales[o], weight[o].ctypes.data, own.ctypes.data,
+                    groups, books, codebooks.shape[1],
+                )  # fmt: skip
+                continue
             scale, dot = scales[o], np.float32(0)
             for g in range(groups):
                 given = weight[o, g * length : (g + 1) * length]

@@ -20,10 +20,27 @@ from typing import Any, NamedTuple
 from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
-from numba.extending import intrinsic
 from torch import Tensor
 
 from casp_pl.kernels.numba_addresses import addresses, contiguous
+from casp_pl.kernels.numba_llvm import (
+    BYTE,
+    BYTES,
+    CONTRACT,
+    FLOAT,
+    FLOATS,
+    INDEX,
+    INT,
+    INTS,
+    WIDTH,
+    add_product,
+    alloca,
+    for_range,
+    intrinsic,
+    load,
+    spread,
+    sum_of_lanes,
+)
 
 __all__ = [
     "LEAST_ROWS",
@@ -37,19 +54,9 @@ __all__ = [
 LEAST_ROWS = 4  # computed at once for a single token: their inputs are loaded once
 _TOKENS, _FEWER_ROWS = 4, 2  # that share a decoded vector; the sums of both fill half of AVX2's registers
 _PIECE = 64  # rows that one thread takes at a time, a multiple of LEAST_ROWS
-_WIDTH = 8
 _E8P_SIGNS, _E8P_SHIFTS, _E8P_END = 256 * 8, 2 * 256 * 8, 2 * 256 * 8 + 256  # in `lattice_tables`
 
-_INDEX, _INT, _BYTE, _FLOAT = ir.IntType(64), ir.IntType(32), ir.IntType(8), ir.FloatType()
-_FLOATS = ir.VectorType(_FLOAT, _WIDTH)
-_INTS = ir.VectorType(ir.IntType(32), _WIDTH)
-_BYTES = ir.VectorType(ir.IntType(8), _WIDTH)
-_CONTRACT = ("contract",)  # a product and a sum may become one instruction
-
 _compiled: Any = njit(parallel=True, nogil=True, cache=True)
-_intrinsic: Any = intrinsic  # what it makes is called with one argument less than mypy believes
-_for_range: Any = cgutils.for_range
-_alloca: Any = cgutils.alloca_once
 
 
 class _Place(NamedTuple):
@@ -65,91 +72,66 @@ Decode = Callable[[Any, _Place], list[Any]]
 """(builder, place) -> vectors of 8 floats whose sum is a group of weights."""
 
 
-def _spread(builder: Any, kind: ir.VectorType, value: Any) -> Any:
-    """A vector of one value."""
-    first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, _INT(0))
-    return builder.shuffle_vector(first, first, ir.Constant(_INTS, [0] * _WIDTH))
-
-
-def _load(builder: Any, kind: Any, base: Any, offset: Any) -> Any:
-    """A value of some type behind an offset in elements of the base."""
-    return builder.load(builder.bitcast(builder.gep(base, [offset]), kind.as_pointer()), align=1, typ=kind)
-
-
 def _entry(builder: Any, place: _Place, book: Any) -> Any:
     """The entry of a codebook that a group's code chooses; the setting is C."""
-    code = builder.zext(_load(builder, _BYTE, place.codes, book), _INDEX)
+    code = builder.zext(load(builder, BYTE, place.codes, book), INDEX)
     entry = builder.add(code, builder.mul(place.setting, book))
-    return _load(builder, _FLOATS, place.tables, builder.mul(entry, _INDEX(_WIDTH)))
+    return load(builder, FLOATS, place.tables, builder.mul(entry, INDEX(WIDTH)))
 
 
 def _books(count: int) -> Decode:
     """Entries of so many codebooks."""
-    return lambda builder, place: [_entry(builder, place, _INDEX(book)) for book in range(count)]
+    return lambda builder, place: [_entry(builder, place, INDEX(book)) for book in range(count)]
 
 
 def _any_books(builder: Any, place: _Place) -> list[Any]:
     """The sum of entries of as many codebooks as there are codes."""
-    total = _alloca(builder, _FLOATS)
-    builder.store(_entry(builder, place, _INDEX(0)), total)
-    with _for_range(builder, builder.sub(place.width, _INDEX(1))) as books:
-        more = _entry(builder, place, builder.add(books.index, _INDEX(1)))
+    total = alloca(builder, FLOATS)
+    builder.store(_entry(builder, place, INDEX(0)), total)
+    with for_range(builder, builder.sub(place.width, INDEX(1))) as books:
+        more = _entry(builder, place, builder.add(books.index, INDEX(1)))
         builder.store(builder.fadd(builder.load(total), more), total)
     return [builder.load(total)]
 
 
 def _e8p(builder: Any, place: _Place, byte: int = 0) -> list[Any]:
     """A point of E8P in quarters: a pattern with signs and a shift, which the second byte says."""
-    low, high = (builder.zext(_load(builder, _BYTE, place.codes, _INDEX(byte + n)), _INDEX) for n in (0, 1))
-    pattern = _load(builder, _FLOATS, place.tables, builder.mul(low, _INDEX(_WIDTH)))
-    signs = _load(builder, _FLOATS, place.tables, builder.add(builder.mul(high, _INDEX(_WIDTH)), _INDEX(_E8P_SIGNS)))
-    shift = _load(builder, _FLOAT, place.tables, builder.add(high, _INDEX(_E8P_SHIFTS)))
-    signed = builder.fmul(pattern, signs, flags=_CONTRACT)
-    return [builder.fadd(signed, _spread(builder, _FLOATS, shift), flags=_CONTRACT)]
+    low, high = (builder.zext(load(builder, BYTE, place.codes, INDEX(byte + n)), INDEX) for n in (0, 1))
+    pattern = load(builder, FLOATS, place.tables, builder.mul(low, INDEX(WIDTH)))
+    signs = load(builder, FLOATS, place.tables, builder.add(builder.mul(high, INDEX(WIDTH)), INDEX(_E8P_SIGNS)))
+    shift = load(builder, FLOAT, place.tables, builder.add(high, INDEX(_E8P_SHIFTS)))
+    signed = builder.fmul(pattern, signs, flags=CONTRACT)
+    return [builder.fadd(signed, spread(builder, FLOATS, shift), flags=CONTRACT)]
 
 
 def _e8p_and_e8(builder: Any, place: _Place) -> list[Any]:
     """A point of E8P, and an entry of the finer codebook behind its tables."""
-    code = builder.zext(_load(builder, _BYTE, place.codes, _INDEX(2)), _INDEX)
-    fine = builder.add(builder.mul(code, _INDEX(_WIDTH)), _INDEX(_E8P_END))
-    return [*_e8p(builder, place), _load(builder, _FLOATS, place.tables, fine)]
+    code = builder.zext(load(builder, BYTE, place.codes, INDEX(2)), INDEX)
+    fine = builder.add(builder.mul(code, INDEX(WIDTH)), INDEX(_E8P_END))
+    return [*_e8p(builder, place), load(builder, FLOATS, place.tables, fine)]
 
 
 def _two_e8p(builder: Any, place: _Place) -> list[Any]:
     """Two points of E8P, the second one times a number behind the tables."""
     (second,) = _e8p(builder, place, byte=2)
-    (first,), scale = _e8p(builder, place), _load(builder, _FLOAT, place.tables, _INDEX(_E8P_END))
-    second = builder.fmul(second, _spread(builder, _FLOATS, scale), flags=_CONTRACT)
-    return [builder.fadd(first, second, flags=_CONTRACT)]
+    (first,), scale = _e8p(builder, place), load(builder, FLOAT, place.tables, INDEX(_E8P_END))
+    second = builder.fmul(second, spread(builder, FLOATS, scale), flags=CONTRACT)
+    return [builder.fadd(first, second, flags=CONTRACT)]
 
 
 def _uniform(builder: Any, place: _Place) -> list[Any]:
     """Eight codes of at most 4 bits each, the lowest first; the setting is their bits."""
-    word, bits = _load(builder, _INT, place.codes, _INDEX(0)), builder.trunc(place.setting, _INT)
-    places = builder.mul(_spread(builder, _INTS, bits), ir.Constant(_INTS, list(range(_WIDTH))))
-    mask = builder.sub(builder.shl(_INT(1), bits), _INT(1))
-    codes = builder.and_(builder.lshr(_spread(builder, _INTS, word), places), _spread(builder, _INTS, mask))
-    return [builder.sitofp(codes, _FLOATS)]
+    word, bits = load(builder, INT, place.codes, INDEX(0)), builder.trunc(place.setting, INT)
+    places = builder.mul(spread(builder, INTS, bits), ir.Constant(INTS, list(range(WIDTH))))
+    mask = builder.sub(builder.shl(INT(1), bits), INT(1))
+    codes = builder.and_(builder.lshr(spread(builder, INTS, word), places), spread(builder, INTS, mask))
+    return [builder.sitofp(codes, FLOATS)]
 
 
 def _whole_bytes(builder: Any, place: _Place) -> list[Any]:
     """Eight codes of 8 bits."""
-    codes = builder.zext(_load(builder, _BYTES, place.codes, _INDEX(0)), _INTS)
-    return [builder.sitofp(codes, _FLOATS)]
-
-
-def _add_product(builder: Any, place: Any, left: Any, right: Any) -> None:
-    """A vector in memory, which LLVM keeps in a register, grows by a product."""
-    product = builder.fmul(left, right, flags=_CONTRACT)
-    builder.store(builder.fadd(builder.load(place), product, flags=_CONTRACT), place)
-
-
-def _total(builder: Any, vector: Any) -> Any:
-    """The sum of eight floats, in pairs."""
-    parts = [builder.extract_element(vector, _INT(lane)) for lane in range(_WIDTH)]
-    while len(parts) > 1:
-        parts = [builder.fadd(left, right) for left, right in zip(parts[::2], parts[1::2], strict=True)]
-    return parts[0]
+    codes = builder.zext(load(builder, BYTES, place.codes, INDEX(0)), INTS)
+    return [builder.sitofp(codes, FLOATS)]
 
 
 class _Sizes(NamedTuple):
@@ -167,36 +149,36 @@ def _sum_groups(builder: Any, decode: Decode, data: list[Any], sizes: _Sizes, to
     x, tables, codes, weights, setting = data
     rows, tokens = shape
     cells = [(r, n) for r in range(rows) for n in range(tokens)]
-    total, part = ({cell: _alloca(builder, _FLOATS) for cell in cells} for _ in range(2))
-    zero = ir.Constant(_FLOATS, [0.0] * _WIDTH)
+    total, part = ({cell: alloca(builder, FLOATS) for cell in cells} for _ in range(2))
+    zero = ir.Constant(FLOATS, [0.0] * WIDTH)
     for cell in cells:
         builder.store(zero, total[cell])
-    with _for_range(builder, sizes.spans) as spans:
+    with for_range(builder, sizes.spans) as spans:
         first = builder.mul(spans.index, sizes.span)
         rest = builder.sub(sizes.groups, first)
         count = builder.select(builder.icmp_signed("<", rest, sizes.span), rest, sizes.span)
         for cell in cells:
             builder.store(zero, part[cell])
-        with _for_range(builder, count) as groups:
+        with for_range(builder, count) as groups:
             g = builder.add(first, groups.index)
             inputs = []
             for n in range(tokens):
-                before = builder.mul(builder.add(token, _INDEX(n)), sizes.groups)
-                inputs.append(_load(builder, _FLOATS, x, builder.mul(builder.add(before, g), _INDEX(_WIDTH))))
+                before = builder.mul(builder.add(token, INDEX(n)), sizes.groups)
+                inputs.append(load(builder, FLOATS, x, builder.mul(builder.add(before, g), INDEX(WIDTH))))
             for r in range(rows):
-                group = builder.add(builder.mul(builder.add(row, _INDEX(r)), sizes.groups), g)
+                group = builder.add(builder.mul(builder.add(row, INDEX(r)), sizes.groups), g)
                 own = builder.gep(codes, [builder.mul(group, sizes.width)])
                 vectors = decode(builder, _Place(own, sizes.width, tables, setting))
                 if tokens > 1:
                     vectors = [reduce(builder.fadd, vectors)]
                 for n in range(tokens):
                     for vector in vectors:
-                        _add_product(builder, part[r, n], vector, inputs[n])
+                        add_product(builder, part[r, n], vector, inputs[n])
         for r in range(rows):
-            at = builder.add(builder.mul(spans.index, sizes.rows), builder.add(row, _INDEX(r)))
-            scale = _spread(builder, _FLOATS, builder.load(builder.gep(weights, [at])))
+            at = builder.add(builder.mul(spans.index, sizes.rows), builder.add(row, INDEX(r)))
+            scale = spread(builder, FLOATS, builder.load(builder.gep(weights, [at])))
             for n in range(tokens):
-                _add_product(builder, total[r, n], scale, builder.load(part[r, n]))
+                add_product(builder, total[r, n], scale, builder.load(part[r, n]))
     return total
 
 
@@ -212,16 +194,16 @@ class _Call(NamedTuple):
 def _all_rows(builder: Any, decode: Decode, data: list[Any], sizes: _Sizes, call: _Call, shape: Any) -> None:
     """`shape` = (rows, tokens) sums at a time; the last rows start before the end where their number is no multiple."""
     rows, _ = shape
-    length = builder.add(builder.sub(call.last, call.first), _INDEX(rows - 1))
-    with _for_range(builder, builder.sdiv(length, _INDEX(rows))) as blocks:
-        row = builder.add(call.first, builder.mul(blocks.index, _INDEX(rows)))
-        latest = builder.sub(call.last, _INDEX(rows))
+    length = builder.add(builder.sub(call.last, call.first), INDEX(rows - 1))
+    with for_range(builder, builder.sdiv(length, INDEX(rows))) as blocks:
+        row = builder.add(call.first, builder.mul(blocks.index, INDEX(rows)))
+        latest = builder.sub(call.last, INDEX(rows))
         row = builder.select(builder.icmp_signed("<", row, latest), row, latest)
         total = _sum_groups(builder, decode, data, sizes, call.token, row, shape)
         for (r, n), vector in total.items():
-            at = builder.mul(builder.add(call.token, _INDEX(n)), sizes.rows)
-            out = builder.gep(call.sums, [builder.add(at, builder.add(row, _INDEX(r)))])
-            builder.store(_total(builder, builder.load(vector)), out)
+            at = builder.mul(builder.add(call.token, INDEX(n)), sizes.rows)
+            out = builder.gep(call.sums, [builder.add(at, builder.add(row, INDEX(r)))])
+            builder.store(sum_of_lanes(builder, builder.load(vector)), out)
 
 
 _MOST_BOOKS = 4  # of a loop that is written for their number
@@ -240,19 +222,19 @@ def _of_books(count: int) -> int:
 def _products(rows: int, tokens: int) -> Any:
     """`rows` x `tokens` sums at a time by any of the decoders, as a function that numba can call."""
 
-    @_intrinsic
+    @intrinsic
     def products(typing_context, kind, x, tables, codes, weights, setting, sizes, token, first, last, sums):  # type: ignore[no-untyped-def]
         # sums[token + n, first:last] of the next tokens, by the decoder with the number `kind`; arrays are addresses
 
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            def pointer(address: Any, kind: Any = _FLOAT) -> Any:
+            def pointer(address: Any, kind: Any = FLOAT) -> Any:
                 return builder.inttoptr(address, kind.as_pointer())
 
             kind, x, tables, codes, weights, setting, packed, token, first, last, sums = arguments
-            data = [pointer(x), pointer(tables), pointer(codes, _BYTE), pointer(weights), setting]
+            data = [pointer(x), pointer(tables), pointer(codes, BYTE), pointer(weights), setting]
             own = _Sizes(*cgutils.unpack_tuple(builder, packed))  # type: ignore[no-untyped-call]
             for number, decode in enumerate(_DECODERS):
-                with builder.if_then(builder.icmp_signed("==", kind, _INDEX(number))):
+                with builder.if_then(builder.icmp_signed("==", kind, INDEX(number))):
                     _all_rows(builder, decode, data, own, _Call(token, first, last, pointer(sums)), (rows, tokens))
             return context.get_dummy_value()
 
@@ -285,7 +267,7 @@ def _multiply(kind, x, tables, codes, weights, sums, setting, tokens, sizes):  #
             _single(kind, x, tables, codes, weights, setting, sizes, n, first, last, sums)
 
 
-@_intrinsic
+@intrinsic
 def _one_row(typing_context, kind, tables, codes, scales, setting, sizes, row, weight):  # type: ignore[no-untyped-def]
     # weight[row] by the decoder with the number `kind`; arrays are addresses
 
@@ -294,12 +276,12 @@ def _one_row(typing_context, kind, tables, codes, scales, setting, sizes, row, w
         own = _Sizes(*cgutils.unpack_tuple(builder, arguments[5]))  # type: ignore[no-untyped-call]
         tables, codes, scales, weight = (
             builder.inttoptr(arguments[place], element.as_pointer())
-            for place, element in ((1, _FLOAT), (2, _BYTE), (3, _FLOAT), (7, _FLOATS))
+            for place, element in ((1, FLOAT), (2, BYTE), (3, FLOAT), (7, FLOATS))
         )
-        scale = _spread(builder, _FLOATS, builder.load(builder.gep(scales, [row])))
+        scale = spread(builder, FLOATS, builder.load(builder.gep(scales, [row])))
         for number, decode in enumerate(_DECODERS):
-            chosen = builder.icmp_signed("==", kind, _INDEX(number))
-            with builder.if_then(chosen), _for_range(builder, own.groups) as groups:
+            chosen = builder.icmp_signed("==", kind, INDEX(number))
+            with builder.if_then(chosen), for_range(builder, own.groups) as groups:
                 group = builder.add(builder.mul(row, own.groups), groups.index)
                 place = _Place(builder.gep(codes, [builder.mul(group, own.width)]), own.width, tables, setting)
                 vector = builder.fmul(reduce(builder.fadd, decode(builder, place)), scale)

@@ -17,6 +17,7 @@ from numba.np.numpy_support import carray
 from torch import Tensor
 
 from casp_pl.kernels.numba_addresses import addresses, contiguous, pointer
+from casp_pl.kernels.numba_least import STEP, least_score
 
 __all__ = ["improve", "nearest_entries", "search"]
 
@@ -51,27 +52,19 @@ def _score(rest, table, norms, scores):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always", fastmath=_FAST)
-def _smallest(scores, start, stop):  # type: ignore[no-untyped-def]
-    """The smallest score of a range. Four running minima: the next need not wait for the last."""
-    least0 = least1 = least2 = least3 = scores[start]
-    whole = start + (stop - start) // 4 * 4
-    for c in range(start, whole, 4):
-        least0 = scores[c] if scores[c] < least0 else least0
-        least1 = scores[c + 1] if scores[c + 1] < least1 else least1
-        least2 = scores[c + 2] if scores[c + 2] < least2 else least2
-        least3 = scores[c + 3] if scores[c + 3] < least3 else least3
-    for c in range(whole, stop):
-        least0 = scores[c] if scores[c] < least0 else least0
-    return min(min(least0, least1), min(least2, least3))
-
-
-@njit(inline="always")
-def _first(scores, start, stop, value):  # type: ignore[no-untyped-def]
-    """Where the value stands first in a range; its last place if it does not."""
-    place = start
-    while place < stop - 1 and scores[place] != value:
-        place += 1
-    return place
+def _least(rest, table, norms, start, stop, scores):  # type: ignore[no-untyped-def]
+    """The smallest of `_score` in a range, and where it stands first; scores has room for all."""
+    length, entries = table.shape
+    if (stop - start) % STEP == 0:
+        arrays = rest.ctypes.data, table.ctypes.data, norms.ctypes.data
+        return least_score(*arrays, length, entries, start, stop)
+    if start == 0:
+        _score(rest, table, norms, scores)
+    least, place = scores[start], start
+    for c in range(start + 1, stop):
+        if scores[c] < least:
+            least, place = scores[c], c
+    return least, place
 
 
 def nearest_entries(linear: Tensor, table: Tensor, norms: Tensor, entries: Tensor) -> None:
@@ -147,8 +140,7 @@ def _nearest(linear_at, table_at, norms_at, entries_at, sizes):  # type: ignore[
         for o in range(piece * _VECTORS, min(vectors, (piece + 1) * _VECTORS)):
             for d in range(length):
                 rest[d] = linear[g, d, o]
-            _score(rest, table, norms[g], scores)
-            entries[g, o] = _first(scores, 0, count, _smallest(scores, 0, count))
+            entries[g, o] = _least(rest, table, norms[g], 0, count, scores)[1]
 
 
 @njit(inline="always")
@@ -175,11 +167,9 @@ def _beam(tables, norms, images, room, best_codes):  # type: ignore[no-untyped-d
     for k in range(books - 1):
         then = 1 - now
         for b in range(beams):
-            _score(rests[now, b], tables[k], norms[k], scores)
             for r in range(runs):
-                least = _smallest(scores, r * size, (r + 1) * size)
-                found[r * beams + b] = least + totals[now, b]
-                found_at[r * beams + b] = _first(scores, r * size, (r + 1) * size, least)
+                least, entry = _least(rests[now, b], tables[k], norms[k], r * size, (r + 1) * size, scores)
+                found[r * beams + b], found_at[r * beams + b] = least + totals[now, b], entry
         kept = min(width, beams * runs)
         for n in range(kept):
             place = n if kept == beams * runs else np.argmin(found[: beams * runs])
@@ -194,11 +184,9 @@ def _beam(tables, norms, images, room, best_codes):  # type: ignore[no-untyped-d
         now, beams = then, kept
     best, best_total, best_entry = 0, np.float32(np.inf), 0
     for b in range(beams):
-        _score(rests[now, b], tables[books - 1], norms[books - 1], scores)
-        least = _smallest(scores, 0, entries)
+        least, entry = _least(rests[now, b], tables[books - 1], norms[books - 1], 0, entries, scores)
         if least + totals[now, b] < best_total:
-            best, best_total = b, least + totals[now, b]
-            best_entry = _first(scores, 0, entries, least)
+            best, best_total, best_entry = b, least + totals[now, b], entry
     for j in range(books - 1):
         best_codes[j] = chosen[now, best, j]
     best_codes[books - 1] = best_entry

@@ -36,6 +36,8 @@ def test_of_equal_entries_the_first_is_taken() -> None:
     linear, codebook, norms = _problem(64, 4, 33)
     twice, norms_twice = codebook[:32].repeat(2, 1), norms[:32].repeat(2)
     assert nearest_entries(linear, twice, norms_twice).max() < 32
+    for entries in (64, 12):  # by vectors, and one by one
+        assert not nearest_entries(linear, codebook[:1].repeat(entries, 1), norms[:1].repeat(entries)).any()
 
 
 @pytest.mark.parametrize(("entries", "runs"), [(256, 8), (64, 1), (16, 16), (4, 2)])

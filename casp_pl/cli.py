@@ -34,6 +34,7 @@ from casp_pl.errors import ConfigError, InputError, StopRun
 from casp_pl.evaluation.scoring import AnswerRule
 from casp_pl.export import EXPORT_DTYPES, EXPORT_FORMATS
 from casp_pl.harness import HARNESSES, run_harness
+from casp_pl.memory import modules_kept_apart
 from casp_pl.models.compress import BlockQuantization
 from casp_pl.models.load import ModelSource
 from casp_pl.modules import BlockwiseModule, CalibrationModule, EndToEndModule
@@ -43,7 +44,6 @@ from casp_pl.pipeline.data_report import data
 from casp_pl.pipeline.explain import ExplainSettings
 from casp_pl.pipeline.failures import Failure, failure_of
 from casp_pl.pipeline.launch import leave
-from casp_pl.pipeline.memory import modules_kept_apart
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import require_free_keys
 from casp_pl.pipeline.watch import ToldByFirstError

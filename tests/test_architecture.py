@@ -15,6 +15,7 @@ PACKAGE = ROOT / "casp_pl"
 FLOORS = (
     "errors",
     "processes",
+    "memory",
     "stopping",
     "kernels",
     "linalg",
@@ -34,7 +35,7 @@ FLOORS = (
     "cli",
     "__main__",
 )
-LIGHT = ("errors", "processes", "stopping", "kernels", "linalg", "layers", "quantizers", "allocation")
+LIGHT = ("errors", "processes", "memory", "stopping", "kernels", "linalg", "layers", "quantizers", "allocation")
 HEAVY = {"lightning", "lightning_utilities", "transformers", "datasets", "torchmetrics", "tensorboard", "matplotlib"}
 LAZY = {"casp_pl/models/processors.py"}  # derives a class from one of transformers; imported where it is needed
 MOST_LINES, MOST_FUNCTION_LINES = 400, 60

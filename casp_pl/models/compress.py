@@ -18,6 +18,7 @@ from casp_pl.allocation import ModulePlan
 from casp_pl.errors import NumericsError
 from casp_pl.layers import LowRankLinear, QuantizedLinear, materialized
 from casp_pl.linalg import GramSum, ProductSum, PropagationTarget, full_width_products, relative_proxy_loss
+from casp_pl.memory import trim_heap
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.sharing import Layer, are_uneven, of_everyone, own_share
 from casp_pl.models.streams import BlockBatch, linear_inputs
@@ -34,6 +35,8 @@ __all__ = [
     "collect_moments",
     "round_to_nearest",
 ]
+
+_LARGE = 1 << 25  # bytes of a second moment: beside smaller ones little is freed that is not used again at once
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,8 @@ class BlockQuantization:
             NumericsError: as `Quantizer.quantize`; the message begins with the name.
         """
         start = time.perf_counter()
+        if moment.nbytes > _LARGE:
+            trim_heap()
         # a name, not a position, seeds the linear: hash() differs between processes, a sum of bytes does not
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + sum(map(ord, plan.name)) + 7919 * plan.block)
         settings: dict[str, Any] = {

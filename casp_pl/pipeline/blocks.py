@@ -20,6 +20,7 @@ from casp_pl.callbacks import BestState, CodebookUpdate
 from casp_pl.checkpoint import RunDirectory
 from casp_pl.errors import ResourceError
 from casp_pl.layers import materialized
+from casp_pl.memory import release_memory
 from casp_pl.models.activations import Keep, in_memory
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.compress import BlockQuantization, LinearReport
@@ -30,7 +31,6 @@ from casp_pl.models.surgery import require_storable, round_to_storage
 from casp_pl.modules import BlockwiseModule
 from casp_pl.modules.widening import widened
 from casp_pl.pipeline.block_files import BlockFiles, LinearFiles, block_name, load_block, save_block
-from casp_pl.pipeline.memory import release_memory
 from casp_pl.pipeline.trainers import TrainerFactory
 from casp_pl.processes import process_count
 from casp_pl.quantizers import Quantizer

@@ -23,6 +23,7 @@ from casp_pl.checkpoint import RunDirectory
 from casp_pl.console import RunProgress
 from casp_pl.errors import InputError, NumericsError
 from casp_pl.layers import LatticeLinear
+from casp_pl.memory import release_memory
 from casp_pl.models.activations import ActivationStore
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.compress import LinearReport, round_to_nearest
@@ -35,7 +36,6 @@ from casp_pl.pipeline.broken_samples import BrokenSamples
 from casp_pl.pipeline.end_to_end import CHECKPOINTS, FOLDER, EndToEndStage
 from casp_pl.pipeline.launch import sharing_processes
 from casp_pl.pipeline.measure import Measurement, finite_row
-from casp_pl.pipeline.memory import release_memory
 from casp_pl.pipeline.prepare import RunBatches, load_batches, on_device
 from casp_pl.pipeline.rows import show_block, show_stage, show_window
 from casp_pl.pipeline.settings import RunSettings

@@ -13,10 +13,10 @@ from casp_pl.checkpoint.manifest import MANIFEST_NAME
 from casp_pl.console import RunProgress, make_console, print_path
 from casp_pl.errors import ConfigError, InputError
 from casp_pl.evaluation import DecodeCost, PairedFigures, ReferenceOutputs, measure_decoding, resident_beside
+from casp_pl.memory import release_memory
 from casp_pl.models.adapter import ModelAdapter, adapt
 from casp_pl.pipeline.launch import launched
 from casp_pl.pipeline.measure import evaluation_module, stage_costs
-from casp_pl.pipeline.memory import release_memory
 from casp_pl.pipeline.prepare import Prepared, prepare
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import TrainerFactory

@@ -1,10 +1,12 @@
 """One block against the same work done by hand with dense layers."""
 
 import copy
+import platform
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor, nn
@@ -210,6 +212,21 @@ def test_a_linear_that_cannot_be_quantized_is_named(adapter: ModelAdapter) -> No
     moment = torch.eye(linear.in_features)
     with pytest.raises(NumericsError, match=rf"^{plan.name}: all \d+ groups of the weight .* outside float16"):
         BlockQuantization().compress_linear(linear, 1e-10 * linear.weight, plan, RTNQuantizer(), moment)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to give memory back")
+@pytest.mark.parametrize(("width", "is_trimmed"), [(2900, True), (64, False)])
+def test_a_large_linear_begins_with_a_trimmed_heap(adapter: ModelAdapter, width: int, is_trimmed: bool) -> None:
+    plan = replace(_plans(adapter, 0)[3], shape=(4, width))
+    linear, moment = nn.Linear(width, 4), torch.eye(width)
+    tensors = [torch.ones(6000) for _ in range(10_000)]  # 240 MB, each too small to have pages of its own mapping
+    kept = tensors[::50]
+    del tensors
+    before = psutil.Process().memory_info().rss
+    BlockQuantization().compress_linear(linear, linear.weight, plan, RTNQuantizer(), moment)
+    freed = before - psutil.Process().memory_info().rss
+    assert (freed > 120e6) == is_trimmed
+    assert len(kept) == 200
 
 
 def test_inputs_that_are_always_0_are_counted(adapter: ModelAdapter, batches: list[dict[str, Any]]) -> None:

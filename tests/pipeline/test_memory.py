@@ -12,8 +12,8 @@ import psutil
 import pytest
 import torch
 
+from casp_pl.memory import modules_kept_apart, release_memory
 from casp_pl.pipeline import run
-from casp_pl.pipeline.memory import modules_kept_apart, release_memory
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to give memory back")

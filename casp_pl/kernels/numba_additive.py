@@ -12,7 +12,7 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
 
-from casp_pl.kernels.numba_llvm import (
+from casp_pl.kernels.llvm_vectors import (
     BYTE,
     CONTRACT,
     FLOATS,

@@ -16,8 +16,8 @@ from numba import njit, prange
 from numba.np.numpy_support import carray
 from torch import Tensor
 
+from casp_pl.kernels.llvm_least import STEP, least_score
 from casp_pl.kernels.numba_addresses import addresses, contiguous, pointer
-from casp_pl.kernels.numba_least import STEP, least_score
 
 __all__ = ["improve", "nearest_entries", "search"]
 

@@ -22,8 +22,7 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from torch import Tensor
 
-from casp_pl.kernels.numba_addresses import addresses, contiguous
-from casp_pl.kernels.numba_llvm import (
+from casp_pl.kernels.llvm_vectors import (
     BYTE,
     BYTES,
     CONTRACT,
@@ -41,6 +40,7 @@ from casp_pl.kernels.numba_llvm import (
     spread,
     sum_of_lanes,
 )
+from casp_pl.kernels.numba_addresses import addresses, contiguous
 
 __all__ = [
     "LEAST_ROWS",

@@ -38,13 +38,13 @@ def _codes(limit: int, *shape: int) -> Tensor:
     return torch.randint(limit, shape, generator=torch.Generator().manual_seed(limit), dtype=torch.uint8)
 
 
-def _additive(books: int, *, backward: bool) -> Compute:
+def _additive(books: int, length: int, *, backward: bool) -> Compute:
     index, codebooks, scales = (
         AdditiveIndex(_codes(256, ROWS, 9, books), 256),
-        _numbers(books, 256, 8),
+        _numbers(books, 256, length),
         _numbers(ROWS, 1),
     )
-    weight = _numbers(ROWS, 72)
+    weight = _numbers(ROWS, 9 * length)
     if backward:
         return lambda: index.gradients(weight, codebooks, scales)
     return lambda: (index.gather(codebooks, scales),)
@@ -110,8 +110,10 @@ def _near_points(*, best: bool) -> Compute:
 
 
 CASES: dict[str, Callable[[], Compute]] = {
-    **{f"gather {k}x8": lambda k=k: _additive(k, backward=False) for k in (1, 2, 3, 4)},
-    **{f"scatter {k}x8": lambda k=k: _additive(k, backward=True) for k in (1, 2, 3, 4)},
+    **{f"gather {k}x8": lambda k=k: _additive(k, 5, backward=False) for k in (1, 2, 3, 4)},
+    **{f"rebuild_additive {k}x8": lambda k=k: _additive(k, 8, backward=False) for k in range(1, 6)},
+    **{f"scatter {k}x8": lambda k=k: _additive(k, 8, backward=True) for k in (1, 2, 3, 4)},
+    "scatter 2x8, groups of 5": lambda: _additive(2, 5, backward=True),
     **{
         f"multiply_additive {k}x8": lambda k=k: _looked_up("vectors", ROWS, (12, k, 256, 8, 1)) for k in (1, 2, 3, 4, 5)
     },
@@ -120,7 +122,7 @@ CASES: dict[str, Callable[[], Compute]] = {
     **{f"multiply_lattice {bits}": lambda b=bits: _lattice_bytes(b) for bits in (2, 3, 4)},
     **{f"multiply_uniform {bits}": lambda b=bits: _uniform_bytes(b) for bits in (1, 2, 3, 4, 8)},
     **{f"uniform_weight {bits}": lambda b=bits: _uniform_weight(b) for bits in (2, 3, 4, 8)},
-    **{f"lattice_weight {bits}": lambda b=bits: _lattice_weight(b) for bits in (2, 3, 4)},
+    **{f"rebuild_lattice {bits}": lambda b=bits: _lattice_weight(b) for bits in (2, 3, 4)},
     "nearest_entries": _nearest_entries,
     **{f"search {k}": lambda k=k: _beam(k, improve=False) for k in (1, 2, 3)},
     **{f"improve {k}": lambda k=k: _beam(k, improve=True) for k in (1, 2, 3)},

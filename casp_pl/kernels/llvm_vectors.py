@@ -1,7 +1,7 @@
 """Vectors of eight floats in LLVM's own language: numba does not keep vectors in registers by itself.
 
 LLVM has them on every CPU; what a function here is given first is its builder. numba's cache on disk knows a loop by
-the file that it stands in: after a change here, or in `numba_least`, empty the __pycache__ of this folder.
+the file that it stands in: after a change here, or in `llvm_least`, empty the __pycache__ of this folder.
 """
 
 from typing import Any

@@ -8,7 +8,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from casp_pl.kernels.numba_llvm import (
+from casp_pl.kernels.llvm_vectors import (
     CONTRACT,
     FLOAT,
     FLOATS,

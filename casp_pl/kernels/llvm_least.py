@@ -19,6 +19,7 @@ from casp_pl.kernels.llvm_vectors import (
     alloca,
     for_range,
     intrinsic,
+    load,
     spread,
 )
 
@@ -69,21 +70,18 @@ def least_score(typing_context, rest, table, norms, length, entries, start, stop
         rest, table, norms = (builder.inttoptr(address, FLOAT.as_pointer()) for address in arguments[:3])
         length, entries, start, stop = arguments[3:]
         least, scores = _Least(builder), [alloca(builder, FLOATS) for _ in range(_VECTORS)]
-
-        def vector(base: Any, place: Any) -> Any:
-            return builder.load(builder.bitcast(builder.gep(base, [place]), FLOATS.as_pointer()), align=4)
-
         with for_range(builder, builder.sdiv(builder.sub(stop, start), INDEX(STEP))) as blocks:
             at = builder.add(start, builder.mul(blocks.index, INDEX(STEP)))
             own = [builder.add(at, INDEX(number * WIDTH)) for number in range(_VECTORS)]
             for score, place in zip(scores, own, strict=True):
-                half = builder.fmul(vector(norms, place), ir.Constant(FLOATS, [0.5] * WIDTH))
+                half = builder.fmul(load(builder, FLOATS, norms, place), ir.Constant(FLOATS, [0.5] * WIDTH))
                 builder.store(half, score)
             with for_range(builder, length) as coordinates:
                 factor = spread(builder, FLOATS, builder.load(builder.gep(rest, [coordinates.index])))
                 row = builder.mul(coordinates.index, entries)
                 for score, place in zip(scores, own, strict=True):
-                    product = builder.fmul(factor, vector(table, builder.add(row, place)), flags=CONTRACT)
+                    part = load(builder, FLOATS, table, builder.add(row, place))
+                    product = builder.fmul(factor, part, flags=CONTRACT)
                     builder.store(builder.fsub(builder.load(score), product, flags=CONTRACT), score)
             for score, place in zip(scores, own, strict=True):
                 lanes = ir.Constant(INTS, list(range(WIDTH)))

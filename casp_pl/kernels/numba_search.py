@@ -53,7 +53,11 @@ def _score(rest, table, norms, scores):  # type: ignore[no-untyped-def]
 
 @njit(inline="always", fastmath=_FAST)
 def _least(rest, table, norms, start, stop, scores):  # type: ignore[no-untyped-def]
-    """The smallest of `_score` in a range, and where it stands first; scores has room for all."""
+    """The smallest of `_score` in a range, and where it stands first.
+
+    Ranges of a vector come in their order: where STEP does not divide them, the one that begins at 0 fills the scores
+    (C,) of all entries, and those after it read them.
+    """
     length, entries = table.shape
     if (stop - start) % STEP == 0:
         arrays = rest.ctypes.data, table.ctypes.data, norms.ctypes.data

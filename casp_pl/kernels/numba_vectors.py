@@ -95,7 +95,7 @@ def _any_books(builder: Any, place: _Place) -> list[Any]:
 
 
 def _e8p(builder: Any, place: _Place, byte: int = 0) -> list[Any]:
-    """A point of E8P in quarters: a pattern with signs and a shift, which the second byte says."""
+    """A point of E8P: a pattern with signs and a shift, which the second byte says."""
     low, high = (builder.zext(load(builder, BYTE, place.codes, INDEX(byte + n)), INDEX) for n in (0, 1))
     pattern = load(builder, FLOATS, place.tables, builder.mul(low, INDEX(WIDTH)))
     signs = load(builder, FLOATS, place.tables, builder.add(builder.mul(high, INDEX(WIDTH)), INDEX(_E8P_SIGNS)))
@@ -272,11 +272,11 @@ def _one_row(typing_context, kind, tables, codes, scales, setting, sizes, row, w
     # weight[row] by the decoder with the number `kind`; arrays are addresses
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        kind, setting, row = arguments[0], arguments[4], arguments[6]
-        own = _Sizes(*cgutils.unpack_tuple(builder, arguments[5]))  # type: ignore[no-untyped-call]
+        kind, tables, codes, scales, setting, packed, row, weight = arguments
+        own = _Sizes(*cgutils.unpack_tuple(builder, packed))  # type: ignore[no-untyped-call]
         tables, codes, scales, weight = (
-            builder.inttoptr(arguments[place], element.as_pointer())
-            for place, element in ((1, FLOAT), (2, BYTE), (3, FLOAT), (7, FLOATS))
+            builder.inttoptr(address, element.as_pointer())
+            for address, element in ((tables, FLOAT), (codes, BYTE), (scales, FLOAT), (weight, FLOATS))
         )
         scale = spread(builder, FLOATS, builder.load(builder.gep(scales, [row])))
         for number, decode in enumerate(_DECODERS):
@@ -300,7 +300,14 @@ def _rebuild(kind, tables, codes, scales, weight, setting, sizes):  # type: igno
 
 
 def rebuild_additive(codes: Tensor, books: Tensor, scales: Tensor, weight: Tensor) -> None:
-    """The sums of `numba_additive.gather` for groups of 8: codes (O, G, K), books (K, C, 8), scales (O,), weight."""
+    """What `numba_additive.gather` writes, for groups of 8.
+
+    Args:
+        codes: uint8 (O, G, K), all below C.
+        books: float32 (K, C, 8).
+        scales: float32 (O,).
+        weight: float32 (O, 8 G), contiguous, written.
+    """
     (rows, groups, count), entries = codes.shape, books.shape[1]
     read = contiguous(books, codes, scales)
     _rebuild(_of_books(count), *addresses(*read, weight), entries, (groups, count, groups, 1, rows))
@@ -339,7 +346,7 @@ def multiply_additive(x: Tensor, books: Tensor, codes: Tensor, weights: Tensor, 
 
 
 def multiply_lattice(x: Tensor, tables: Tensor, codes: Tensor, weights: Tensor, sums: Tensor) -> None:
-    """Products with points of E8P in quarters, and finer ones.
+    """Products with points of E8P, and finer ones.
 
     Args:
         x: float32 (N, G, 8).

@@ -112,9 +112,9 @@ def lattice_points(packed: Tensor, dtype: torch.dtype) -> Tensor:
         points = torch.empty(rows, GROUP_LENGTH * groups)
         loops.lattice(packed, lattice_tables(bits), torch.ones(rows), points)
         return points.to(dtype)
-    total = torch.zeros((), dtype=dtype, device=packed.device)
+    total = torch.zeros(rows, GROUP_LENGTH * groups, dtype=dtype, device=packed.device)
     for own, stage in zip(lattice_quarters(packed, bits), LATTICE_STAGES[bits], strict=True):
-        total = total + own.to(dtype) * (QUARTER / stage.scale)
+        total.add_(own, alpha=QUARTER / stage.scale)
     return total
 
 

@@ -113,8 +113,8 @@ def _check_budget(choices: BitChoices, budget: float, counts: Counts, levels: Se
     weights, items = choices.weights, choices.items
     least = choices.fixed + sum(min(cost for cost, _ in item.choices.values()) for item in items)
     most = choices.fixed + sum(max(cost for cost, _ in item.choices.values()) for item in items)
-    if whole_bits(budget, weights) < least or budget > max(most / weights, *levels):
-        low, high = (math.ceil(bits / weights * 1e4) / 1e4 for bits in (least, most))
+    low, high = (math.ceil(bits / weights * 1e4) / 1e4 for bits in (least, most))
+    if whole_bits(budget, weights) < least or budget > max(high, *levels):
         raise ConfigError(
             f"budget: {budget} bits per weight ({counts}) cannot be met with levels {_listed(levels)}.\n"
             f"Feasible are {low} to {high} bits per weight."

@@ -145,8 +145,9 @@ def _is_pickle(path: Path) -> bool:
     if path.suffix in _PICKLES:
         return True
     with path.open("rb") as file:
-        first, protocol = (file.read(2) + b"\0\0")[:2]
-    return first == 0x80 and 2 <= protocol <= 5
+        start = file.read(9).ljust(9, b"\0")
+    header = start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size  # of safetensors
+    return start[0] == 0x80 and 2 <= start[1] <= 5 and not header
 
 
 def check_header(path: Path) -> None:

@@ -27,7 +27,7 @@ def build_layer(
     Args:
         spec: what `spec()` of a layer returned; kinds additive, lattice, uniform, low_rank and dense.
         device: where the tensors are made; None for torch's default.
-        dtype: of everything but the codes.
+        dtype: of dense factors; tables and biases of codes are at least float32, as in the run that made them.
 
     Raises:
         IntegrityError: unknown kind, or keys that do not belong to it.
@@ -40,7 +40,7 @@ def build_layer(
         if kind == "dense":
             return nn.Linear(**settings, device=device, dtype=dtype)
         if kind in _QUANTIZED:
-            return _QUANTIZED[kind](**settings, device=device, dtype=dtype)
+            return _QUANTIZED[kind](**settings, device=device, dtype=torch.promote_types(dtype, torch.float32))
     except (KeyError, TypeError, ValueError) as error:
         raise IntegrityError(f"broken description of a layer of kind {kind}: {error}") from error
     raise IntegrityError(f"unknown kind of layer: {kind!r}; known are {', '.join([*_QUANTIZED, 'low_rank', 'dense'])}")

@@ -92,17 +92,22 @@ def multiply_lattice(x: Tensor, product: Callable[[Tensor], Tensor], su: Tensor,
 
     Args:
         x: (..., I).
-        product: of transformed inputs (..., P) with Z: (..., O).
+        product: of transformed inputs (..., P), in the dtype of x, with Z: (..., O).
         su: (I,).
         sv: (O,).
         width: P.
 
     Returns:
-        (..., O), differentiable with respect to x, su and sv.
+        (..., O) in float32 or wider, differentiable with respect to x, su and sv.
     """
     surplus = width - len(su)
-    mixed = transform_rows(F.pad(x * su, (0, surplus)) if surplus else x * su)
-    return transform_rows(product(mixed), inverse=True) * sv
+    wide = torch.promote_types(torch.promote_types(x.dtype, su.dtype), torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        scaled = x.to(wide) * su
+        mixed = transform_rows(F.pad(scaled, (0, surplus)) if surplus else scaled)
+    products = product(mixed.to(x.dtype))
+    with torch.autocast(x.device.type, enabled=False):  # y / sv, fifty times a large output, is beyond float16
+        return transform_rows(products.to(wide), inverse=True) * sv
 
 
 def lattice_points(packed: Tensor, dtype: torch.dtype) -> Tensor:

@@ -37,7 +37,7 @@ def layer_specs(module: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def install_layers(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -> None:
-    """Replace the linears of a model by empty layers, in place; device and dtype are those of the linears.
+    """Replace the linears of a model by empty layers, in place, on their device; dtypes are those of `build_layer`.
 
     Names are those of the whole model in memory; a model loaded without its head (or with one more around it) is found
     by leaving out (or adding) its base prefix.

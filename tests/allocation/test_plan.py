@@ -135,6 +135,16 @@ def test_a_real_quantizer_fits():
     assert factors.codes == 3 * 8 * 128
 
 
+@pytest.mark.parametrize("size", [64, 72, 88, 104])  # all 8 bits cost 8.39, 8.3504..., 8.3410..., 8.2884... in all
+@pytest.mark.parametrize("counts", ["codes", "total"])
+def test_both_ends_of_the_feasible_interval_can_be_met(size, counts):
+    given = {"modules": llama(2, size, 96), "quantizer": RTNQuantizer(), "ranks": {}, "counts": counts}
+    with pytest.raises(ConfigError) as caught:
+        make(budget=99.0, **given)
+    ends = str(caught.value).split("Feasible are ")[1].split(" bits")[0].split(" to ")
+    assert [{module.bits for module in make(budget=float(end), **given).modules} for end in ends] == [{2}, {8}]
+
+
 @pytest.mark.parametrize("budget", [1.0, 1.5, 9.0])
 def test_an_impossible_budget_names_the_feasible_interval(budget):
     modules = llama(4, 64, 96)

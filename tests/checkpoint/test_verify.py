@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from casp_pl.checkpoint import save_compressed, save_streamed, verify
 from casp_pl.checkpoint.manifest import Manifest, describe
+from casp_pl.checkpoint.model_directory import unsafe_files
 from casp_pl.export import EXPORT_FORMATS, export_model
 from casp_pl.layers import AdditiveLinear
 from casp_pl.models.adapter import adapt
@@ -168,6 +169,19 @@ def test_links_outside_and_pickles_at_any_depth_are_refused(copy, layout, capsys
     said = " ".join(capsys.readouterr().out.split())  # long paths are wrapped
     for name in (f"{path.name} lies outside", "evil.pkl is a pickle", "evil.txt is a pickle"):
         assert name in said
+
+
+@pytest.mark.parametrize(
+    ("start", "refused"),
+    [
+        (b"\x80\x02\0\0\0\0\0\0{", False),  # safetensors whose header takes 640 bytes
+        (b"\x80\x02\0\0\0\0\0\0(", True),
+        (b"\x80\x02}q\0.\0\0{", True),  # no file is so long
+    ],
+)
+def test_a_header_is_not_taken_for_a_pickle(tmp_path, start, refused):
+    (tmp_path / "model.safetensors").write_bytes(start + b" " * 700)
+    assert bool(unsafe_files(tmp_path)) == refused
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -176,6 +176,24 @@ def test_half_precision_module_computes_in_half_precision() -> None:
     torch.testing.assert_close(layer.dequantize().float(), expected, rtol=0.03, atol=0.03)
 
 
+@pytest.mark.parametrize("how", ["tables in float16", "autocast", "tables in float32"])
+@pytest.mark.parametrize("tokens", [1, 65])
+def test_large_outputs_are_finite_in_float16(tokens: int, how: str) -> None:
+    layer, _ = _random_layer((256, 48, 2))
+    layer.requires_grad_(False)
+    layer.su.sign_()
+    layer.sv.sign_().mul_(0.02)  # before they are scaled, outputs are fifty times as large
+    large = layer.dequantize()[5]
+    x = (2000 * large / large.square().sum()).expand(tokens, -1)
+    layer = layer.half() if how == "tables in float16" else layer
+    wanted = nn.functional.linear(x.double(), layer.dequantize().double(), layer.bias.double())
+    assert wanted[0, 5] == pytest.approx(2000, rel=0.01)
+    with torch.autocast("cpu", torch.float16, enabled=how == "autocast"):
+        y = layer(x if how == "autocast" else x.half())
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y.double(), wanted, rtol=0.01, atol=10)
+
+
 def test_values_beyond_float16_are_an_error() -> None:
     layer, _ = _random_layer()
     with torch.no_grad():

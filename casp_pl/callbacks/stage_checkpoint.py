@@ -138,6 +138,9 @@ class StageCheckpoint(pl.Callback):
         notes: dict[str, Any] = self.best.notes() | {"layout": self.layout, "adam_steps": max(made, default=0)}
         older = sorted({name.rsplit("/", 1)[0] for name in self.run.names(self.folder)})
         name = f"{self.folder}/{step:06d}"
+        if name in older:  # of another layout, with which the stage began again
+            self.run.discard(name)
+            older.remove(name)
         if self.divided:
             self.run.write_tensors_of_each(name, tensors, notes)
         else:

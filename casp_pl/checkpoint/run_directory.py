@@ -324,6 +324,7 @@ def _short(value: Any, limit: int = 60) -> str:
 def _clean(root: Path) -> None:
     removed = remove_leftovers(root)
     for directory in [path for path in root.rglob("*") if path.is_dir()]:
-        removed += remove_leftovers(directory)
+        if directory.is_dir():  # what lay in a leftover is gone with it
+            removed += remove_leftovers(directory)
     if removed:
         _LOG.info("%s: removed %s, left by a killed process", root, ", ".join(removed))

@@ -20,6 +20,7 @@ from casp_pl.models.micro_batch import in_halves
 __all__ = [
     "BlockBatch",
     "autocast_to",
+    "batch_on",
     "first_block_batches",
     "linear_inputs",
     "model_inputs",
@@ -131,11 +132,11 @@ def first_block_batches(
 ) -> list[BlockBatch]:
     """Run embeddings, vision tower and projector, and catch what blocks are given; `keep` keeps what block 0 reads.
 
-    `autocast` is that of `BlockBatch`.
+    Batches may lie anywhere: each is moved to the model's device. `autocast` is that of `BlockBatch`.
     """
     result = []
     count = len(adapter.blocks)
-    for batch in batches:
+    for batch in (batch_on(adapter.device, batch) for batch in batches):
         notes: list[tuple[Tensor, dict[str, Any]]] = []
         with adapter.with_blocks([_Witness(notes, count) for _ in range(count)]), suppress(_StopForwardError):
             adapter.model(**model_inputs(batch, adapter.model.dtype, adapter.shortest_window), use_cache=False)
@@ -158,6 +159,11 @@ def _same(value: Any, other: Any) -> bool:
 def autocast_to(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[None]:
     """Inside, matrices are multiplied in this dtype; with None nothing changes."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def batch_on(device: torch.device, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch, its tensors on this device."""
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
 def model_inputs(

@@ -8,7 +8,6 @@ BRECQ arXiv 2102.05426, CBQ arXiv 2312.07950).
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from casp_pl.models.streams import BlockBatch, run_block
 from casp_pl.modules.parameters import relative_groups, trainable_parameters, warmed_cosine
+from casp_pl.modules.stage_module import StageModule
 from casp_pl.processes import mean_of_all
 
 __all__ = ["BlockwiseModule", "relative_error"]
@@ -34,7 +34,7 @@ def relative_error(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return (error * weight).sum() / mean_of_all(weight.sum())
 
 
-class BlockwiseModule(pl.LightningModule):
+class BlockwiseModule(StageModule):
     """Trains codebooks, scales and norms of neighbouring blocks on cached inputs and outputs.
 
     Args:

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from itertools import product
 from typing import Any, NoReturn
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -16,6 +15,7 @@ from casp_pl.models.activations import Keep, in_memory
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.branches import visible_pairs
 from casp_pl.models.streams import BlockBatch, first_block_batches, run_block
+from casp_pl.modules.stage_module import StageModule
 from casp_pl.modules.statistics import CalibrationStatistics
 from casp_pl.processes import process_count, process_rank, sum_of_all
 from casp_pl.quantizers import RTNQuantizer
@@ -23,7 +23,7 @@ from casp_pl.quantizers import RTNQuantizer
 __all__ = ["CalibrationModule"]
 
 
-class CalibrationModule(pl.LightningModule):
+class CalibrationModule(StageModule):
     """Evaluation-loop pass that fills `statistics` (method A). Run it with `Trainer.validate(module)`.
 
     All batches go through a block before the next block is read: a step of the loop is one batch in one block, and of
@@ -105,7 +105,7 @@ class CalibrationModule(pl.LightningModule):
             tokens=int(tokens),
             image_tokens=int(image_tokens),
         )
-        self._states, self._block = [], None  # Lightning moves what is still here to the CPU
+        self._states, self._block = [], None
 
     @contextmanager
     def _attention_of(self, index: int) -> Iterator[None]:

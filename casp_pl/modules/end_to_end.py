@@ -1,10 +1,9 @@
 """End-to-end fine-tuning of the whole compressed model against the original's logits (method E)."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -22,6 +21,7 @@ from casp_pl.modules.checkpointing import checkpointed
 from casp_pl.modules.compiling import CompiledBlocks
 from casp_pl.modules.parameters import relative_groups, trainable_parameters, warmed_cosine
 from casp_pl.modules.sharding import Sharding, build_sharded, clip_gradients, plain_name, unwrapped
+from casp_pl.modules.stage_module import StageModule
 from casp_pl.processes import mean_of_all, process_count, sum_of_all
 
 __all__ = [
@@ -37,23 +37,37 @@ __all__ = [
 
 @torch.no_grad()
 def teacher_states(
-    adapter: ModelAdapter, batches: Iterable[dict[str, Any]], keep: Keep = in_memory
+    adapter: ModelAdapter,
+    batches: Iterable[dict[str, Any]],
+    keep: Keep = in_memory,
+    *,
+    needed: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
     """The original's final hidden states at the tokens that are trained on, by sample id: each (tokens, I).
 
     The output head is never compressed, so these few numbers give the original's logits exactly, at 1/85 of their size.
-    `keep` keeps them, and what the batches are between blocks.
+    A sample is taken from the first batch that it is in: last bits depend on what it is padded to, and a stage that was
+    stopped shall get the same.
+
+    Args:
+        adapter: the original model.
+        batches: all of the stage from its first step on.
+        keep: keeps the states, and what the batches are between blocks.
+        needed: the samples that are still to come; None for all.
     """
     wanted, seen = [], set[str]()
     for batch in batches:
-        if is_counted(batch) and not seen.issuperset(batch["sample_ids"]):
-            wanted.append(batch)
-            seen.update(batch["sample_ids"])
+        if is_counted(batch):
+            new = set(batch["sample_ids"]) - seen
+            seen |= new
+            if new if needed is None else not new.isdisjoint(needed):
+                wanted.append(batch)
     teacher: dict[str, Tensor] = {}
     for batch, hidden in zip(wanted, original_states(adapter, wanted, keep), strict=True):
-        targets = target_mask(batch)
+        targets = target_mask(batch).to(hidden.device)
         kept = keep(hidden[targets].cpu())  # of the batch, because a file of its own for every sample is too many
-        teacher |= zip(batch["sample_ids"], torch.split(kept, targets.sum(1).tolist()), strict=True)
+        for name, states in zip(batch["sample_ids"], torch.split(kept, targets.sum(1).tolist()), strict=True):
+            teacher.setdefault(name, states)
     return teacher
 
 
@@ -111,7 +125,7 @@ def _divergence(adapter: ModelAdapter, student: Tensor, teacher: Tensor) -> tupl
     return mean, len(student)
 
 
-class EndToEndModule(pl.LightningModule):
+class EndToEndModule(StageModule):
     """Trains codebooks, scales and norms of all blocks; loss = KL to the original's logits where labels are.
 
     It is the mean over the tokens of plain texts plus `answer_weight` times the mean over the answers of conversations.

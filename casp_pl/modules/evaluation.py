@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from casp_pl.evaluation.vqa import answer_questions, decode_answers, end_token_i
 from casp_pl.layers import materialized
 from casp_pl.linalg import full_width_products
 from casp_pl.models.branches import is_counted
+from casp_pl.modules.stage_module import StageModule
 from casp_pl.processes import of_all
 
 __all__ = ["EvaluationModule"]
@@ -37,7 +37,7 @@ class _Answer(NamedTuple):
     hidden: Tensor
 
 
-class EvaluationModule(pl.LightningModule):
+class EvaluationModule(StageModule):
     """Measures a model with `Trainer.test` on `EvaluationData`; afterwards `figures` and `outputs` hold the results.
 
         module = EvaluationModule(model, processor, reference=original.outputs)

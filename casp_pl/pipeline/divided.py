@@ -1,5 +1,7 @@
 """Settings that a model divided among processes (FSDP) cannot have are refused before anything is computed."""
 
+import torch
+
 from casp_pl.errors import ConfigError
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.strategies import chosen_wrapping
@@ -30,6 +32,8 @@ def check_divided(settings: RunSettings, *, streams: bool | None = None) -> None
         raise ConfigError(f"{name} does not compile blocks: set end_to_end.compile_backend to null, or take ddp.")
     if settings.model.dtype != "float32":
         raise ConfigError(f"{name} needs model.dtype float32, not {settings.model.dtype}; or take ddp.")
-    precision = TrainerFactory(settings.trainer, None).working_precision
-    if str(precision) not in ("None", "32", "32-true", "bf16-mixed"):
-        raise ConfigError(f"{name} computes in trainer.precision 32-true or bf16-mixed, not {precision}.")
+    trainers = TrainerFactory(settings.trainer, None)
+    if trainers.autocast not in (None, torch.bfloat16):
+        raise ConfigError(
+            f"{name} computes in trainer.precision 32-true or bf16-mixed, not {trainers.working_precision}."
+        )

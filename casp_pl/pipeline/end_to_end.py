@@ -129,11 +129,19 @@ class EndToEndStage:
         while True:
             divided = autocast_to(self.trainers.autocast, self.adapter.device)
             with trainer.precision_plugin.forward_context() if self.wrapping is None else divided:
-                batches = _Steps(self.settings.data.train_dataloader(), self.checkpoint.step, self.steps)
-                teacher = teacher_states(self.adapter, chain(batches, held_back), self.keep)
+                batches = chain(_Steps(self.settings.data.train_dataloader(), 0, self.steps), held_back)
+                needed = self._still_to_come(held_back)
+                teacher = teacher_states(self.adapter, batches, self.keep, needed=needed)
             if not self.broken.leave_out([name for name, states in teacher.items() if not states.isfinite().all()]):
                 return teacher, held_back
             held_back = load_batches(self.settings, self.adapter.device).held_back
+
+    def _still_to_come(self, held_back: Batches) -> set[str] | None:
+        """Samples of the steps that are left and of what is held back; None where the stage begins: all."""
+        if self.checkpoint.step == 0:
+            return None
+        left = _Steps(self.settings.data.train_dataloader(), self.checkpoint.step, self.steps)
+        return {name for batch in chain(left, held_back) for name in batch["sample_ids"]}
 
     def _train(self, trainer: pl.Trainer, module: EndToEndModule, held_back: Batches) -> None:
         if self.checkpoint.step == 0:  # the state before training competes for the best

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from casp_pl.allocation import CompressionPlan
 from casp_pl.errors import ConfigError, InputError
@@ -17,6 +17,7 @@ from casp_pl.models.digest import WeightDigest
 from casp_pl.models.memory import Memory, free_memory
 from casp_pl.models.skeleton import load_skeleton
 from casp_pl.models.soundness import require_finite_weights
+from casp_pl.models.streams import batch_on
 from casp_pl.pipeline.blocks import Batches
 from casp_pl.pipeline.launch import accelerator_type, sharing_processes
 from casp_pl.pipeline.settings import RunSettings
@@ -78,13 +79,9 @@ def load_original(settings: RunSettings, outline: Prepared, *, digest: bool = Fa
         digest: take `Prepared.weights`; blocks on disk are read once for it and for the check of their values.
 
     Raises:
-        ConfigError: a precision that a streamed model cannot be computed in.
         InputError: the model cannot be read.
         NumericsError: a weight is NaN or infinite.
     """
-    precision = str(settings.trainer.get("precision"))
-    if outline.streamed and precision.endswith("-true") and precision != "32-true":
-        raise ConfigError(f"trainer.precision: {precision} does not reach blocks on disk; set model.dtype instead.")
     pl.seed_everything(settings.seed, verbose=False)
     adapter, weights = settings.model.open(outline.device, streamed=outline.streamed), WeightDigest()
 
@@ -209,7 +206,4 @@ def _digest(settings: Mapping[str, Any]) -> str:
 
 def on_device(batches: Iterable[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
     """The batches in memory, their tensors on this device."""
-    return [
-        {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        for batch in batches
-    ]
+    return [batch_on(device, batch) for batch in batches]

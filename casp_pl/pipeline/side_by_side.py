@@ -123,7 +123,7 @@ def _measure(
         release_memory()  # what loading left behind is not the model's
         beside = resident_beside(adapter.model)
         more = 0 if original is None else beside - original.beside  # the original's outputs, and its evaluation's rest
-        decoding = measure_decoding(adapter.model, beside=more)  # first: a Trainer leaves the model on the CPU
+        decoding = measure_decoding(adapter.model, beside=more)
         trainer.test(module, datamodule=settings.evaluation, verbose=False)
         if module.figures is None or module.outputs is None:
             raise InputError("evaluation: there is nothing to evaluate; set evaluation.questions or text_tokens.")

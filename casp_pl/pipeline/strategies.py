@@ -3,12 +3,23 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor
+from torch.futures import Future, collect_all
 
 from casp_pl.modules.sharding import Wrapping
 from casp_pl.processes import process_count
 
-__all__ = ["STRATEGIES", "chosen_wrapping", "plain_strategy", "several", "sharded_strategy", "wrapping_of"]
+__all__ = [
+    "STRATEGIES",
+    "chosen_wrapping",
+    "plain_strategy",
+    "repeatable_ddp",
+    "several",
+    "sharded_strategy",
+    "wrapping_of",
+]
 
 _SHARDED: dict[str, Wrapping] = {"fsdp": "fsdp", "fsdp2": "fsdp2"}
 STRATEGIES = ("auto", "ddp", *_SHARDED)
@@ -41,6 +52,31 @@ def sharded_strategy(wrapping: Wrapping) -> Strategy:
     if wrapping == "fsdp2":
         return ModelParallelStrategy(data_parallel_size=process_count(), tensor_parallel_size=1)
     return _FSDPAnywhere()
+
+
+def repeatable_ddp() -> DDPStrategy:
+    """Lightning's DDP, in which a step gives the same wherever a run was stopped."""
+    return _RepeatableDDP(forward_sync_buffers=False)  # codes are buffers, the same everywhere: nothing to send around
+
+
+class _RepeatableDDP(DDPStrategy):
+    """DDP puts gradients together anew after the first step, and with three or more processes a sum depends on that.
+
+    So each gradient is summed by itself. What is trained are a few hundred small tensors.
+    """
+
+    def configure_ddp(self) -> None:
+        """As DDP does, with our sums."""
+        super().configure_ddp()
+        model: Any = self.model
+        model.register_comm_hook(None, _each_alone)
+
+
+def _each_alone(_: None, bucket: dist.GradBucket) -> Future[Tensor]:
+    total = bucket.buffer().div_(process_count())
+    sums: list[Any] = [dist.all_reduce(gradient, async_op=True) for gradient in bucket.gradients()]
+    done: Future[Tensor] = collect_all([work.get_future() for work in sums]).then(lambda _: total)
+    return done
 
 
 class _FSDPAnywhere(FSDPStrategy):

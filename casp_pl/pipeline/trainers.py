@@ -8,12 +8,11 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
 from casp_pl.errors import ConfigError
 from casp_pl.pipeline.launch import accelerator_type
-from casp_pl.pipeline.strategies import plain_strategy
+from casp_pl.pipeline.strategies import plain_strategy, repeatable_ddp
 from casp_pl.processes import process_count
 
 __all__ = ["TrainerFactory", "as_loader", "require_free_keys"]
@@ -29,6 +28,8 @@ _INSTEAD = {
     ("overfit_batches", "limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches"),
     "Set data.samples, data.fine_tuning_samples, evaluation.questions or evaluation.text_tokens.",
 )
+_AUTOCAST = dict.fromkeys(("None", "32", "32-true")) | dict.fromkeys(("bf16", "bf16-mixed"), torch.bfloat16)
+_AUTOCAST |= dict.fromkeys(("16", "16-mixed"), torch.float16)
 _DECIDED_BY_STAGES = (
     *_INSTEAD, "min_epochs", "min_steps", "max_time", "val_check_interval", "check_val_every_n_epoch",
     "num_sanity_val_steps", "log_every_n_steps", "gradient_clip_val", "gradient_clip_algorithm",
@@ -41,8 +42,13 @@ def require_free_keys(settings: Mapping[str, Any]) -> None:
     """Settings of a Trainer that the stages decide by themselves may not be given: they would be passed over, or worse.
 
     Raises:
-        ConfigError: one is.
+        ConfigError: one is, or a precision in which what is trained would lose its digits.
     """
+    if str(settings.get("precision")) not in _AUTOCAST:
+        raise ConfigError(
+            f"trainer.precision: {settings['precision']}, but what is trained stays in float32: take bf16-mixed or"
+            " 16-mixed.\nA model in half precision is model.dtype: bfloat16 or float16."
+        )
     defaults = inspect.signature(pl.Trainer).parameters
     for key in _DECIDED_BY_STAGES:
         if settings.get(key, defaults[key].default) != defaults[key].default:
@@ -83,7 +89,7 @@ class TrainerFactory:
     @property
     def autocast(self) -> torch.dtype | None:
         """What `working_precision` multiplies matrices in; None for the dtype of the weights."""
-        return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(self.working_precision))
+        return _AUTOCAST[str(self.working_precision)]
 
     def make(self, *, callbacks: Sequence[pl.Callback] = (), **overrides: Any) -> pl.Trainer:
         """A Trainer without Lightning's own progress bar, summary and checkpoints: the run has its own.
@@ -101,8 +107,7 @@ class TrainerFactory:
         }
         own["strategy"] = plain_strategy(self.settings)
         if process_count() > 1:
-            # codes are buffers: they are the same everywhere, and would be sent around with every step
-            own["strategy"] = DDPStrategy(forward_sync_buffers=False)
+            own["strategy"] = repeatable_ddp()
         try:
             trainer = pl.Trainer(**{**self.settings, **own, **overrides})
         except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:

@@ -4,6 +4,7 @@ Letters: O out, I in, P the padded width, G groups of 8 a row, S stages.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +18,15 @@ from casp_pl.linalg.incoherence import incoherent_moment, incoherent_weight, ran
 from casp_pl.linalg.moments import in_units, moment_unit
 from casp_pl.processes import RowShare
 from casp_pl.quantizers.base import Quantizer
-from casp_pl.quantizers.lattice_codes import LatticeSearch, choose_step, encode_rows, prepare_moment
+from casp_pl.quantizers.lattice_codes import LatticeMoment, LatticeSearch, choose_step, encode_rows, prepare_moment
+from casp_pl.quantizers.shared import MadeOfMoment
 
 __all__ = ["GAUSSIAN_STEPS", "QuIPSharpQuantizer"]
 
 GAUSSIAN_STEPS = {2: 1.04, 3: 1.0, 4: 0.9}
 """By bits: the root mean square of a Gaussian weight, in units of the codebook, at which its squared error is least."""
+
+_WIDEST_SHARED = 8192  # inputs; those of W_down, which nothing else reads, are wider and need the memory themselves
 
 
 class QuIPSharpQuantizer(Quantizer):
@@ -42,7 +46,7 @@ class QuIPSharpQuantizer(Quantizer):
         fit_vectors: whether su and sv are fitted in closed form once the codes are known.
         candidate_runs: points that compete for every group and shift, 1, 2, 4 ... 32; 1 is nearest in the plain metric.
         beam: partial codes kept between the stages of 3 and 4 bits.
-        seed: of the generator that `quantize` makes when it is given none.
+        seed: of su's signs, and of the generator that `quantize` makes when it is given none.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -79,6 +83,7 @@ class QuIPSharpQuantizer(Quantizer):
         self.beam = beam
         self.seed = seed
         self.rank_grain = GROUP_LENGTH
+        self._inputs = MadeOfMoment[tuple[Tensor, LatticeMoment]]()
 
     def _structure(self, out_features: int, in_features: int, bits: int) -> dict[str, Any]:
         return {"bits": bits}
@@ -98,12 +103,10 @@ class QuIPSharpQuantizer(Quantizer):
         self._check_inputs(weight, second_moment, bits)
         generator = torch.Generator().manual_seed(self.seed) if generator is None else generator
         weight = weight.detach().to(torch.float32)
-        su, sv = (random_signs(n, generator, device=weight.device) for n in reversed(weight.shape))
+        sv = random_signs(len(weight), generator, device=weight.device)
         second_moment, size = second_moment.to(weight.device), _root_mean_square(weight)
-        width = -(-len(su) // GROUP_LENGTH) * GROUP_LENGTH
-        unit = moment_unit(second_moment)
-        # without a name for it, what is wider is gone before it is factorised
-        prepared = prepare_moment(incoherent_moment(second_moment, su, width).div_(unit).float(), self.damping)
+        su, prepared = self._inputs_of(second_moment)
+        width = len(prepared.moment)
         search = LatticeSearch(LATTICE_STAGES[bits], self.sweeps, self.candidate_runs, self.beam)
         mixed = incoherent_weight(weight / (size or 1.0), su, sv, width)
         step = GAUSSIAN_STEPS[bits]
@@ -119,6 +122,20 @@ class QuIPSharpQuantizer(Quantizer):
         _balance(layer)
         layer.round_to_storage()
         return layer
+
+    def _inputs_of(self, second_moment: Tensor) -> tuple[Tensor, LatticeMoment]:
+        """Signs su of the inputs, and what is made of their second moment: the same for all that read these inputs."""
+        if len(second_moment) > _WIDEST_SHARED:
+            return self._prepare(second_moment)
+        return self._inputs.get(second_moment, None, partial(self._prepare, second_moment))
+
+    def _prepare(self, second_moment: Tensor) -> tuple[Tensor, LatticeMoment]:
+        signs = torch.Generator().manual_seed(self.seed)
+        su = random_signs(len(second_moment), signs, device=second_moment.device)
+        width = -(-len(su) // GROUP_LENGTH) * GROUP_LENGTH
+        unit = moment_unit(second_moment)
+        # without a name for it, what is wider is gone before it is factorised
+        return su, prepare_moment(incoherent_moment(second_moment, su, width).div_(unit).float(), self.damping)
 
 
 def _damped(second_moment: Tensor, jitter: float) -> Tensor:

@@ -240,6 +240,7 @@ def test_leftovers_of_killed_writes_are_removed(tmp_path, killed_in):
     killed_in(os, "replace", fill, tmp_path)
     (tmp_path / "fresh").mkdir()
     (tmp_path / "fresh" / ".tmp-x-12345678").touch()
+    (tmp_path / "exports/.tmp-gptq-12345678/inside").mkdir(parents=True)  # of an export that was killed
     assert list(tmp_path.rglob(".tmp*"))
     fill(tmp_path)
     assert not list(tmp_path.rglob(".tmp*"))

@@ -1,6 +1,7 @@
 """The two fine-tuning losses against their formulas, written token by token."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -87,6 +88,35 @@ def test_teacher_states_give_the_original_logits() -> None:
     assert all(torch.equal(again[name], states[name]) for name in ("a", "b"))
     places = {tensor.untyped_storage().data_ptr() for tensor in kept}
     assert {again[name].untyped_storage().data_ptr() for name in ("a", "b")} <= places, "nothing but what is kept"
+
+
+def test_a_sample_is_taken_from_its_first_batch_wherever_the_stage_goes_on() -> None:
+    """What it is padded to in later batches changes last bits."""
+    adapter, generator = adapt(load_model("tiny")[0]), torch.Generator().manual_seed(5)
+    lengths = {"a": 9, "b": 40, "c": 12, "d": 30}
+    ids = {name: torch.randint(0, 200, (length,), generator=generator) for name, length in lengths.items()}
+
+    def batch(*names: str) -> dict[str, Any]:
+        rows = torch.nn.utils.rnn.pad_sequence([ids[name] for name in names], batch_first=True)
+        real = torch.arange(rows.shape[1]) < torch.tensor([[len(ids[name])] for name in names])
+        labels = rows.masked_fill(~real, -100)
+        return {"input_ids": rows, "attention_mask": real.long(), "labels": labels, "sample_ids": list(names)}
+
+    seen: list[tuple[str, ...]] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(tensor.shape))
+        return tensor
+
+    epochs = [batch("a", "c"), batch("b", "d"), batch("a", "b"), batch("c", "d")]
+    first = {name: states for one in epochs[:2] for name, states in teacher_states(adapter, [one]).items()}
+    for needed in (None, {"b", "c", "d"}, {"d"}):
+        seen.clear()
+        states = teacher_states(adapter, epochs, keep, needed=needed)
+        assert all(torch.equal(states[name], first[name]) for name in needed or ids)
+        assert ((2, 12, 48) in seen, (2, 40, 48) in seen) == (needed != {"d"}, True), (
+            "what is not needed is not computed"
+        )
 
 
 def test_relative_groups_follow_each_tensor() -> None:

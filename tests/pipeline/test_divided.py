@@ -41,7 +41,6 @@ def parsed(parser: LightningArgumentParser, arguments: list[str]) -> RunSettings
         (["--model.dtype", "float16"], "needs model.dtype float32, not float16"),
         (["--model.dtype", "bfloat16"], "needs model.dtype float32, not bfloat16"),
         (["--trainer.precision", "16-mixed"], "32-true or bf16-mixed, not 16-mixed"),
-        (["--trainer.precision", "bf16-true"], "32-true or bf16-mixed, not bf16-true"),
     ],
 )
 def test_refused_before_the_model_is_read(

@@ -207,6 +207,17 @@ def test_sigkill_between_a_block_and_its_entry_leads_to_the_same_model(
 
 
 @pytest.mark.slow
+def test_a_model_that_is_no_longer_one_is_made_again(
+    finished_run: Path, recipe: list[str], tensor_digests: Callable[[Path], dict[str, str]], tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    (run / "model/config.json").write_text("{")
+    assert main(["fit", *recipe, "--run_dir", str(run)]) == 0
+    assert main(["verify", str(run)]) == 0
+    assert tensor_digests(run) == tensor_digests(finished_run)
+
+
+@pytest.mark.slow
 def test_sigkill_while_something_is_deleted_leaves_nothing_for_ever(
     finished_run: Path, recipe: list[str], tensor_digests: Callable[[Path], dict[str, str]], tmp_path: Path
 ) -> None:

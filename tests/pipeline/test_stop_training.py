@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from casp_pl.checkpoint import RunDirectory
 from casp_pl.cli import main
 from casp_pl.modules import EndToEndModule
 from casp_pl.stopping import LateStop, at_once
@@ -109,6 +110,22 @@ def test_a_second_signal_stops_at_once(
     assert main(command(recipe, run)) == 143
     assert saved(run) == []
     assert NOTICE in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_layout_gives_way_to_one_of_the_same_step(
+    recipe: list[str], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "end_to_end/steps/000002"
+    with RunDirectory.open(run, RunDirectory.read_only(run).fingerprint) as own:
+        for rank in range(2):
+            own.write_tensors(f"{name}/{rank:03d}.safetensors", {"x": torch.zeros(1)}, {"layout": "fsdp2 2"})
+    send_in_step(monkeypatch, signal.SIGTERM, 1)
+    assert main(command(recipe, run)) == 143
+    files = RunDirectory.read_only(run)
+    assert files.names(name) == [f"{name}/000.safetensors"]
+    assert files.read_tensors(f"{name}/000.safetensors")[1]["layout"] == "whole"
+    assert sorted(path.name for path in (run / name).iterdir()) == ["000.safetensors"]
 
 
 class _Reached(Exception):

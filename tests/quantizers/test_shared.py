@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from casp_pl.linalg import cholesky
-from casp_pl.quantizers import AQLMQuantizer, GPTQQuantizer, Quantizer
+from casp_pl.quantizers import AQLMQuantizer, GPTQQuantizer, Quantizer, QuIPSharpQuantizer, quip
 from casp_pl.quantizers.shared import MadeOfMoment
 
 
@@ -44,6 +44,22 @@ def test_the_input_between_two_low_rank_factors_does_not_get_in_the_way(
     quantizer.quantize(torch.randn(24, 24), moment, bits=2)
     assert calls.count(24) == 1
     assert calls.count(8) == 2
+
+
+@pytest.mark.parametrize(("widest", "made"), [(8192, 1), (16, 2)])
+def test_lattice_codes_of_one_input_share_signs_and_factor(
+    widest: int, made: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moment, calls = _moment(22), []
+    weights = [torch.randn(rows, 22, generator=torch.Generator().manual_seed(rows)) for rows in (9, 5)]
+    alone = [QuIPSharpQuantizer().quantize(weight, moment, bits=2).dequantize() for weight in weights]
+    real = quip.prepare_moment
+    monkeypatch.setattr(quip, "_WIDEST_SHARED", widest)
+    monkeypatch.setattr(quip, "prepare_moment", lambda *a: calls.append(1) or real(*a))
+    quantizer = QuIPSharpQuantizer()
+    together = [quantizer.quantize(weight, moment, bits=2).dequantize() for weight in weights]
+    assert len(calls) == made
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
 
 
 def test_another_tensor_a_change_and_other_settings_are_noticed() -> None:

@@ -35,7 +35,7 @@ class WorkTime:
         self.run = run
         self._clock = clock
         kept: list[dict[str, Any]] = [run.read_json(name) for name in _FILES if run.has(name)]
-        last = max(kept, key=itemgetter("number"), default={"number": 0, "seconds": {}})
+        last: dict[str, Any] = max(kept, key=itemgetter("number"), default={"number": 0, "seconds": {}})
         self.seconds: dict[str, float] = last["seconds"]
         self._number: int = last["number"]
         self._stage, self._since, self._recalled = "", 0.0, False

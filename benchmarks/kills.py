@@ -39,6 +39,7 @@ from casp_pl.models.tiny import load_tiny
 ROOT = Path(__file__).parents[1]
 BLOCKS = 4
 PATIENCE = 60.0  # seconds that the other ranks have, once one is dead
+LOCKED = 600.0  # seconds that a run has to lock its directory; it reads the tiny model before
 LONGEST = 1800.0  # seconds of one run, undisturbed and on a busy machine
 STAGES = ("original", "rtn", "calibration", "quantize", "block tuning", "end to end", "save", "finished")
 
@@ -133,10 +134,20 @@ class Run:
         return True
 
     def wait_for_lock(self) -> bool:
-        """Wait until the run has begun; False if it ended before that."""
+        """Wait until the run has begun; False if it ended before that, and the end of everything if it hangs."""
+        deadline = time.monotonic() + LOCKED
         while not self.has_started():
             if not self.running():
                 return False
+            if time.monotonic() > deadline:
+                hanging = self.running()
+                for rank in hanging:
+                    self.kill(rank)
+                self.wait(PATIENCE)
+                raise SystemExit(
+                    f"{self.folder} was not locked within {LOCKED:g} s: ranks {hanging} hung and were killed;"
+                    f" see {self.out / 'output.txt'}"
+                )
             time.sleep(0.002)
         return True
 

@@ -149,7 +149,7 @@ class CompressionReport:
         versions: of the packages that matter.
         wall_seconds: of the whole run, interrupted parts included.
         work_seconds: the part of it that calibration, quantization and both trainings took, without evaluations; of a
-            stage that was interrupted, its last part.
+            stage that was interrupted, the sum of its parts.
         peak_memory_bytes: largest resident size of the process, plus the largest device allocation.
         stages: in the order in which they ran.
         modules: every compressed linear.

@@ -6,6 +6,7 @@ the whole model, else one a process.
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -43,13 +44,22 @@ class StageCheckpoint(pl.Callback):
         every: steps between two checkpoints; 0 for none but that of a stop.
         layout: how parameters are divided; a checkpoint of another layout is not read.
         divided: whether every process has tensors of its own.
+        saved: is called in every process when a checkpoint is there.
 
     Attributes:
         step: finished steps to go on from; 0 where no checkpoint fits.
     """
 
     def __init__(
-        self, run: RunDirectory, best: BestState, *, folder: str, every: int, layout: str, divided: bool
+        self,
+        run: RunDirectory,
+        best: BestState,
+        *,
+        folder: str,
+        every: int,
+        layout: str,
+        divided: bool,
+        saved: Callable[[], None] | None = None,
     ) -> None:
         self.run = run
         self.best = best
@@ -57,6 +67,7 @@ class StageCheckpoint(pl.Callback):
         self.every = every
         self.layout = layout
         self.divided = divided
+        self.saved = saved
         self._found = self._find()
         self.step = int(self._found.rsplit("/", 1)[1]) if self._found else 0
         self._stop = LateStop()
@@ -145,6 +156,8 @@ class StageCheckpoint(pl.Callback):
             self.run.write_tensors_of_each(name, tensors, notes)
         else:
             self.run.write_tensors(f"{name}/000.safetensors", tensors, notes)
+        if self.saved is not None:
+            self.saved()
         for other in older:
             self.run.discard(other)
 

@@ -27,7 +27,8 @@ class RunProgress:
     """Shows how far a run of several stages has come and how long it will take.
 
     The stages' weights are expected seconds, or anything proportional: the time that the finished share of them really
-    took gives the time that is left. Use it as a context manager.
+    took gives the time that is left. What an earlier run has done (`recall`, `skip`) moves the bars, but neither it nor
+    the time that reading it takes says how fast this run is. Use it as a context manager.
 
     Args:
         stages: weight of every stage, in the order in which they run.
@@ -55,13 +56,13 @@ class RunProgress:
         self.verbose = verbose
         self._clock = clock
         self._finished: dict[str, float] = {}  # stage -> weight that was worked off here; 0 where it was skipped
-        self._stage, self._steps, self._done, self._note = "", 1.0, 0.0, ""
-        self._started = self._stage_started = clock()
+        self._stage, self._steps, self._done, self._recalled, self._note = "", 1.0, 0.0, 0.0, ""
+        self._started = self._stage_started = self._moved = clock()
         self._line_share, self._line_time = 0.0, clock()
         self._bars = _Bars(self.console) if enabled and _is_live(self.console) else None
 
     def __enter__(self) -> Self:
-        self._started = self._line_time = self._clock()
+        self._started = self._moved = self._line_time = self._clock()
         if self._bars is not None:
             self._bars.progress.start()
         return self
@@ -86,29 +87,60 @@ class RunProgress:
         Raises:
             ValueError: the run has no such stage.
         """
-        if name not in self.weights:
-            raise ValueError(f"No stage '{name}' among {', '.join(self.weights)}.")
-        self._stage, self._steps, self._done, self._note = name, max(float(steps), 1e-9), 0.0, ""
-        self._stage_started = self._clock()
+        self._check(name)
+        self._stage, self._steps, self._note = name, max(float(steps), 1e-9), ""
+        self._done = self._recalled = 0.0
+        self._stage_started = self._moved = self._clock()
         self._show(force=True)
 
     def advance(self, steps: float = 1.0, note: str = "") -> None:
         """So many steps more are done; `note` is shown behind the stage's name, such as a loss."""
         self._done = min(self._done + steps, self._steps)
         self._note = note
+        self._moved = self._clock()
+        self._show()
+
+    def recall(self, steps: float = 1.0) -> None:
+        """So many steps of the current stage were done by an earlier run; without a say in how fast this one is."""
+        before = self._done
+        self._done = min(self._done + steps, self._steps)
+        self._recalled += self._done - before
+        self._note = ""
+        self._leave_out()
         self._show()
 
     def finish(self) -> None:
         """The current stage is done."""
         self._done = self._steps
+        self._moved = self._clock()
         self._show(force=True)
-        self._finished[self._stage] = self.weights[self._stage]
+        self._finished[self._stage] = self._earned_weight()
         self._stage, self._note = "", ""
 
     def skip(self, name: str) -> None:
-        """A stage that an earlier run completed: done, without a say in how fast this run is."""
+        """A stage that an earlier run completed: done, without a say in how fast this run is.
+
+        Raises:
+            ValueError: the run has no such stage.
+        """
+        self._check(name)
         self._finished[name] = 0.0
+        self._done = self._recalled = self._steps
+        self._leave_out()
         self.say(f"{name}: complete, from an earlier run")
+        if self._bars is not None:
+            self._show()
+
+    def _check(self, name: str) -> None:
+        if name not in self.weights:
+            raise ValueError(f"No stage '{name}' among {', '.join(self.weights)}.")
+
+    def _leave_out(self) -> None:
+        """Nothing was earned since the bar moved last: count as if the run, and the stage, had begun later by that."""
+        now = self._clock()
+        self._started += now - self._moved
+        self._stage_started += now - self._moved
+        self._moved = now
 
     def say(self, text: str) -> None:
         """A line of text above the bars, broken between words where the console is too narrow."""
@@ -135,23 +167,31 @@ class RunProgress:
     @property
     def seconds_left(self) -> float | None:
         """Expected seconds to the end of the run; None while nothing is known."""
-        earned = sum(self._finished.values()) + self._current_weight()
-        if earned <= 0:
+        waiting = sum(weight for name, weight in self.weights.items() if name not in self._finished)
+        left = max(waiting - self._current_weight(), 0.0)
+        earned = sum(self._finished.values()) + self._earned_weight()
+        if left > 0 and earned <= 0:
             return None
-        left = (
-            sum(weight for name, weight in self.weights.items() if name not in self._finished) - self._current_weight()
-        )
-        return (self._clock() - self._started) / earned * max(left, 0.0)
+        return (self._clock() - self._started) / earned * left if left > 0 else 0.0
+
+    @property
+    def _stage_left(self) -> float | None:
+        earned, left = self._done - self._recalled, self._steps - self._done
+        if left > 0 and earned <= 0:
+            return None
+        return (self._clock() - self._stage_started) / earned * left if left > 0 else 0.0
 
     def _current_weight(self) -> float:
-        return self.weights[self._stage] * self._done / self._steps if self._stage else 0.0
+        return self.weights[self._stage] * (self._done / self._steps) if self._stage else 0.0
+
+    def _earned_weight(self) -> float:
+        """Of the current stage, what was worked off here."""
+        return self.weights[self._stage] * (self._done - self._recalled) / self._steps if self._stage else 0.0
 
     def _show(self, *, force: bool = False) -> None:
         if self._bars is not None:
-            stage_share = self._done / self._steps
-            spent = self._clock() - self._stage_started
-            stage_left = spent / stage_share * (1 - stage_share) if stage_share > 0 else None
-            self._bars.show(self.share, self.seconds_left, self._stage or "done", stage_share, stage_left, self._note)
+            name, share = self._stage or "done", self._done / self._steps
+            self._bars.show(self.share, self.seconds_left, name, share, self._stage_left, self._note)
         elif self.enabled:
             self._show_line(force)
 

@@ -105,7 +105,7 @@ class BlockQuantization:
         references: Sequence[Mapping[str, Tensor]],
         student: Sequence[BlockBatch],
         finished: FinishedLinears | None = None,
-        linear_done: Callable[[LinearReport], None] | None = None,
+        linear_done: Callable[[LinearReport, bool], None] | None = None,
     ) -> tuple[nn.Module, list[LinearReport]]:
         """A compressed copy of `original`; the block itself where it was read from disk, see `ModelAdapter.own`.
 
@@ -118,7 +118,7 @@ class BlockQuantization:
                 `run_blocks_seeing` and `ModelAdapter.group_heads`.
             student: inputs of this block behind the compressed prefix, the same batches.
             finished: linears of this block that an earlier run made, and where those made now are kept.
-            linear_done: is told of every linear of the block as it is done or found.
+            linear_done: is told of every linear of the block as it is done or found, and whether it was found.
 
         Returns:
             The block and one report per linear.
@@ -131,13 +131,19 @@ class BlockQuantization:
         for group in adapter.linear_groups:
             group_plans = {name: by_name[name] for name in group}
             inputs = [reference[group[0]] for reference in references]
-            done = self._compress_group(block, group_plans, quantizer, inputs, student, finished or NothingFinished())
+            done = self._compress_group(
+                block,
+                group_plans,
+                quantizer,
+                inputs,
+                student,
+                finished or NothingFinished(),
+                linear_done or (lambda *_: None),
+            )
             for name in group:
                 layer, report = done[name]
                 block.set_submodule(name, layer)
                 reports.append(report)
-                if linear_done is not None:
-                    linear_done(report)
         return block, reports
 
     def _compress_group(
@@ -148,9 +154,12 @@ class BlockQuantization:
         references: Sequence[Tensor],
         student: Sequence[BlockBatch],
         finished: FinishedLinears,
+        linear_done: Callable[[LinearReport, bool], None],
     ) -> dict[str, tuple[Layer, LinearReport]]:
         """All linears of a group: found, or made and kept."""
         found = {name: done for name in plans if (done := finished.find(name)) is not None}
+        for _, report in found.values():
+            linear_done(report, True)
         missing = [name for name in plans if name not in found]
         if not missing:
             return found
@@ -169,12 +178,14 @@ class BlockQuantization:
             made[name] = self.compress_linear(linear, targets[name], plans[name], quantizer, second, together)
             if together or process_count() == 1:
                 finished.add(name, *made[name])
+                linear_done(made[name][1], False)
         if together:
             return found | made
         everyones = of_everyone(made, second.device)
         if process_count() > 1:  # only the first process writes, and it learns of the others' linears just now
             for name in missing:
                 finished.add(name, *everyones[name])
+                linear_done(everyones[name][1], False)
         return found | everyones
 
     def compress_linear(

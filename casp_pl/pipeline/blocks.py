@@ -41,7 +41,7 @@ _LOG = logging.getLogger(__name__)
 
 Batches = Sequence[dict[str, Any]]
 BlockDone = Callable[[int, list[LinearReport]], None]
-LinearDone = Callable[[LinearReport], None]
+LinearDone = Callable[[LinearReport, bool], None]
 Losses = dict[str, float | None]  # None: not finite
 
 
@@ -70,12 +70,12 @@ def quantize_blocks(
         block_done: is told of every block, with the reports of its linears.
         autocast: see `BlockBatch.autocast`.
         keep: keeps the inputs of blocks and linears.
-        linear_done: is told of every linear.
+        linear_done: is told of every linear, and whether an earlier run had made it.
     """
     numbers = range(len(adapter.blocks))
     if all(run.has(block_name("blocks", number)) for number in numbers):  # then nothing reads activations
         for number in numbers:
-            block_done(number, _recall(run, adapter, number)[1])
+            block_done(number, _recall(run, adapter, number, linear_done)[1])
         return
     teacher = student = first_block_batches(adapter, batches, autocast, keep)
     with adapter.blocks_alone():
@@ -113,7 +113,7 @@ def _recall(
     reports = [LinearReport(**report) for report in notes["linears"]]
     if linear_done is not None:
         for report in reports:
-            linear_done(report)
+            linear_done(report, True)
     return block, reports
 
 
@@ -135,11 +135,12 @@ def tune_blocks(
     tuning: dict[str, Any],
     update: dict[str, Any],
     seed: int,
-    window_done: Callable[[range, Losses], None],
+    window_done: Callable[[range, Losses, bool], None],
     keep: Keep = in_memory,
 ) -> None:
     """Fine-tune window after window of blocks towards the original's outputs; files tuned/NNN.safetensors.
 
+    `window_done` is told of every window, and whether an earlier run had tuned it.
     Tables are filed as training leaves them, and end-to-end training goes on with these: rounded here, a last bit by
     which the work of several processes differs from that of one could become a step of float16.
     """
@@ -154,7 +155,7 @@ def tune_blocks(
                 teacher = run_blocks(next(originals), teacher, keep)
                 held_back_targets.append([batch.hidden for batch in teacher[count:]])
             names = [block_name("tuned", number) for number in numbers]
-            if all(run.has(name) for name in names):
+            if found := all(run.has(name) for name in names):
                 loaded = [load_block(run, name, adapter, number) for name, number in zip(names, numbers, strict=True)]
                 tuned, losses = [block for block, _ in loaded], loaded[-1][1]
             else:
@@ -172,7 +173,7 @@ def tune_blocks(
                     require_storable(block)
                     block.eval().requires_grad_(False)
                     save_block(run, name, block, **losses)
-            window_done(numbers, losses)
+            window_done(numbers, losses, found)
             release_memory()
             for block in tuned if numbers[-1] + 1 < len(adapter.blocks) else ():
                 student = run_through(block, student, keep)

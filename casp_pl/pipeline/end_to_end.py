@@ -4,7 +4,7 @@ Several hold the whole model each (DDP), or a part of its parameters (FSDP); the
 stopped goes on from its last checkpoint, bit by bit as if it had not been stopped.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, islice
 from typing import Any
 
@@ -49,6 +49,7 @@ class EndToEndStage:
         progress: shows the steps.
         broken: leaves out samples on which the original breaks down.
         keep: keeps activations.
+        saved: is called when a checkpoint is there.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class EndToEndStage:
         progress: RunProgress,
         broken: BrokenSamples,
         keep: Keep,
+        saved: Callable[[], None] | None = None,
     ) -> None:
         self.settings = settings
         self.run = run
@@ -79,6 +81,7 @@ class EndToEndStage:
             every=self.arguments.pop("checkpoint_every"),
             layout=f"{self.wrapping} {process_count()}" if self.wrapping else "whole",
             divided=self.wrapping is not None,
+            saved=saved,
         )
         self.callbacks: list[pl.Callback] = [best, Advance(progress.advance, loop="train"), self.checkpoint]
         if self.arguments["update_codes"]:
@@ -92,8 +95,7 @@ class EndToEndStage:
             held_back: batches that the best state is chosen by.
         """
         trainer, blocks = self._trainer(), blocks.as_trained()
-        for _ in range(self.checkpoint.step):
-            self.progress.advance()
+        self.progress.recall(self.checkpoint.step)
         teacher, held_back = self._teacher(trainer, held_back)
         pl.seed_everything(self.settings.seed, verbose=False)
         if self.wrapping is None:

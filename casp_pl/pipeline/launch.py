@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
+from lightning.fabric.accelerators.cuda import CUDAAccelerator
 from lightning.fabric.strategies.ddp import DDPStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -50,11 +51,19 @@ def _machines(trainer: Mapping[str, Any]) -> int:
 
 
 def _on_each(trainer: Mapping[str, Any]) -> int:
-    """What `trainer.devices` says; one for what only Lightning can tell, such as auto."""
+    """What `trainer.devices` says; -1 and auto are as many as Lightning finds: all GPUs, or one process on a CPU."""
     devices: Any = trainer.get("devices")
     if isinstance(devices, Sequence) and not isinstance(devices, str):
         return max(1, len(devices))
-    return max(1, int(devices)) if str(devices).isdigit() else 1
+    if str(devices).isdigit():
+        return max(1, int(devices))
+    if devices is None or accelerator_type(trainer) == "cpu":
+        return 1
+    try:
+        gpus = CUDAAccelerator.parse_devices(CUDAAccelerator.auto_device_count() if devices == "auto" else devices)
+    except (MisconfigurationException, ValueError):
+        return 1  # they are not here: `fit` will be refused, but `plan` is not
+    return max(1, len(gpus or ()))
 
 
 @contextmanager

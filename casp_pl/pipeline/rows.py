@@ -25,8 +25,10 @@ def show_block(progress: RunProgress, block: int, reports: Sequence[LinearReport
     progress.row(f"block {block:2d}", *_cost(bits, error), time=duration(seconds))
 
 
-def show_window(progress: RunProgress, blocks: range, losses: Mapping[str, float | None], seconds: float) -> None:
-    """The held-back error of blocks that were tuned together, before and after."""
+def show_window(
+    progress: RunProgress, blocks: range, losses: Mapping[str, float | None], seconds: float | None
+) -> None:
+    """The held-back error of blocks that were tuned together, before and after; None for seconds of an earlier run."""
     name = f"block {blocks[0]:2d}" if len(blocks) == 1 else f"blocks {blocks[0]:2d}-{blocks[-1]:2d}"
     error = f"error {number(losses['held_back_before'], 4)} -> {number(losses['held_back_after'], 4)}"
     progress.row(name, error, time=duration(seconds))

@@ -40,11 +40,12 @@ from casp_pl.pipeline.prepare import RunBatches, load_batches, on_device
 from casp_pl.pipeline.rows import show_block, show_stage, show_window
 from casp_pl.pipeline.settings import RunSettings
 from casp_pl.pipeline.trainers import TrainerFactory
+from casp_pl.pipeline.work_time import WorkTime
 from casp_pl.processes import said_by_first
 
 __all__ = ["SENSITIVITY_BATCHES", "CompressionRun", "activation_store"]
 
-_WORK = "stages/work_seconds.json"
+_WORK_OF = {"quantized": "quantize", "block_tuned": "block tuning", "end_to_end": "end to end"}
 SENSITIVITY_BATCHES = 4  # of the calibration: squares of gradients need fewer tokens than second moments
 
 
@@ -81,8 +82,9 @@ class CompressionRun:
         self.keep = activation_store(settings, adapter)
         self.broken = BrokenSamples(run, adapter, settings.data, trainers.autocast, self.keep)
         self.linears: list[LinearReport] = []
+        self.work = WorkTime(run)
         self._started = time.monotonic()
-        self._earlier = sum(row.seconds or 0.0 for row in self.rows()) + self.work_seconds().get("calibration", 0.0)
+        self._earlier = self._seconds_before()
 
     def stages(self, batches: RunBatches) -> BlockFiles:
         """Run (or read) all stages; returns the final blocks."""
@@ -122,8 +124,9 @@ class CompressionRun:
         """The calibration pass of the original model, then ranks and bits; plan.json and calibration.safetensors."""
         settings = self.settings
         if self.run.has("plan.json") and self.run.has("calibration.safetensors"):
+            self.progress.skip("calibration")
             return CompressionPlan.from_json(self.run.read_json("plan.json"))
-        with self._working("calibration", len(self.adapter.blocks) * len(calibration)):
+        with self._working("calibration", len(self.adapter.blocks) * len(calibration), afresh=True):
             module = CalibrationModule(
                 self.adapter,
                 calibration,
@@ -161,19 +164,33 @@ class CompressionRun:
 
     @property
     def seconds(self) -> float:
-        """Wall time so far: this process and the stages that earlier ones finished."""
+        """Wall time so far: this process and what earlier ones finished."""
         return self._earlier + time.monotonic() - self._started
 
+    def _seconds_before(self) -> float:
+        rows = self.rows()
+        counted = {_WORK_OF.get(row.name) for row in rows}
+        works = [seconds for stage, seconds in self.work.seconds.items() if stage not in counted]
+        return sum(row.seconds or 0.0 for row in rows) + sum(works)
+
     def work_seconds(self) -> dict[str, float]:
-        """Wall time of the finished stages without their evaluation; of one that was interrupted, its last part."""
-        return self.run.read_json(_WORK) if self.run.has(_WORK) else {}
+        """Wall time of what is finished of the stages, without their evaluation and whichever process did it."""
+        return dict(sorted(self.work.seconds.items()))  # in the order in which report.json has them
 
     @contextmanager
-    def _working(self, stage: str, steps: float) -> Iterator[None]:
-        start = time.monotonic()
-        with self.progress.stage(stage, steps):
+    def _working(self, stage: str, steps: float, *, afresh: bool = False) -> Iterator[None]:
+        """Around the work of a stage; `afresh` where it begins with nothing that an earlier process did."""
+        with self.work.stage(stage, afresh=afresh), self.progress.stage(stage, steps):
             yield
-        self.run.write_json(_WORK, self.work_seconds() | {stage: time.monotonic() - start})
+
+    def _piece_done(self, steps: int, note: str = "", *, found: bool) -> None:
+        """A piece of the current stage, of so many of its steps, is done: just now, or `found` as it was before."""
+        if found:
+            self.work.recall()
+            self.progress.recall(steps)
+        else:
+            self.work.done()
+            self.progress.advance(steps, note)
 
     def rows(self) -> list[StageRow]:
         """Figures of the finished stages, in order."""
@@ -190,12 +207,12 @@ class CompressionRun:
             start = time.monotonic()
             for number, block in enumerate(round_to_nearest(self.adapter, quantizer, self.settings.baseline_bits)):
                 save_block(self.run, block_name("rtn", number), block)
-            self._measure("rtn", BlockFiles(self.run, "rtn", self.adapter), start)
+            self._measure("rtn", BlockFiles(self.run, "rtn", self.adapter), time.monotonic() - start)
+        else:
+            self.progress.skip("evaluate rtn")
         self.run.discard("rtn")  # here and below also if it is all done: a run may have been killed while it deleted
 
     def _quantize(self, plan: CompressionPlan, calibration: Batches) -> BlockFiles:
-        start = time.monotonic()
-
         def done(number: int, reports: list[LinearReport]) -> None:
             self.linears.extend(reports)
             show_block(self.progress, number, reports, plan)
@@ -211,67 +228,72 @@ class CompressionRun:
                 done,
                 self.trainers.autocast,
                 keep=self.keep,
-                linear_done=lambda report: self.progress.advance(note=report.name.rsplit(".", 1)[-1]),
+                linear_done=lambda report, found: self._piece_done(1, report.name.rsplit(".", 1)[-1], found=found),
             )
         self.run.discard(LINEARS)
         blocks = BlockFiles(self.run, "blocks", self.adapter)
-        self._measure("quantized", blocks, start)
+        self._measure("quantized", blocks, self.work.seconds.get("quantize", 0.0))
         return blocks
 
     def _tune(self, blocks: BlockFiles, train: Batches, held_back: Batches) -> BlockFiles:
-        start = time.monotonic()
-        tuning = dict(self.settings.block_tuning)
-        window = tuning.pop("window")
-
-        laps = [start]
-
-        def done(numbers: range, losses: Losses) -> None:
-            laps.append(time.monotonic())
-            show_window(self.progress, numbers, losses, laps[-1] - laps[-2])
-            for _ in numbers:
-                self.progress.advance()
-
-        with self._working("block tuning", len(blocks)):
-            if finished_blocks(self.run, "tuned", self.adapter) is None:
-                tune_blocks(
-                    self.run,
-                    self.adapter,
-                    blocks,
-                    self.trainers,
-                    train,
-                    held_back,
-                    window=window,
-                    tuning=tuning,
-                    update=self.settings.codebook_update,
-                    seed=self.settings.seed,
-                    window_done=done,
-                    keep=self.keep,
-                )
+        if finished_blocks(self.run, "tuned", self.adapter) is None:
+            with self._working("block tuning", len(blocks)):
+                self._tune_blocks(blocks, train, held_back)
+        else:
+            self.progress.skip("block tuning")
         tuned = BlockFiles(self.run, "tuned", self.adapter)
-        self._measure("block_tuned", tuned, start)
+        self._measure("block_tuned", tuned, self.work.seconds.get("block tuning", 0.0))
         return tuned
 
+    def _tune_blocks(self, blocks: BlockFiles, train: Batches, held_back: Batches) -> None:
+        tuning = dict(self.settings.block_tuning)
+        window = tuning.pop("window")
+        laps = [time.monotonic()]
+
+        def done(numbers: range, losses: Losses, found: bool) -> None:
+            laps.append(time.monotonic())
+            show_window(self.progress, numbers, losses, None if found else laps[-1] - laps[-2])
+            self._piece_done(len(numbers), found=found)
+
+        tune_blocks(
+            self.run,
+            self.adapter,
+            blocks,
+            self.trainers,
+            train,
+            held_back,
+            window=window,
+            tuning=tuning,
+            update=self.settings.codebook_update,
+            seed=self.settings.seed,
+            window_done=done,
+            keep=self.keep,
+        )
+
     def _end_to_end(self, blocks: BlockFiles, held_back: Batches) -> BlockFiles:
-        start = time.monotonic()
         if finished_blocks(self.run, FOLDER, self.adapter) is None:
             self._train_end_to_end(blocks, held_back)
+        else:
+            self.progress.skip("end to end")
         self.run.discard(CHECKPOINTS)
         finished = BlockFiles(self.run, FOLDER, self.adapter)
-        self._measure("end_to_end", finished, start)
+        self._measure("end_to_end", finished, self.work.seconds.get("end to end", 0.0))
         return finished
 
     def _train_end_to_end(self, blocks: BlockFiles, held_back: Batches) -> None:
         """On its own, so that nothing holds the stage's best state and callbacks while it is evaluated."""
         stage = EndToEndStage(
-            self.settings, self.run, self.adapter, self.trainers, self.progress, self.broken, self.keep
+            self.settings, self.run, self.adapter, self.trainers, self.progress, self.broken, self.keep, self.work.done
         )
-        with self._working("end to end", stage.steps):
+        with self._working("end to end", stage.steps, afresh=stage.checkpoint.step == 0):
             stage.fit(blocks, held_back)
 
-    def _measure(self, name: str, blocks: Sequence[nn.Module], start: float | None = None) -> None:
+    def _measure(self, name: str, blocks: Sequence[nn.Module], worked: float = 0.0) -> None:
+        """Evaluate a stage, unless that is done; its seconds are those that it `worked` and those of the evaluation."""
         if self.run.has(f"stages/{name}.json") and self.measurement.knows(name):
+            self.progress.skip(f"evaluate {name}")
             return
-        begun = time.monotonic() if start is None else start
+        begun = time.monotonic() - worked
         release_memory()  # the dense weights of an evaluation come on top of what the stage left behind
         with self.progress.stage(f"evaluate {name}", max(1, self.measurement.steps)):
             row = self.measurement.measure(name, self.adapter, blocks, self.progress.advance, started=begun)

@@ -55,6 +55,70 @@ def test_a_skipped_stage_is_done_but_says_nothing_about_the_speed():
         assert progress.seconds_left == pytest.approx(5.0)
 
 
+def test_recalled_steps_move_the_bar_but_say_nothing_about_the_speed():
+    """32 blocks of 900 s, 20 of which an earlier run has made; to read one again takes 30 s."""
+    clock = Clock()
+    with RunProgress({"evaluate": 300.0, "blocks": 28_800.0}, console=piped(), clock=clock) as progress:
+        clock.now = 5.0
+        progress.skip("evaluate")
+        progress.start("blocks", 32)
+        for number in range(20):
+            clock.now += 30.0
+            progress.recall()
+            assert progress.seconds_left is None
+            assert progress.share == pytest.approx((300 + 900 * (number + 1)) / 29_100)
+        for left in range(11, -1, -1):
+            clock.now += 900.0
+            progress.advance()
+            assert progress.seconds_left == pytest.approx(900 * left)
+        progress.finish()
+    assert (progress.share, progress.seconds_left) == (1.0, 0.0)
+
+
+def test_a_stage_that_was_recalled_in_part_earns_the_rest():
+    clock = Clock()
+    with RunProgress({"a": 40.0, "b": 30.0, "c": 50.0}, console=piped(), clock=clock) as progress:
+        with progress.stage("a", 4):
+            clock.now = 7.0
+            progress.recall(3)
+            clock.now = 27.0
+            progress.advance()
+        assert progress.seconds_left == pytest.approx(2 * 80)
+        with progress.stage("b", 3):
+            clock.now = 28.0
+            progress.recall(3)
+        assert progress.seconds_left == pytest.approx(2 * 50)
+        assert progress.share == pytest.approx(70 / 120)
+
+
+def test_a_run_of_which_all_is_there_ends_with_no_time_left():
+    with RunProgress({"a": 0.1, "b": 0.7}, console=piped()) as progress:
+        progress.skip("a")
+        with progress.stage("b", 3):
+            progress.recall()
+            progress.recall(2)
+            assert progress.seconds_left == 0
+    assert (progress.share, progress.seconds_left) == (1.0, 0.0)
+    with pytest.raises(ValueError, match="No stage 'c'"):
+        progress.skip("c")
+
+
+def test_bars_of_a_terminal_show_recalled_steps_and_the_time_of_the_others(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    clock = Clock()
+    console = Console(file=io.StringIO(), width=100, force_terminal=True)
+    with RunProgress({"blocks": 1.0}, console=console, clock=clock) as progress:
+        bars = progress._bars.progress
+        progress.start("blocks", 32)
+        clock.now = 600.0
+        progress.recall(20)
+        whole, stage = bars.tasks
+        assert (stage.completed, stage.fields["left"], whole.fields["left"]) == (20 / 32, "-:--:--", "-:--:--")
+        clock.now += 900.0
+        progress.advance()
+        assert (stage.completed, stage.fields["left"], whole.fields["left"]) == (21 / 32, "2:45:00", "2:45:00")
+
+
 def test_plain_lines_are_few():
     console, clock = piped(), Clock()
     progress = RunProgress({"a": 1.0}, console=console, clock=clock, verbose=True)

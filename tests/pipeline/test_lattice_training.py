@@ -148,7 +148,7 @@ def test_block_tuning_moves_the_vectors_alone(run: RunDirectory, job: Job, saved
         tuning={"epochs": 4, "lr": 1e-2},
         update=job.settings.codebook_update,
         seed=0,
-        window_done=lambda _, losses: told.append(losses),
+        window_done=lambda _, losses, __: told.append(losses),
     )
     check_files(run, "tuned", job, saved)
     (losses,) = told

@@ -3,6 +3,11 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from casp_pl.pipeline.launch import processes_of, sharing_processes
 
 # exit handlers run last come, first served
 ENDING = """
@@ -53,3 +58,36 @@ def test_only_who_worked_alone_ends_the_interpreter(
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 3
         assert errors.splitlines()[-1] == b"handlers ran"
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "devices", "processes"),
+    [
+        ("gpu", -1, 4),
+        ("gpu", "-1", 4),
+        ("gpu", "auto", 4),
+        ("auto", -1, 4),
+        ("auto", "auto", 4),
+        ("gpu", "0,2", 2),
+        ("gpu", [0, 2, 3], 3),
+        ("gpu", 8, 8),
+        ("gpu", None, 1),
+        ("cpu", "auto", 1),
+        ("cpu", 3, 3),
+    ],
+)
+def test_processes_are_counted_as_lightning_will_start_them(
+    accelerator: str, devices: Any, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    trainer = {"accelerator": accelerator, "devices": devices, "num_nodes": 2}
+    assert sharing_processes(trainer) == processes
+    assert processes_of(trainer) == 2 * processes
+
+
+@pytest.mark.parametrize("devices", [-1, "auto", "0,1"])
+def test_gpus_that_are_not_here_cannot_be_counted(devices: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert processes_of({"accelerator": "gpu", "devices": devices}) == 1

@@ -44,6 +44,7 @@ def test_the_end_to_end_stage_is_gone_when_it_is_evaluated(monkeypatch: pytest.M
 
     class Stage:
         steps = 1
+        checkpoint = SimpleNamespace(step=0)
 
         def __init__(self, *_: Any) -> None:
             stages.append(weakref.ref(self))
@@ -60,7 +61,8 @@ def test_the_end_to_end_stage_is_gone_when_it_is_evaluated(monkeypatch: pytest.M
         left.extend(stage() for stage in stages)
 
     names = ("adapter", "settings", "trainers", "progress", "broken", "keep")
-    fake: Any = SimpleNamespace(**dict.fromkeys(names), run=Mock(), _working=lambda *_: nullcontext(), _measure=measure)
+    fake: Any = SimpleNamespace(**dict.fromkeys(names), run=Mock(), work=Mock(), _measure=measure)
+    fake._working = lambda *_, **__: nullcontext()
     fake._train_end_to_end = MethodType(run.CompressionRun._train_end_to_end, fake)
     run.CompressionRun._end_to_end(fake, [], [])  # type: ignore[arg-type]
     assert left == [None]

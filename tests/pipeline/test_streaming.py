@@ -27,7 +27,7 @@ from casp_pl.models.load import ModelSource
 from casp_pl.pipeline.blocks import quantize_blocks
 from casp_pl.quantizers import AQLMQuantizer, GPTQQuantizer, Quantizer, QuIPSharpQuantizer, RTNQuantizer
 
-Done = Callable[[LinearReport], None]
+Done = Callable[[LinearReport, bool], None]
 QUANTIZERS: dict[str, Callable[[], Quantizer]] = {
     "rtn": RTNQuantizer,
     "gptq": GPTQQuantizer,
@@ -115,7 +115,7 @@ def test_a_run_killed_inside_a_block_loses_one_linear(stored_tiny: Path, tmp_pat
     assert process.exitcode == -signal.SIGKILL
     kept = sorted(path.name for path in (tmp_path / "killed" / "linears").rglob("*.safetensors"))
     assert kept == ["self_attn.k_proj.safetensors", "self_attn.q_proj.safetensors"]
-    quantizer, calls, done = GPTQQuantizer(), [], []
+    quantizer, calls, found = GPTQQuantizer(), [], []
     quantize = quantizer.quantize
 
     def counted(*positional: Any, **keywords: Any) -> Any:
@@ -126,13 +126,14 @@ def test_a_run_killed_inside_a_block_loses_one_linear(stored_tiny: Path, tmp_pat
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        actual = _quantize(stored_tiny, tmp_path / "killed", quantizer, streaming=True, linear_done=done.append)
+        told: Done = lambda _, known: found.append(known)  # noqa: E731
+        actual = _quantize(stored_tiny, tmp_path / "killed", quantizer, streaming=True, linear_done=told)
         expected = _quantize(stored_tiny, tmp_path / "whole", GPTQQuantizer(), streaming=True)
     finally:
         torch.set_num_threads(threads)
     _assert_same(actual, expected)
     assert len(calls) == 18 - 13, "only what was not finished is made"
-    assert len(done) == 14
+    assert found == [True] * 9 + [False] * 5, "block 0, and two linears of block 1"
 
 
 def test_a_full_disk_under_the_activations_ends_in_words(

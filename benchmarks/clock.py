@@ -1,12 +1,24 @@
-"""Side by side: contenders take turns, so that what slows the machine for a while slows all of them."""
+"""Times, and the rates of the machine.
+
+Contenders that are compared take turns, so that what slows the machine for a while slows all of them.
+"""
 
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
-__all__ = ["bandwidth", "gemm_rate", "medians"]
+__all__ = ["bandwidth", "gemm_rate", "medians", "timed"]
+
+Result = TypeVar("Result")
+
+
+def timed(work: Callable[[], Result]) -> tuple[Result, float]:
+    """What a function returns, and its CPU seconds."""
+    start = time.process_time()
+    return work(), time.process_time() - start
 
 
 def medians(contenders: Mapping[str, Sequence[Callable[[], object]]], repeats: int) -> dict[str, float]:

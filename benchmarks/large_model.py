@@ -93,8 +93,9 @@ def make_config(shape: Shape, vocabulary: Mapping[str, int], blocks: int) -> Any
     end, tower = vocabulary["<|im_end|>"], shape.vision
     text = LlamaConfig(
         vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-        num_hidden_layers=blocks, num_attention_heads=shape.heads, num_key_value_heads=shape.heads, max_position_embeddings=4096,
-        rms_norm_eps=1e-5, bos_token_id=vocabulary["<|im_start|>"], eos_token_id=end, pad_token_id=end,
+        num_hidden_layers=blocks, num_attention_heads=shape.heads, num_key_value_heads=shape.heads,
+        max_position_embeddings=4096, rms_norm_eps=1e-5, bos_token_id=vocabulary["<|im_start|>"], eos_token_id=end,
+        pad_token_id=end,
     )  # fmt: skip
     vision = CLIPVisionConfig(
         hidden_size=tower.hidden, intermediate_size=tower.intermediate, num_hidden_layers=tower.layers,

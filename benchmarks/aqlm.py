@@ -6,25 +6,25 @@ usage: python -m benchmarks.aqlm [--tokens 32768] [--blocks 0 1 15 29] [--thread
 Random matrices are Gaussian, with a second moment whose spectrum falls as 1 / rank in a random basis, as activations'
 do. There the baseline takes hours. `--rounds` stops it early: its loss is then that of so many rounds, its seconds are
 less than it would take, so a ratio of seconds is a least one and none of losses is printed. Ours is measured
-`--repeats` times, and the median counts; the baseline, which takes twenty times as long or more, once.
+`--repeats` times, and the median counts; the baseline, which takes twenty times as long or more, once. Every run of
+either makes all of the second moment anew; in a fit linears that read the same input share what is made of it.
 """
 
 import argparse
 import math
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from benchmarks.clock import timed
+from benchmarks.cold import cold_median
 from benchmarks.matrices import real_matrices
 from benchmarks.official_aqlm import official_aqlm
 from casp_pl.linalg.losses import relative_proxy_loss
 from casp_pl.quantizers import AQLMQuantizer
 
-Result = TypeVar("Result")
 OURS = AQLMQuantizer(formats={2: [[2, 256, 8]]})
 
 
@@ -34,12 +34,6 @@ def random_case(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     basis = torch.linalg.qr(torch.randn(columns, columns, generator=generator)).Q
     moment = (basis / torch.arange(1, columns + 1)) @ basis.T
     return torch.randn(rows, columns, generator=generator) / math.sqrt(columns), (moment + moment.T) / 2
-
-
-def timed(work: Callable[[], Result]) -> tuple[Result, float]:
-    """What a function returns, and its CPU seconds."""
-    start = time.process_time()
-    return work(), time.process_time() - start
 
 
 def cases(options: argparse.Namespace) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -91,8 +85,8 @@ def main() -> None:
     slow_total, fast_total, ratios, count = 0.0, 0.0, list[float](), 0
     for name, weight, moment in cases(options):
         official, slow = timed(lambda: official_aqlm(weight, moment, rounds=options.rounds))  # noqa: B023
-        runs = [timed(lambda: OURS.quantize(weight, moment, bits=2)) for _ in range(options.repeats)]  # noqa: B023
-        ours, fast = runs[0][0].dequantize().detach(), statistics.median(seconds for _, seconds in runs)
+        layer, fast = cold_median(OURS, weight, moment, options.repeats)
+        ours = layer.dequantize().detach()
         losses = [float(relative_proxy_loss(weight, made, moment)) for made in (official.weight, ours)]
         slow_total, fast_total, count = slow_total + slow, fast_total + fast, count + 1
         if official.ended:

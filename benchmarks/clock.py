@@ -1,20 +1,36 @@
-"""Side by side: contenders take turns, so that what slows the machine for a while slows all of them."""
+"""Times, and the rates of the machine.
+
+Contenders that are compared take turns, so that what slows the machine for a while slows all of them.
+"""
 
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
-__all__ = ["bandwidth", "gemm_rate", "medians"]
+__all__ = ["bandwidth", "gemm_rate", "medians", "timed"]
+
+Result = TypeVar("Result")
+Clock = Callable[[], float]
 
 
-def medians(contenders: Mapping[str, Sequence[Callable[[], object]]], repeats: int) -> dict[str, float]:
+def timed(work: Callable[[], Result]) -> tuple[Result, float]:
+    """What a function returns, and its CPU seconds."""
+    start = time.process_time()
+    return work(), time.process_time() - start
+
+
+def medians(
+    contenders: Mapping[str, Sequence[Callable[[], object]]], repeats: int, clock: Clock = time.perf_counter
+) -> dict[str, float]:
     """Median seconds of one call of every contender.
 
     Args:
         contenders: the same work on one set of data or on several in turn; several keep data out of the caches.
         repeats: calls of each.
+        clock: that tells seconds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for calls in contenders.values():  # compiles, allocates
@@ -22,9 +38,9 @@ def medians(contenders: Mapping[str, Sequence[Callable[[], object]]], repeats: i
             call()
     for turn in range(repeats):
         for name, calls in contenders.items():
-            start = time.perf_counter()
+            start = clock()
             calls[turn % len(calls)]()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -34,7 +50,7 @@ def bandwidth() -> float:
     return 4 * data.numel() / medians({"read": [data.sum]}, 9)["read"]
 
 
-def gemm_rate(size: int = 2048, dtype: torch.dtype = torch.float32) -> float:
-    """Operations a second of a product of square matrices, by the present number of threads."""
+def gemm_rate(size: int = 2048, dtype: torch.dtype = torch.float32, clock: Clock = time.perf_counter) -> float:
+    """Operations a second, of `clock`, of a product of square matrices, by the present number of threads."""
     left, right = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
-    return 2 * size**3 / medians({"product": [lambda: left @ right]}, 9)["product"]
+    return 2 * size**3 / medians({"product": [lambda: left @ right]}, 9, clock)["product"]

@@ -3,14 +3,14 @@
 usage: python -m benchmarks.growth [--largest 4096] [--tokens 32768] [--threads 1] [--picture docs/pictures/growth.png]
 
 Exponents are slopes of least squares in logarithms over the four largest sizes: below, fixed costs show. Matrices of up
-to 1024 rows are quantized five times and the median counts; larger ones and calibration once. Calibration is the pass
-of a fit (`CalibrationModule`) over SmolLM2-135M, on batches of eight windows of 256 tokens that are loaded beforehand;
-where the text is too short for as many tokens as are wanted, its batches come again.
+to 1024 rows are quantized five times and the median counts; larger ones and calibration once. Every run factorises its
+second moment anew. Calibration is the pass of a fit (`CalibrationModule`) over SmolLM2-135M, on batches of eight
+windows of 256 tokens that are loaded beforehand; where the text is too short for as many tokens as are wanted, its
+batches come again.
 """
 
 import argparse
 import math
-import statistics
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from typing import Any
 import matplotlib as mpl
 import torch
 
-from benchmarks.aqlm import random_case, timed
+from benchmarks.aqlm import random_case
+from benchmarks.clock import timed
+from benchmarks.cold import cold_median
 from casp_pl.data.calibration import CalibrationData
 from casp_pl.models import adapt
 from casp_pl.models.adapter import ModelAdapter
@@ -77,9 +79,7 @@ def quantization_costs(largest: int, heading: str) -> dict[str, Costs]:
     for size in doubling(256, largest):
         weight, moment = random_case(size, size)
         for name, quantizer in QUANTIZERS.items():
-            repeats = 5 if size <= 1024 else 1
-            runs = [timed(lambda: quantizer.quantize(weight, moment, bits=2))[1] for _ in range(repeats)]  # noqa: B023
-            costs[name][size] = statistics.median(runs)
+            _, costs[name][size] = cold_median(quantizer, weight, moment, repeats=5 if size <= 1024 else 1)
         print(f"| {size} | " + " | ".join(f"{costs[name][size]:.2f}" for name in QUANTIZERS) + " |", flush=True)
     return costs
 

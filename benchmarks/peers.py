@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import os
 import tempfile
-import time
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -24,6 +23,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from benchmarks.clock import timed
+from benchmarks.output import stdout_as_stderr
 from casp_pl.data.calibration import CalibrationData
 from casp_pl.data.evaluation import EvaluationData
 from casp_pl.evaluation.figures import StageFigures
@@ -112,13 +113,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("peer", choices=PEERS)
     peer = parser.parse_args().peer
-    original, outputs = evaluate(load_language_model())
-    start = time.process_time()
-    model = PEERS[peer].run(calibration_windows())
-    seconds = time.process_time() - start
-    figures, _ = evaluate(model, outputs)
+    with stdout_as_stderr():  # the tools log there
+        original, outputs = evaluate(load_language_model())
+        model, seconds = timed(lambda: PEERS[peer].run(calibration_windows()))
+        figures, _ = evaluate(model, outputs)
     bits = BITS + (16 + PEERS[peer].zero_bits) / GROUP
-    print(f"original: perplexity {original.perplexity:.2f}")
+    print(f"Original: perplexity {original.perplexity:.2f}\n")
     print("| tool | bits in all | perplexity | KL | CPU s |\n|---|---|---|---|---|")
     print(f"| {peer} | {bits:.3f} | {figures.perplexity:,.2f} | {figures.kl:.3f} | {seconds:.0f} |")
 

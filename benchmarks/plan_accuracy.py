@@ -29,7 +29,7 @@ def forecast(recipe: Sequence[str], run_dir: Path) -> tuple[dict[str, Any], floa
     """What `plan --json` says, and the seconds that it took."""
     command = [sys.executable, "-m", "casp_pl", "plan", *recipe, "--run_dir", str(run_dir), "--json"]
     start = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout), time.monotonic() - start
 
 
@@ -69,6 +69,11 @@ def stage_ends(run_dir: Path) -> dict[str, float]:
     return {stage: max(times) for stage, times in found.items() if times}
 
 
+def weights_on_disk(run_dir: Path) -> int:
+    """Bytes of the compressed model's safetensors files, what `plan` calls weights."""
+    return sum(path.stat().st_size for path in (run_dir / "model").glob("*.safetensors"))
+
+
 def off(predicted: float, measured: float) -> str:
     """By how much the forecast is off, in percent."""
     return f"{100 * (predicted / measured - 1):+.0f} %" if measured > 0 else "n/a"
@@ -104,7 +109,7 @@ def print_stages(before: dict[str, Any], run_dir: Path, samples: Sequence[tuple[
 
 def print_sizes(before: dict[str, Any], after: dict[str, Any], run_dir: Path) -> None:
     """The table of the final size."""
-    truth = sum(path.stat().st_size for path in (run_dir / "model").glob("*.safetensors"))
+    truth = weights_on_disk(run_dir)
     others = {"README.md", "manifest.json"}
     files = [path for path in (run_dir / "model").rglob("*") if path.is_file() and path.name not in others]
     files = [path for path in files if path.suffix != ".safetensors"]

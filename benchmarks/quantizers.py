@@ -3,6 +3,7 @@
 usage: python -m benchmarks.quantizers [--tokens 32768] [--blocks 0 15 29] [--bits 2] [--threads 1]
 
 All seven linears of each block of SmolLM2-135M, second moments of the original model on Python's own documentation.
+Times are of one pass: those that read the same input share what is made of its second moment, as in a fit.
 """
 
 import argparse

@@ -6,8 +6,8 @@ Every row is a `casp_pl fit` of SmolLM2-135M on text with the same calibration, 
 otherwise, and the same held-out text. Runs lie in a folder of the commit that makes them, under `--out`: a row that
 this commit has finished is not computed again, and one of a changed working tree always is. The rows with CASP
 (low-rank W_q and W_k, bits by block) may spend, everything counted, what the plain row of their quantizer spends.
-Seconds are wall time: of the calibration pass, of the quantization of all blocks with its activations and second
-moments, and the quantizers' share of that.
+Seconds are wall time by stage: of the calibration pass, of the quantization of all blocks with its activations and
+second moments, the quantizers' share of that, and of the evaluation. What the fits say goes to standard error.
 """
 
 import argparse
@@ -16,9 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.output import stdout_as_stderr
 from casp_pl.callbacks.environment import source_commit
+from casp_pl.callbacks.report_markdown import markdown_table
 from casp_pl.cli import main as casp_pl
-from casp_pl.console import make_console, print_table
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PLAIN = ["--low_rank.mode", "off", "--bits.score", "uniform"]
@@ -28,6 +29,10 @@ METHODS: dict[str, tuple[str, str, list[str]]] = {  # name -> (heading, config, 
     "aqlm": ("AQLM", "llama_aqlm.yaml", []),
     "aqlm_2x8": ("AQLM 2x8", "llama_aqlm.yaml", ["--quantizer.init_args.formats", "{2: [[2, 256, 8]]}"]),
 }
+HEADER = [
+    "quantizer", "CASP", "propagation", "bits in all", "perplexity", "KL", "calibrate s", "quantize s",
+    "of it quantizers s", "evaluate s",
+]  # fmt: skip
 
 
 def fit(folder: Path, method: str, samples: int, *overrides: str) -> dict[str, Any]:
@@ -36,7 +41,9 @@ def fit(folder: Path, method: str, samples: int, *overrides: str) -> dict[str, A
     command = ["fit", "--config", str(CONFIGS / config), "--run_dir", str(folder), *differs]
     command += ["--block_tuning.epochs", "0", "--end_to_end.steps", "0", "--data.samples", str(samples)]
     command += ["--data.holdout", "0.0", *overrides]  # nothing is tuned, so nothing has to be held back
-    if casp_pl(command) != 0:
+    with stdout_as_stderr():
+        code = casp_pl(command)
+    if code != 0:
         raise SystemExit(f"{folder}: the run failed")
     report = json.loads((folder / "report.json").read_text())
     work = {**report["work_seconds"], "quantizers": sum(module["seconds"] for module in report["modules"])}
@@ -55,13 +62,16 @@ def row(name: str, casp: str, propagation: str, stage: dict[str, Any]) -> list[s
     """One line of the table."""
     kl = "" if stage["kl"] is None else f"{stage['kl']:.3f}"
     bits = f"{stage['bits_per_weight_total']:.3f}"
-    work = stage["work"] if stage["name"] == "quantized" else {}
-    seconds = [f"{work[part]:.0f}" if part in work else "" for part in ("calibration", "quantize", "quantizers")]
+    work = dict(stage["work"]) if stage["name"] == "quantized" else {}
+    if stage["name"] != "rtn" and stage["seconds"] is not None:  # RTN's are not told apart from its evaluation's
+        work["evaluate"] = stage["seconds"] - work.get("quantize", 0.0)
+    parts = ("calibration", "quantize", "quantizers", "evaluate")
+    seconds = [f"{work[part]:.0f}" if part in work else "" for part in parts]
     return [name, casp, propagation, bits, f"{stage['perplexity']:,.2f}", kl, *seconds]
 
 
 def main() -> None:
-    """Print the table."""
+    """Print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/whole_model"))
     parser.add_argument("--samples", type=int, default=128, help="windows of 256 tokens to calibrate on")
@@ -70,7 +80,7 @@ def main() -> None:
     options = parser.parse_args()
     rows: list[list[str]] = []
     out = commit_folder(options.out)
-    print(f"runs of {out.name}\n", flush=True)
+    print(f"Runs of {out.name}\n", flush=True)
     for method in options.methods:
         for propagation in ("0.0",) if options.plain else ("0.0", "0.5"):
             aim = ["--quantization.propagation", propagation]
@@ -87,11 +97,7 @@ def main() -> None:
                 "--bits.counts", "total", "--bits.budget", budget, "--baseline", "null",
             )  # fmt: skip
             rows.append(row(METHODS[method][0], "yes", on, casp["quantized"]))
-    print_table(
-        ["quantizer", "CASP", "propagation", "bits in all", "perplexity", "KL", "calibrate s", "quantize s", "of it"],
-        rows,
-        make_console(),
-    )
+    print(markdown_table(HEADER, rows))
 
 
 if __name__ == "__main__":

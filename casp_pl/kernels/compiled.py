@@ -204,9 +204,10 @@ def _triton() -> _Kernels | None:
     try:
         from casp_pl.kernels.triton_lookup import gather, lookup
 
-        ones, codes = torch.ones(1, 1, 1, device="cuda"), torch.zeros(1, 1, 1, dtype=torch.uint8, device="cuda")
-        lookup(ones, ones, codes[0], ones[0], 1, torch.empty(1, 1, device="cuda"))
-        gather(codes, ones, ones[0, 0], torch.empty(1, 1, device="cuda"))
+        ones = torch.ones(1, 1, 1, dtype=torch.float32, device="cuda")
+        codes = torch.zeros(1, 1, 1, dtype=torch.uint8, device="cuda")
+        lookup(ones, ones, codes[0], ones[0], 1, torch.empty_like(ones[0]))
+        gather(codes, ones, ones[0, 0], torch.empty_like(ones[0]))
     except Exception as error:  # Triton may be missing, or its compiler, or may not know this GPU
         _LOG.info("work on codes is done by torch, which takes longer: Triton does not run here (%s)", _reason(error))
         return None
@@ -261,40 +262,47 @@ def _has_byte_tables() -> bool:
     return bool(binding.get_host_cpu_features().get(_VBMI, False))
 
 
+def _ones(*shape: int) -> Tensor:
+    return torch.ones(shape, dtype=torch.float32, device="cpu")
+
+
+def _zeros(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device="cpu")
+
+
 def _smallest_arguments(name: str) -> list[Any]:
-    """What a loop is tried on: the smallest tensors that it takes."""
+    """What a loop is tried on: the smallest tensors that it takes, whatever torch's defaults are at the time."""
     if name in SearchLoops._fields:
-        table, number, code = torch.ones(1, 1, 2), torch.ones(1), torch.zeros(1, 1, dtype=torch.int64)
+        table, number, code = _ones(1, 1, 2), _ones(1), _zeros(1, 1, dtype=torch.int64)
         if name == "nearest_entries":
-            return [torch.ones(1, 1, 1), table[0], table[0], code]
+            return [_ones(1, 1, 1), table[0], table[0], code]
         tables = [table, table[0], table, 1, code]
         if name == "search":
             return [number[None], *tables, number]
         return [number[None], number, *tables, number[None], number]
     if name in ("gather", "scatter"):
-        tables = [torch.zeros(1, 1, 1, dtype=torch.uint8), torch.ones(1, 1, 1), torch.ones(1), torch.ones(1, 1)]
-        return tables if name == "gather" else [*tables, torch.arange(2), torch.zeros(1, 1, 1, 1), torch.empty(1)]
+        tables = [_zeros(1, 1, 1), _ones(1, 1, 1), _ones(1), _ones(1, 1)]
+        return tables if name == "gather" else [*tables, torch.arange(2, device="cpu"), _ones(1, 1, 1, 1), _ones(1)]
     if name in ("candidates", "nearest"):
-        patterns = [torch.ones(8, 1), torch.ones(1), torch.zeros(1), torch.zeros(1, dtype=torch.int64)]
+        patterns = [_ones(8, 1), _ones(1), _ones(1), _zeros(1, dtype=torch.int64)]
         if name == "candidates":
-            return [torch.ones(8, 1), *patterns, 1, torch.empty(2, 1, dtype=torch.int64)]
-        return [torch.ones(8, 1), torch.eye(8), *patterns, 1, torch.empty(1, dtype=torch.int64), torch.empty(8, 1)]
+            return [_ones(8, 1), *patterns, 1, _zeros(2, 1, dtype=torch.int64)]
+        return [_ones(8, 1), _ones(8, 8), *patterns, 1, _zeros(1, dtype=torch.int64), _ones(8, 1)]
     if name == "uniform_weight":
-        return [torch.zeros(9, dtype=torch.uint8), 1, torch.ones(1, 1), torch.ones(1, 1), 8, torch.empty(1, 8)]
+        return [_zeros(9), 1, _ones(1, 1), _ones(1, 1), 8, _ones(1, 8)]
     if name.startswith("rebuild"):
-        books = torch.ones(2, 1, 8) if name == "rebuild_additive" else torch.zeros(2 * 256 * 8 + 256)
-        return [torch.zeros(1, 1, 2, dtype=torch.uint8), books, torch.ones(1), torch.empty(1, 8)]
+        books = _ones(2, 1, 8) if name == "rebuild_additive" else _ones(2 * 256 * 8 + 256)
+        return [_zeros(1, 1, 2), books, _ones(1), _ones(1, 8)]
     if name.startswith("multiply"):
-        x, scales, sums = torch.ones(1, 1, 8), torch.ones(1, 4), torch.empty(1, 4)
-        codes = torch.zeros(4, 1, 2, dtype=torch.uint8)
+        x, scales, sums = _ones(1, 1, 8), _ones(1, 4), _ones(1, 4)
+        codes = _zeros(4, 1, 2)
         if name == "multiply_additive":
-            return [x, torch.ones(2, 1, 8), codes[:, 0], scales, 2, sums]
+            return [x, _ones(2, 1, 8), codes[:, 0], scales, 2, sums]
         if name == "multiply_lattice":
-            return [x, torch.zeros(2 * 256 * 8 + 256), codes, scales, sums]
-        return [x, 2, torch.zeros(12, dtype=torch.uint8), scales, 1, sums]
-    codes = torch.zeros(1, 1, dtype=torch.uint8)
-    return [torch.ones(1, 1, 1), torch.ones(1, 1, 1), codes if name == "lookup" else _tiles(codes),
-            torch.ones(1, 1), 1, torch.empty(1, 1)]  # fmt: skip
+            return [x, _ones(2 * 256 * 8 + 256), codes, scales, sums]
+        return [x, 2, _zeros(12), scales, 1, sums]
+    codes = _zeros(1, 1) if name == "lookup" else _tiles(_zeros(1, 1))
+    return [_ones(1, 1, 1), _ones(1, 1, 1), codes, _ones(1, 1), 1, _ones(1, 1)]
 
 
 @cache
@@ -311,9 +319,15 @@ def _arrays(*arguments: Any) -> list[Any]:
     """Tensors as contiguous arrays (one layout, so that one compilation serves all calls), the rest as it is.
 
     `Tensor.numpy` would fix the size of its memory for ever, and FSDP takes that of gathered parameters away.
+
+    Raises:
+        TypeError: floats that are not float32: numba would compile the loop once more, for them.
     """
     import numpy as np
 
+    for item in arguments:
+        if isinstance(item, Tensor) and item.is_floating_point() and item.dtype != torch.float32:
+            raise TypeError(f"compiled loops compute in torch.float32, not {item.dtype}")
     return [np.from_dlpack(item.detach().contiguous()) if isinstance(item, Tensor) else item for item in arguments]
 
 

@@ -32,11 +32,23 @@ _VECTOR = 8
 
 
 class VectorLoops(NamedTuple):
-    """The loops of `numba_vectors` for codes in the layouts in which they are stored, taking tensors."""
+    """The loops of `numba_vectors` for codes in the layouts in which they are stored, taking tensors.
+
+    Attributes:
+        lattice: `multiply_lattice`.
+        uniform: `multiply_uniform`.
+        least_rows: that they take, in groups of 8.
+        others: what looks products up for fewer rows and for groups of other lengths.
+    """
 
     lattice: Callable[..., None]
     uniform: Callable[..., None]
     least_rows: int
+    others: "LookupLoop"
+
+    def take(self, length: int, rows: int) -> bool:
+        """Whether these loops decode so many rows in groups of this length."""
+        return length == _VECTOR and rows >= self.least_rows
 
 
 class LookupLoop(NamedTuple):
@@ -53,6 +65,10 @@ class LookupLoop(NamedTuple):
     arrange: Callable[[Tensor], Tensor]
     tokens: int
     vectors: VectorLoops | None = None
+
+    def taking(self, length: int, rows: int) -> "LookupLoop":
+        """The loop that runs for so many rows in groups of this length: this one, or others of fewer tokens."""
+        return self if self.vectors is None or self.vectors.take(length, rows) else self.vectors.others
 
 
 class AdditiveLoops(NamedTuple):
@@ -166,15 +182,16 @@ def lookup_loops() -> dict[str, LookupLoop]:
     loops: dict[str, LookupLoop] = {}
     if (run := _load("lookup", "lookup", _as_they_are)) is None:
         return loops
+    floats = LookupLoop(_by_input(run), _laid_out, tokens=2)
     if _has_byte_tables() and (run_bytes := _load("bytes", "lookup_bytes", _as_they_are)) is not None:
         loops["bytes"] = LookupLoop(_telling_infinity(_by_input(run_bytes)), _tiles, tokens=16)
-    if (vectors := _vector_loop(run)) is not None:
+    if (vectors := _vector_loop(floats)) is not None:
         loops["vectors"] = vectors
-    loops["floats"] = LookupLoop(_by_input(run), _laid_out, tokens=2)
+    loops["floats"] = floats
     return loops
 
 
-def _vector_loop(floats: Callable[..., None]) -> LookupLoop | None:
+def _vector_loop(floats: LookupLoop) -> LookupLoop | None:
     """`numba_vectors`, and the look-up of single products for the groups that it does not take."""
     loops = [_load("vectors", f"multiply_{kind}", _as_they_are) for kind in ("additive", "lattice", "uniform")]
     additive, lattice, uniform = loops
@@ -182,13 +199,13 @@ def _vector_loop(floats: Callable[..., None]) -> LookupLoop | None:
         return None
     from casp_pl.kernels.numba_vectors import LEAST_ROWS
 
-    others = _by_input(floats)
+    vectors = VectorLoops(lattice, uniform, LEAST_ROWS, floats)
 
     def run(x: Tensor, codebooks: Tensor, codes: Tensor, weights: Tensor, span: int, sums: Tensor) -> None:
-        fits = codebooks.shape[2] == _VECTOR and len(codes) >= LEAST_ROWS and span % len(codebooks) == 0
-        (additive if fits else others)(x, codebooks, codes, weights, span, sums)
+        fits = vectors.take(codebooks.shape[2], len(codes)) and span % len(codebooks) == 0
+        (additive if fits else floats.run)(x, codebooks, codes, weights, span, sums)
 
-    return LookupLoop(run, _laid_out, tokens=16, vectors=VectorLoops(lattice, uniform, LEAST_ROWS))
+    return LookupLoop(run, _laid_out, tokens=16, vectors=vectors)
 
 
 class _Kernels(NamedTuple):
@@ -350,11 +367,11 @@ def _load(module: str, name: str, converted: Callable[..., Sequence[Any]] = _arr
     try:
         loop: Any = getattr(importlib.import_module(f"casp_pl.kernels.numba_{module}"), name)
         loop(*converted(*_smallest_arguments(name)))
-        # numba's first loop sets OpenMP's number of threads for all, whatever OMP_NUM_THREADS says
-        torch.set_num_threads(threads)
     except Exception as error:  # an optional package fails in its own ways: a missing library, no place for its cache
         _LOG.info("code %s is done by torch, which takes longer: numba does not run here (%s)", name, _reason(error))
         return None
+    finally:  # numba's first loop sets OpenMP's number of threads for all, whatever OMP_NUM_THREADS says
+        torch.set_num_threads(threads)
     most = numba.config.NUMBA_NUM_THREADS
 
     def run(*arguments: Any) -> None:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,35 @@ def tensor_digests() -> Callable[[Path], dict[str, str]]:
         }
 
     return digests
+
+
+def _forget_tables() -> None:
+    """Those of kernels and transforms, and compiled loops: the next use makes and tries them again."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("casp_pl.kernels", "casp_pl.linalg")):
+            for value in list(vars(module).values()):
+                getattr(value, "cache_clear", lambda: None)()
+
+
+@pytest.fixture(scope="session")
+def under_default() -> Callable[[torch.dtype | torch.device], AbstractContextManager[None]]:
+    """A context with another default dtype or device of torch, in which tables and loops are made anew."""
+
+    @contextmanager
+    def default(kind: torch.dtype | torch.device) -> Iterator[None]:
+        _forget_tables()
+        try:
+            if isinstance(kind, torch.device):
+                with kind:
+                    yield
+            else:
+                torch.set_default_dtype(kind)
+                yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+            _forget_tables()
+
+    return default
 
 
 @pytest.fixture

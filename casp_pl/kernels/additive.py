@@ -108,9 +108,10 @@ class AdditiveIndex:
     ) -> tuple[Tensor, Tensor]:
         # some parts for threads to work on; always so many, so that sums do not depend on the number of threads
         bounds = self.bounds or [part * self.rows // _PARTS for part in range(_PARTS + 1)]
+        starts = torch.tensor(bounds, dtype=torch.int64, device=weight.device)
         parts, dots = codebooks.new_zeros(len(bounds) - 1, *codebooks.shape), weight.new_empty(self.rows)
         with record_function("casp_pl::scatter"):
-            loops.scatter(self._codes, codebooks, scales.reshape(-1), weight, torch.tensor(bounds), parts, dots)
+            loops.scatter(self._codes, codebooks, scales.reshape(-1), weight, starts, parts, dots)
         return parts, dots.unsqueeze(1)
 
     def _loops(self, tensor: Tensor) -> AdditiveLoops | None:
@@ -125,7 +126,7 @@ class AdditiveIndex:
     @cached_property
     def _readers(self) -> tuple[Tensor, Tensor]:
         """For each of the P * K * C entries in turn the groups that read it (K * O * G,), and where its list starts."""
-        bounds = torch.tensor(self.bounds or [0, self.rows], device=self._codes.device)
+        bounds = torch.tensor(self.bounds or [0, self.rows], dtype=torch.int64, device=self._codes.device)
         total = (len(bounds) - 1) * self.codebooks * self.entries
         parts = torch.arange(len(bounds) - 1, dtype=torch.int32, device=bounds.device)
         first = (self.codebooks * self.entries * parts).repeat_interleave(bounds.diff()).repeat_interleave(self.groups)

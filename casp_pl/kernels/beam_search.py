@@ -32,8 +32,8 @@ def beam_search(linear: Tensor, codebooks: Tensor, norms: Tensor, images: Tensor
     """
     if (loops := search_loops(linear)) is None:
         return beam_search_reference(linear, codebooks, norms, images, width)
-    codes = torch.empty(len(codebooks), linear.shape[1], dtype=torch.int64)
-    scores = torch.empty(linear.shape[1], dtype=torch.float32)
+    codes = torch.empty(len(codebooks), linear.shape[1], dtype=torch.int64, device=linear.device)
+    scores = torch.empty(linear.shape[1], dtype=torch.float32, device=linear.device)
     with record_function("casp_pl::beam_search"):
         loops.search(linear, codebooks.transpose(1, 2), norms, images, width, codes, scores)
     return codes, scores

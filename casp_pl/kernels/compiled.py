@@ -32,11 +32,23 @@ _VECTOR = 8
 
 
 class VectorLoops(NamedTuple):
-    """The loops of `numba_vectors` for codes in the layouts in which they are stored, taking tensors."""
+    """The loops of `numba_vectors` for codes in the layouts in which they are stored, taking tensors.
+
+    Attributes:
+        lattice: `multiply_lattice`.
+        uniform: `multiply_uniform`.
+        least_rows: that they take, in groups of 8.
+        others: what looks products up for fewer rows and for groups of other lengths.
+    """
 
     lattice: Callable[..., None]
     uniform: Callable[..., None]
     least_rows: int
+    others: "LookupLoop"
+
+    def take(self, length: int, rows: int) -> bool:
+        """Whether these loops decode so many rows in groups of this length."""
+        return length == _VECTOR and rows >= self.least_rows
 
 
 class LookupLoop(NamedTuple):
@@ -53,6 +65,10 @@ class LookupLoop(NamedTuple):
     arrange: Callable[[Tensor], Tensor]
     tokens: int
     vectors: VectorLoops | None = None
+
+    def taking(self, length: int, rows: int) -> "LookupLoop":
+        """The loop that runs for so many rows in groups of this length: this one, or others of fewer tokens."""
+        return self if self.vectors is None or self.vectors.take(length, rows) else self.vectors.others
 
 
 class AdditiveLoops(NamedTuple):
@@ -166,15 +182,16 @@ def lookup_loops() -> dict[str, LookupLoop]:
     loops: dict[str, LookupLoop] = {}
     if (run := _load("lookup", "lookup", _as_they_are)) is None:
         return loops
+    floats = LookupLoop(_by_input(run), _laid_out, tokens=2)
     if _has_byte_tables() and (run_bytes := _load("bytes", "lookup_bytes", _as_they_are)) is not None:
         loops["bytes"] = LookupLoop(_telling_infinity(_by_input(run_bytes)), _tiles, tokens=16)
-    if (vectors := _vector_loop(run)) is not None:
+    if (vectors := _vector_loop(floats)) is not None:
         loops["vectors"] = vectors
-    loops["floats"] = LookupLoop(_by_input(run), _laid_out, tokens=2)
+    loops["floats"] = floats
     return loops
 
 
-def _vector_loop(floats: Callable[..., None]) -> LookupLoop | None:
+def _vector_loop(floats: LookupLoop) -> LookupLoop | None:
     """`numba_vectors`, and the look-up of single products for the groups that it does not take."""
     loops = [_load("vectors", f"multiply_{kind}", _as_they_are) for kind in ("additive", "lattice", "uniform")]
     additive, lattice, uniform = loops
@@ -182,13 +199,13 @@ def _vector_loop(floats: Callable[..., None]) -> LookupLoop | None:
         return None
     from casp_pl.kernels.numba_vectors import LEAST_ROWS
 
-    others = _by_input(floats)
+    vectors = VectorLoops(lattice, uniform, LEAST_ROWS, floats)
 
     def run(x: Tensor, codebooks: Tensor, codes: Tensor, weights: Tensor, span: int, sums: Tensor) -> None:
-        fits = codebooks.shape[2] == _VECTOR and len(codes) >= LEAST_ROWS and span % len(codebooks) == 0
-        (additive if fits else others)(x, codebooks, codes, weights, span, sums)
+        fits = vectors.take(codebooks.shape[2], len(codes)) and span % len(codebooks) == 0
+        (additive if fits else floats.run)(x, codebooks, codes, weights, span, sums)
 
-    return LookupLoop(run, _laid_out, tokens=16, vectors=VectorLoops(lattice, uniform, LEAST_ROWS))
+    return LookupLoop(run, _laid_out, tokens=16, vectors=vectors)
 
 
 class _Kernels(NamedTuple):
@@ -204,9 +221,10 @@ def _triton() -> _Kernels | None:
     try:
         from casp_pl.kernels.triton_lookup import gather, lookup
 
-        ones, codes = torch.ones(1, 1, 1, device="cuda"), torch.zeros(1, 1, 1, dtype=torch.uint8, device="cuda")
-        lookup(ones, ones, codes[0], ones[0], 1, torch.empty(1, 1, device="cuda"))
-        gather(codes, ones, ones[0, 0], torch.empty(1, 1, device="cuda"))
+        ones = torch.ones(1, 1, 1, dtype=torch.float32, device="cuda")
+        codes = torch.zeros(1, 1, 1, dtype=torch.uint8, device="cuda")
+        lookup(ones, ones, codes[0], ones[0], 1, torch.empty_like(ones[0]))
+        gather(codes, ones, ones[0, 0], torch.empty_like(ones[0]))
     except Exception as error:  # Triton may be missing, or its compiler, or may not know this GPU
         _LOG.info("work on codes is done by torch, which takes longer: Triton does not run here (%s)", _reason(error))
         return None
@@ -261,40 +279,47 @@ def _has_byte_tables() -> bool:
     return bool(binding.get_host_cpu_features().get(_VBMI, False))
 
 
+def _ones(*shape: int) -> Tensor:
+    return torch.ones(shape, dtype=torch.float32, device="cpu")
+
+
+def _zeros(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device="cpu")
+
+
 def _smallest_arguments(name: str) -> list[Any]:
-    """What a loop is tried on: the smallest tensors that it takes."""
+    """What a loop is tried on: the smallest tensors that it takes, whatever torch's defaults are at the time."""
     if name in SearchLoops._fields:
-        table, number, code = torch.ones(1, 1, 2), torch.ones(1), torch.zeros(1, 1, dtype=torch.int64)
+        table, number, code = _ones(1, 1, 2), _ones(1), _zeros(1, 1, dtype=torch.int64)
         if name == "nearest_entries":
-            return [torch.ones(1, 1, 1), table[0], table[0], code]
+            return [_ones(1, 1, 1), table[0], table[0], code]
         tables = [table, table[0], table, 1, code]
         if name == "search":
             return [number[None], *tables, number]
         return [number[None], number, *tables, number[None], number]
     if name in ("gather", "scatter"):
-        tables = [torch.zeros(1, 1, 1, dtype=torch.uint8), torch.ones(1, 1, 1), torch.ones(1), torch.ones(1, 1)]
-        return tables if name == "gather" else [*tables, torch.arange(2), torch.zeros(1, 1, 1, 1), torch.empty(1)]
+        tables = [_zeros(1, 1, 1), _ones(1, 1, 1), _ones(1), _ones(1, 1)]
+        return tables if name == "gather" else [*tables, torch.arange(2, device="cpu"), _ones(1, 1, 1, 1), _ones(1)]
     if name in ("candidates", "nearest"):
-        patterns = [torch.ones(8, 1), torch.ones(1), torch.zeros(1), torch.zeros(1, dtype=torch.int64)]
+        patterns = [_ones(8, 1), _ones(1), _ones(1), _zeros(1, dtype=torch.int64)]
         if name == "candidates":
-            return [torch.ones(8, 1), *patterns, 1, torch.empty(2, 1, dtype=torch.int64)]
-        return [torch.ones(8, 1), torch.eye(8), *patterns, 1, torch.empty(1, dtype=torch.int64), torch.empty(8, 1)]
+            return [_ones(8, 1), *patterns, 1, _zeros(2, 1, dtype=torch.int64)]
+        return [_ones(8, 1), _ones(8, 8), *patterns, 1, _zeros(1, dtype=torch.int64), _ones(8, 1)]
     if name == "uniform_weight":
-        return [torch.zeros(9, dtype=torch.uint8), 1, torch.ones(1, 1), torch.ones(1, 1), 8, torch.empty(1, 8)]
+        return [_zeros(9), 1, _ones(1, 1), _ones(1, 1), 8, _ones(1, 8)]
     if name.startswith("rebuild"):
-        books = torch.ones(2, 1, 8) if name == "rebuild_additive" else torch.zeros(2 * 256 * 8 + 256)
-        return [torch.zeros(1, 1, 2, dtype=torch.uint8), books, torch.ones(1), torch.empty(1, 8)]
+        books = _ones(2, 1, 8) if name == "rebuild_additive" else _ones(2 * 256 * 8 + 256)
+        return [_zeros(1, 1, 2), books, _ones(1), _ones(1, 8)]
     if name.startswith("multiply"):
-        x, scales, sums = torch.ones(1, 1, 8), torch.ones(1, 4), torch.empty(1, 4)
-        codes = torch.zeros(4, 1, 2, dtype=torch.uint8)
+        x, scales, sums = _ones(1, 1, 8), _ones(1, 4), _ones(1, 4)
+        codes = _zeros(4, 1, 2)
         if name == "multiply_additive":
-            return [x, torch.ones(2, 1, 8), codes[:, 0], scales, 2, sums]
+            return [x, _ones(2, 1, 8), codes[:, 0], scales, 2, sums]
         if name == "multiply_lattice":
-            return [x, torch.zeros(2 * 256 * 8 + 256), codes, scales, sums]
-        return [x, 2, torch.zeros(12, dtype=torch.uint8), scales, 1, sums]
-    codes = torch.zeros(1, 1, dtype=torch.uint8)
-    return [torch.ones(1, 1, 1), torch.ones(1, 1, 1), codes if name == "lookup" else _tiles(codes),
-            torch.ones(1, 1), 1, torch.empty(1, 1)]  # fmt: skip
+            return [x, _ones(2 * 256 * 8 + 256), codes, scales, sums]
+        return [x, 2, _zeros(12), scales, 1, sums]
+    codes = _zeros(1, 1) if name == "lookup" else _tiles(_zeros(1, 1))
+    return [_ones(1, 1, 1), _ones(1, 1, 1), codes, _ones(1, 1), 1, _ones(1, 1)]
 
 
 @cache
@@ -311,9 +336,15 @@ def _arrays(*arguments: Any) -> list[Any]:
     """Tensors as contiguous arrays (one layout, so that one compilation serves all calls), the rest as it is.
 
     `Tensor.numpy` would fix the size of its memory for ever, and FSDP takes that of gathered parameters away.
+
+    Raises:
+        TypeError: floats that are not float32: numba would compile the loop once more, for them.
     """
     import numpy as np
 
+    for item in arguments:
+        if isinstance(item, Tensor) and item.is_floating_point() and item.dtype != torch.float32:
+            raise TypeError(f"compiled loops compute in torch.float32, not {item.dtype}")
     return [np.from_dlpack(item.detach().contiguous()) if isinstance(item, Tensor) else item for item in arguments]
 
 
@@ -336,11 +367,11 @@ def _load(module: str, name: str, converted: Callable[..., Sequence[Any]] = _arr
     try:
         loop: Any = getattr(importlib.import_module(f"casp_pl.kernels.numba_{module}"), name)
         loop(*converted(*_smallest_arguments(name)))
-        # numba's first loop sets OpenMP's number of threads for all, whatever OMP_NUM_THREADS says
-        torch.set_num_threads(threads)
     except Exception as error:  # an optional package fails in its own ways: a missing library, no place for its cache
         _LOG.info("code %s is done by torch, which takes longer: numba does not run here (%s)", name, _reason(error))
         return None
+    finally:  # numba's first loop sets OpenMP's number of threads for all, whatever OMP_NUM_THREADS says
+        torch.set_num_threads(threads)
     most = numba.config.NUMBA_NUM_THREADS
 
     def run(*arguments: Any) -> None:

@@ -51,7 +51,7 @@ _SIGNS = 7
 def e8p_patterns(device: torch.device) -> Tensor:
     """The absolute patterns (256, 8) in float32; first those whose points have an even number of minus signs."""
     with torch.inference_mode(False):
-        halves = torch.cartesian_prod(*[torch.tensor([1.0, 3.0, 5.0], device="cpu")] * GROUP_LENGTH) / 2
+        halves = torch.cartesian_prod(*[torch.tensor([1, 3, 5], dtype=torch.float32, device="cpu")] * GROUP_LENGTH) / 2
         norms = halves.square().sum(dim=1)
         patterns = torch.cat([halves[norms <= _SHORT], halves[norms == _LONG][::_STRIDE]])[:_PATTERNS]
         return patterns[(patterns.sum(dim=1) % 2).argsort(stable=True)].to(device)
@@ -95,9 +95,9 @@ def pairs_of(points: Tensor) -> Tensor:
 def e8_residual(device: torch.device) -> Tensor:
     """The residual codebook (256, 8), int8 quarters: 112 + 128 points of norm 2 and 16 of norm 4 of the lattice E8."""
     with torch.inference_mode(False):
-        whole = torch.cartesian_prod(*[torch.tensor([-1.0, 0.0, 1.0], device="cpu")] * GROUP_LENGTH)
-        half = torch.cartesian_prod(*[torch.tensor([-0.5, 0.5], device="cpu")] * GROUP_LENGTH)
-        axes = 2 * torch.eye(GROUP_LENGTH, device="cpu")
+        whole = torch.cartesian_prod(*[torch.tensor([-1, 0, 1], dtype=torch.float32, device="cpu")] * GROUP_LENGTH)
+        half = torch.cartesian_prod(*[torch.tensor([-0.5, 0.5], dtype=torch.float32, device="cpu")] * GROUP_LENGTH)
+        axes = 2 * torch.eye(GROUP_LENGTH, dtype=torch.float32, device="cpu")
         points = torch.cat([whole[whole.square().sum(dim=1) == 2], half[half.sum(dim=1) % 2 == 0], axes, -axes])
         return (points / QUARTER).to(device, torch.int8)
 
@@ -107,7 +107,7 @@ def decode_e8p_reference(codes: Tensor) -> Tensor:
     pattern = e8p_patterns(codes.device)[codes & 0xFF]
     minus = codes[:, None] >> torch.arange(GROUP_LENGTH, GROUP_LENGTH + _SIGNS, device=codes.device) & 1
     eighth = (minus.sum(dim=1, keepdim=True) + pattern.sum(dim=1, keepdim=True)) % 2
-    shift = torch.where(codes >> 15 == 1, -QUARTER, QUARTER)
+    shift = (1 - 2 * (codes >> 15)).to(torch.float32) * QUARTER
     return pattern * (1 - 2 * torch.cat([minus, eighth], dim=1)) + shift[:, None]
 
 

@@ -50,7 +50,7 @@ def e8p_candidates(x: Tensor, runs: int) -> Tensor:
         Codes (K, N), int64.
     """
     if (loops := lattice_loops(x)) is not None:
-        codes = torch.empty(2 * runs, x.shape[1], dtype=torch.int64)
+        codes = torch.empty(2 * runs, x.shape[1], dtype=torch.int64, device=x.device)
         with record_function("casp_pl::e8p_candidates"):
             loops.candidates(x, *_by_run(runs), runs, codes)
         return codes
@@ -71,7 +71,7 @@ def e8p_nearest(x: Tensor, metric: Tensor, runs: int) -> tuple[Tensor, Tensor] |
     """
     if (loops := lattice_loops(x)) is None:
         return None
-    codes, rest = torch.empty(x.shape[1], dtype=torch.int64), torch.empty_like(x)
+    codes, rest = torch.empty(x.shape[1], dtype=torch.int64, device=x.device), torch.empty_like(x)
     with record_function("casp_pl::e8p_nearest"):
         loops.nearest(x, metric, *_by_run(runs), runs, codes, rest)
     return codes, rest

@@ -35,21 +35,29 @@ def lookup_reference(codes: Tensor, x: Tensor, codebooks: Tensor, weights: Tenso
     positions, spans = codes.shape[1], len(weights)
     books, _, length = codebooks.shape
     products = torch.einsum("ngd,kcd->ngkc", x.view(len(x), -1, length), codebooks).flatten(1, 2)
-    chosen = products[:, torch.arange(positions), codes.long()]  # (N, O, M)
+    chosen = products[:, torch.arange(positions, device=codes.device), codes.long()]  # (N, O, M)
     span = -(-positions // spans)
     summed = F.pad(chosen, (0, spans * span - positions)).view(*chosen.shape[:2], spans, span).sum(dim=3)
     return torch.einsum("nos,so->no", summed, weights)
 
 
-def loop_for(x: Tensor, in_features: int) -> LookupLoop | None:
-    """The loop to look products with x (..., I) up; None where the dense weight is better, or needed for gradients.
+def loop_for(x: Tensor, shape: tuple[int, int], length: int) -> LookupLoop | None:
+    """The loop to look products with x up; None where the dense weight is better, or needed for gradients.
 
     No tokens are left to torch too, whose products know of empty tensors; a GPU launches no grid of zero programs.
+
+    Args:
+        x: (..., I).
+        shape: of the weight, (O, I).
+        length: D, weights that a code stands for.
     """
     if x.dtype == torch.float64 or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    loop = lookup_loop(x.device)
-    return loop if loop is not None and 0 < x.numel() <= loop.tokens * in_features else None
+    if (fastest := lookup_loop(x.device)) is None:
+        return None
+    rows, in_features = shape
+    loop = fastest.taking(length, rows)
+    return loop if 0 < x.numel() <= loop.tokens * in_features else None
 
 
 class CodeRows:
@@ -80,7 +88,7 @@ class CodeRows:
         groups = self._positions // books
         tokens, missing = x.shape[0], groups * length - x.shape[1]
         inputs = (F.pad(x, (0, missing)) if missing else x).float().contiguous().view(tokens, groups, length)
-        sums = torch.empty(tokens, self._rows, device=x.device)
+        sums = torch.empty(tokens, self._rows, dtype=torch.float32, device=x.device)
         span = -(-self._positions // weights.shape[0])
         tables = codebooks.float(), self._codes, weights.float().contiguous(), span
         if tokens <= _TOKENS:

@@ -41,7 +41,7 @@ def nearest_entries(linear: Tensor, codebook: Tensor, norms: Tensor) -> Tensor:
         return nearest_entries(linear[None], codebook, norms[None])[0]
     if (loops := search_loops(linear)) is None:
         return torch.stack([_nearest(*group, codebook) for group in zip(linear, norms, strict=True)])
-    entries = torch.empty(len(linear), linear.shape[2], dtype=torch.int64)
+    entries = torch.empty(len(linear), linear.shape[2], dtype=torch.int64, device=linear.device)
     with record_function("casp_pl::nearest_entries"):
         loops.nearest_entries(linear, codebook.T, norms, entries)
     return entries

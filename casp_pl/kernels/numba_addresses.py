@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -17,8 +18,19 @@ def contiguous(*tensors: Tensor) -> list[Tensor]:
     return [tensor.contiguous() for tensor in tensors]
 
 
-def addresses(*tensors: Tensor) -> list[int]:
-    """Where tensors begin."""
+def addresses(dtypes: tuple[torch.dtype, ...], *tensors: Tensor) -> list[int]:
+    """Where tensors begin.
+
+    Args:
+        dtypes: what the loop takes to be there, tensor by tensor.
+        tensors: those that it reads, and that it writes.
+
+    Raises:
+        TypeError: something else is there, or not in this memory. The loop would read, and write, what is beyond it.
+    """
+    if tuple([tensor.dtype for tensor in tensors if tensor.is_cpu]) != dtypes:
+        found = ", ".join(f"{tensor.dtype} on {tensor.device}" for tensor in tensors)
+        raise TypeError(f"this loop takes {', '.join(map(str, dtypes))} on the CPU, not {found}")
     return [tensor.data_ptr() for tensor in tensors]
 
 

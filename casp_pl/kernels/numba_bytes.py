@@ -17,6 +17,7 @@ Letters: those of `numba_lookup`, and T tiles of 128 rows.
 from typing import Any
 
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
@@ -33,6 +34,7 @@ TILE = 128  # rows: two registers of codes
 _REGISTER = 64  # bytes
 _CHUNK = 32  # positions whose tables, 24 KiB, stay in a core's first cache and serve many tiles
 _PLANES = 3
+_DTYPES = torch.float32, torch.float32, torch.uint8, torch.float32, torch.float32  # of x, books, tiles, weights, sums
 _BIAS = np.int32(2**23)  # makes the numbers positive
 _LARGEST = np.float32(2**23 - 4)  # room for the roundings of a scale and of a division by it
 
@@ -194,7 +196,7 @@ def lookup_bytes(x: Tensor, books: Tensor, tiles: Tensor, weights: Tensor, span:
     """
     read = contiguous(x, books, tiles, weights)
     sizes = (*x.shape, *books.shape[::2], *tiles.shape[:2], *weights.shape)
-    _lookup_bytes(*addresses(*read, sums), sizes, span)
+    _lookup_bytes(*addresses(_DTYPES, *read, sums), sizes, span)
 
 
 @_compiled

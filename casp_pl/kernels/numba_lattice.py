@@ -38,7 +38,7 @@ def _first_smallest(scores, start, stop):  # type: ignore[no-untyped-def]
     for p in range(start, stop):
         least = min(least, scores[p])
     place = start
-    while scores[place] != least:
+    while scores[place] != least and place < stop - 1:  # a NaN equals nothing
         place += 1
     return place
 

@@ -13,6 +13,7 @@ a row's codes, S spans of positions, each with scales of its own.
 from typing import Any
 
 import numpy as np
+import torch
 from numba import njit, prange
 from numba.np.numpy_support import carray
 from torch import Tensor
@@ -23,6 +24,7 @@ __all__ = ["lookup", "multiply_group"]
 
 _ROWS = 64  # of a piece of work that one thread does
 _FLOATS = 8192  # of a table in a piece: 32 KiB
+_DTYPES = torch.float32, torch.float32, torch.uint8, torch.float32, torch.float32  # of x, books, codes, weights, sums
 _ZERO = np.float32(0)
 
 _compiled: Any = njit(parallel=True, nogil=True, cache=True)
@@ -56,7 +58,7 @@ def lookup(x: Tensor, books: Tensor, codes: Tensor, weights: Tensor, span: int, 
     """
     read = contiguous(x, books, codes, weights)
     sizes = (*x.shape, *books.shape[::2], *codes.shape, weights.shape[0])
-    _lookup(*addresses(*read, sums), sizes, span)
+    _lookup(*addresses(_DTYPES, *read, sums), sizes, span)
 
 
 @_compiled

@@ -12,6 +12,7 @@ Letters: O vectors, K codebooks, C entries a codebook, D group length, B beam wi
 from typing import Any
 
 import numpy as np
+import torch
 from numba import njit, prange
 from numba.np.numpy_support import carray
 from torch import Tensor
@@ -22,6 +23,10 @@ from casp_pl.kernels.numba_addresses import addresses, contiguous, pointer
 __all__ = ["improve", "nearest_entries", "search"]
 
 _VECTORS = 32  # of a piece of work that one thread does
+# dtypes of the arguments: tables that are read, codes, and what else is written
+_NEAREST = *(torch.float32,) * 3, torch.int64
+_SEARCHED = *(torch.float32,) * 4, torch.int64, torch.float32
+_IMPROVED = *(torch.float32,) * 5, torch.int64, torch.float32, torch.float32
 _FAST = {"contract", "nnan", "nsz", "reassoc"}  # no NaN occurs: inputs are checked before anything is quantized
 
 _ZERO, _ONE, _MINUS_TWO = np.float32(0), np.float32(1), np.float32(-2)  # plain numbers would take it all to float64
@@ -81,7 +86,7 @@ def nearest_entries(linear: Tensor, table: Tensor, norms: Tensor, entries: Tenso
         entries: int64 (G, O), contiguous, written.
     """
     read = contiguous(linear, table, norms)
-    _nearest(*addresses(*read, entries), (*linear.shape, table.shape[1]))
+    _nearest(*addresses(_NEAREST, *read, entries), (*linear.shape, table.shape[1]))
 
 
 def search(
@@ -99,7 +104,7 @@ def search(
         totals: float32 (O,), contiguous, written.
     """
     read = contiguous(linear, tables, norms, images)
-    _search(*addresses(*read, codes, totals), (*tables.shape, linear.shape[1]), width)
+    _search(*addresses(_SEARCHED, *read, codes, totals), (*tables.shape, linear.shape[1]), width)
 
 
 def improve(
@@ -127,7 +132,7 @@ def improve(
         fall: float32 (O,), contiguous, added to.
     """
     read = contiguous(gradient, scales, tables, norms, images)
-    _improve(*addresses(*read, codes, change, fall), (*tables.shape, gradient.shape[1]), width)
+    _improve(*addresses(_IMPROVED, *read, codes, change, fall), (*tables.shape, gradient.shape[1]), width)
 
 
 @_compiled

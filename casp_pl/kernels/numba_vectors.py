@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any, NamedTuple
 
+import torch
 from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
@@ -54,6 +55,8 @@ __all__ = [
 LEAST_ROWS = 4  # computed at once for a single token: their inputs are loaded once
 _TOKENS, _FEWER_ROWS = 4, 2  # that share a decoded vector; the sums of both fill half of AVX2's registers
 _PIECE = 64  # rows that one thread takes at a time, a multiple of LEAST_ROWS
+_REBUILT = torch.float32, torch.uint8, torch.float32, torch.float32  # tables, codes, scales, weight
+_MULTIPLIED = torch.float32, *_REBUILT  # x, tables, codes, weights, sums
 _E8P_SIGNS, _E8P_SHIFTS, _E8P_END = 256 * 8, 2 * 256 * 8, 2 * 256 * 8 + 256  # in `lattice_tables`
 
 _compiled: Any = njit(parallel=True, nogil=True, cache=True)
@@ -310,7 +313,7 @@ def rebuild_additive(codes: Tensor, books: Tensor, scales: Tensor, weight: Tenso
     """
     (rows, groups, count), entries = codes.shape, books.shape[1]
     read = contiguous(books, codes, scales)
-    _rebuild(_of_books(count), *addresses(*read, weight), entries, (groups, count, groups, 1, rows))
+    _rebuild(_of_books(count), *addresses(_REBUILT, *read, weight), entries, (groups, count, groups, 1, rows))
 
 
 def rebuild_lattice(codes: Tensor, tables: Tensor, scales: Tensor, weight: Tensor) -> None:
@@ -324,7 +327,7 @@ def rebuild_lattice(codes: Tensor, tables: Tensor, scales: Tensor, weight: Tenso
     """
     rows, groups, count = codes.shape
     read = contiguous(tables, codes, scales)
-    _rebuild(_LATTICE + count, *addresses(*read, weight), 0, (groups, count, groups, 1, rows))
+    _rebuild(_LATTICE + count, *addresses(_REBUILT, *read, weight), 0, (groups, count, groups, 1, rows))
 
 
 def multiply_additive(x: Tensor, books: Tensor, codes: Tensor, weights: Tensor, span: int, sums: Tensor) -> None:
@@ -342,7 +345,8 @@ def multiply_additive(x: Tensor, books: Tensor, codes: Tensor, weights: Tensor, 
     count, entries, _ = books.shape
     spans, rows = weights.shape
     read = contiguous(x, books, codes, weights)
-    _multiply(_of_books(count), *addresses(*read, sums), entries, tokens, (groups, count, span // count, spans, rows))
+    data = addresses(_MULTIPLIED, *read, sums)
+    _multiply(_of_books(count), *data, entries, tokens, (groups, count, span // count, spans, rows))
 
 
 def multiply_lattice(x: Tensor, tables: Tensor, codes: Tensor, weights: Tensor, sums: Tensor) -> None:
@@ -357,7 +361,7 @@ def multiply_lattice(x: Tensor, tables: Tensor, codes: Tensor, weights: Tensor, 
     """
     (tokens, groups, _), (rows, _, count) = x.shape, codes.shape
     read = contiguous(x, tables, codes, weights)
-    _multiply(_LATTICE + count, *addresses(*read, sums), 0, tokens, (groups, count, groups, 1, rows))
+    _multiply(_LATTICE + count, *addresses(_MULTIPLIED, *read, sums), 0, tokens, (groups, count, groups, 1, rows))
 
 
 def multiply_uniform(x: Tensor, bits: int, codes: Tensor, weights: Tensor, span: int, sums: Tensor) -> None:
@@ -372,6 +376,6 @@ def multiply_uniform(x: Tensor, bits: int, codes: Tensor, weights: Tensor, span:
         sums: float32 (N, O), contiguous, written.
     """
     (tokens, groups, _), (spans, rows) = x.shape, weights.shape
-    read = contiguous(x, codes, codes, weights)  # these have no tables
+    read = contiguous(x, weights, codes, weights)  # these have no tables
     kind = _BYTE_NUMBERS if bits == 8 else _NUMBERS
-    _multiply(kind, *addresses(*read, sums), bits, tokens, (groups, bits, span, spans, rows))
+    _multiply(kind, *addresses(_MULTIPLIED, *read, sums), bits, tokens, (groups, bits, span, spans, rows))

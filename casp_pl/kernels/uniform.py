@@ -87,7 +87,7 @@ class _Dequantize(torch.autograd.Function):
 def _weight(codes: UniformCodes, scales: Tensor) -> Tensor:
     whole_units = codes.in_features % _UNIT == codes.group_size % _UNIT == 0
     if whole_units and (loops := weight_loops(scales.device, scales.dtype)) is not None:
-        weight = torch.empty(len(scales), codes.in_features)
+        weight = torch.empty(len(scales), codes.in_features, dtype=torch.float32, device=scales.device)
         packed = F.pad(codes.packed, (0, loops.ahead))
         loops.uniform(packed, codes.bits, codes.zeros.float(), scales.float(), codes.group_size, weight)
         return weight.to(scales.dtype)

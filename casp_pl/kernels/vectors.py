@@ -32,7 +32,8 @@ def e8p_tables() -> tuple[Tensor, Tensor, Tensor]:
         high = torch.arange(256, device="cpu").unsqueeze(1)
         minus = high >> torch.arange(_SIGNS, device="cpu") & 1
         minus = torch.cat([minus, minus.sum(dim=1, keepdim=True) % 2], dim=1)
-        return patterns, 1.0 - 2 * minus, QUARTER * (1 - 2 * (high >> _SIGNS))
+        signs, shifts = ((1 - 2 * bits).to(torch.float32) for bits in (minus, high >> _SIGNS))
+        return patterns, signs, QUARTER * shifts
 
 
 @lru_cache(maxsize=len(LATTICE_STAGES))
@@ -45,7 +46,8 @@ def lattice_tables(bits: int) -> Tensor:
     with torch.inference_mode(False):
         parts = list(e8p_tables())
         for stage in LATTICE_STAGES[bits][1:]:
-            fine = e8_residual(parts[0].device) * QUARTER if stage.kind == "e8" else torch.ones(1, device="cpu")
+            quarters = e8_residual(torch.device("cpu")).to(torch.float32)
+            fine = quarters * QUARTER if stage.kind == "e8" else torch.ones(1, dtype=torch.float32, device="cpu")
             parts.append(fine / stage.scale)
         return torch.cat([part.flatten() for part in parts])
 
@@ -60,11 +62,11 @@ class LatticeBytes:
 
     def __init__(self, codes: Tensor, loops: VectorLoops) -> None:
         self._codes, self._loops, self._tables = codes.contiguous(), loops, lattice_tables(codes.shape[2])
-        self._weights = torch.ones(1, len(codes))
+        self._weights = torch.ones(1, len(codes), dtype=torch.float32, device=codes.device)
 
     def multiply(self, x: Tensor) -> Tensor:
         """Products with the points in float32: x (N, 8 G) -> (N, O)."""
-        sums = torch.empty(len(x), len(self._codes))
+        sums = torch.empty(len(x), len(self._codes), dtype=torch.float32, device=x.device)
         self._loops.lattice(x.float().view(len(x), -1, GROUP_LENGTH), self._tables, self._codes, self._weights, sums)
         return sums
 
@@ -90,7 +92,7 @@ class UniformBytes:
 
     def multiply(self, x: Tensor, scales: Tensor) -> Tensor:
         """Products in float32: x (N, 8 G), every group filled up, and scales (S, O) -> (N, O)."""
-        sums = torch.empty(len(x), self._rows)
+        sums = torch.empty(len(x), self._rows, dtype=torch.float32, device=x.device)
         inputs = x.view(len(x), -1, self.unit)
         self._loops.uniform(inputs, self._bits, self._codes, scales.float().contiguous(), self._span, sums)
         return sums

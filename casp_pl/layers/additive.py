@@ -124,7 +124,7 @@ class AdditiveLinear(QuantizedLinear):
 
     def multiply(self, x: Tensor) -> Tensor:
         """By look-up for a few tokens that no gradient is wanted of, else by way of the dense weight."""
-        loop = loop_for(x, self.in_features)
+        loop = loop_for(x, (self.out_features, self.in_features), self.group_length)
         if loop is None:
             return rebuilt_linear(x, self._weight, self._tiles, (self.codebooks, self.scales), self.bias)
         rows = self._rows.get(lambda: CodeRows(self._unpacked().flatten(1), loop), self.codes)

@@ -124,7 +124,7 @@ class LatticeLinear(QuantizedLinear):
         Of a few tokens that no gradient is wanted of the products with Z are looked up.
         """
         width = GROUP_LENGTH * self.groups
-        loop = loop_for(x, self.in_features)
+        loop = loop_for(x, (self.out_features, self.in_features), GROUP_LENGTH)
         if loop is None:
             tiles = row_tiles(self.out_features, width, x.device)
 

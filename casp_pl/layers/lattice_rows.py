@@ -13,6 +13,7 @@ from torch import Tensor
 
 from casp_pl.kernels.compiled import LookupLoop
 from casp_pl.kernels.lattice import (
+    GROUP_LENGTH,
     LATTICE_STAGES,
     QUARTER,
     LatticeStage,
@@ -41,8 +42,8 @@ class LatticeRows:
 
     def __init__(self, packed: Tensor, bits: int, loop: LookupLoop) -> None:
         self._products: list[Callable[[Tensor], Tensor]] = []
-        if loop.vectors is not None and len(packed) >= loop.vectors.least_rows:
-            self._products.append(LatticeBytes(packed, loop.vectors).multiply)
+        if (vectors := loop.taking(GROUP_LENGTH, len(packed)).vectors) is not None:
+            self._products.append(LatticeBytes(packed, vectors).multiply)
         else:
             self._products.extend(_of_stages(packed, bits, loop))
 
@@ -68,5 +69,6 @@ def _product(codes: Tensor, stage: LatticeStage, loop: LookupLoop) -> Callable[[
         own, codebook = pairs_of(points.view(rows, -1)), e8p_pairs(codes.device)
     else:
         own, codebook = codes[..., 0], e8_residual(codes.device)
-    entries, ones = codebook.float().unsqueeze(0) * (QUARTER / stage.scale), torch.ones(1, rows, device=codes.device)
+    entries = codebook.float().unsqueeze(0) * (QUARTER / stage.scale)
+    ones = torch.ones(1, rows, dtype=torch.float32, device=codes.device)
     return partial(CodeRows(own, loop).multiply, codebooks=entries, weights=ones)

@@ -114,8 +114,9 @@ def lattice_points(packed: Tensor, dtype: torch.dtype) -> Tensor:
     """Z (O, P) of packed codes (O, G, bits), uint8."""
     rows, groups, bits = packed.shape
     if (loops := weight_loops(packed.device, dtype)) is not None:
-        points = torch.empty(rows, GROUP_LENGTH * groups)
-        loops.lattice(packed, lattice_tables(bits), torch.ones(rows), points)
+        points = torch.empty(rows, GROUP_LENGTH * groups, dtype=torch.float32, device=packed.device)
+        scales = torch.ones(rows, dtype=torch.float32, device=packed.device)
+        loops.lattice(packed, lattice_tables(bits), scales, points)
         return points.to(dtype)
     total = torch.zeros(rows, GROUP_LENGTH * groups, dtype=dtype, device=packed.device)
     for own, stage in zip(lattice_quarters(packed, bits), LATTICE_STAGES[bits], strict=True):

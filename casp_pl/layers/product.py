@@ -72,6 +72,11 @@ def _multiply(x: Tensor, weight: WeightOfRows, tiles: Sequence[slice]) -> Tensor
     return y
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """In which tiles are added up: in 16 bits every one of them would be rounded away from the sum."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class _Product(torch.autograd.Function):
     """Keeps the inputs alone."""
 
@@ -85,10 +90,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors[0].flatten(0, -2)
-        outputs = gradient.flatten(0, -2)
+        inputs, outputs = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (ctx.saved_tensors[0], gradient))
         wanted = [table for table in ctx.tables if table.requires_grad]
-        sums = [torch.zeros_like(table) for table in wanted]
+        sums = [torch.zeros_like(table, dtype=_wide(table.dtype)) for table in wanted]
         of_x: Tensor | None = None
         for tile in ctx.tiles:
             own = outputs[:, tile]
@@ -96,11 +100,11 @@ class _Product(torch.autograd.Function):
                 weight = ctx.weight(tile)
             if ctx.needs_input_grad[0]:
                 part = own @ weight.detach().to(own.dtype)
-                of_x = part if of_x is None else of_x.add_(part)
+                of_x = part.to(_wide(part.dtype)) if of_x is None else of_x.add_(part)
             if wanted:
                 found = torch.autograd.grad(weight, wanted, (own.T @ inputs).to(weight.dtype))
                 for total, summand in zip(sums, found, strict=True):
                     total += summand
-        of_tables = iter(sums)
+        of_tables = (total.to(table.dtype) for total, table in zip(sums, wanted, strict=True))
         of_x = None if of_x is None else of_x.to(ctx.dtype).view(*gradient.shape[:-1], inputs.shape[1])
         return (of_x, None, None, *(next(of_tables) if table.requires_grad else None for table in ctx.tables))

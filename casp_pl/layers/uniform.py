@@ -160,7 +160,7 @@ class UniformLinear(QuantizedLinear):
 
     def multiply(self, x: Tensor) -> Tensor:
         """By look-up for a few tokens that no gradient is wanted of, else by way of the dense weight."""
-        loop = loop_for(x, self.in_features)
+        loop = loop_for(x, (self.out_features, self.in_features), UniformRows.length(self.bits))
         if loop is None:
             tiles = row_tiles(self.out_features, self.in_features, self.codes.device)
             codes, columns = self._in_groups()

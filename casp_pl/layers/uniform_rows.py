@@ -32,14 +32,19 @@ class UniformRows:
     def __init__(self, codes: Tensor, bits: int, group_size: int, columns: Tensor | None, loop: LookupLoop) -> None:
         self._group_size, self._columns = group_size, columns
         self._products: Callable[[Tensor, Tensor], Tensor]
-        vectors = loop.vectors
-        if vectors is not None and bits in _DECODED and len(codes) >= vectors.least_rows:
-            self._products, unit = UniformBytes(codes, bits, group_size, vectors).multiply, UniformBytes.unit
+        unit = self.length(bits)
+        if (vectors := loop.taking(unit, len(codes)).vectors) is not None:
+            self._products = UniformBytes(codes, bits, group_size, vectors).multiply
         else:
-            rows = CodeRows(bytes_of_codes(codes, bits, group_size), loop)
-            codebook, unit = byte_codebook(bits).to(codes.device), codes_per_byte(bits)
+            rows, unit = CodeRows(bytes_of_codes(codes, bits, group_size), loop), codes_per_byte(bits)
+            codebook = byte_codebook(bits).to(codes.device)
             self._products = lambda x, scales: rows.multiply(x, codebook, scales)
         self._filling = -group_size % unit
+
+    @staticmethod
+    def length(bits: int) -> int:
+        """Weights that vectors decode at once, or else that a byte stands for."""
+        return UniformBytes.unit if bits in _DECODED else codes_per_byte(bits)
 
     def multiply(self, x: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
         """Products in float32.

@@ -26,7 +26,7 @@ def runs_extension(device: torch.device) -> bool:
     """Whether the package is there and gives the right numbers on this device; asked once, the answer is logged."""
     if device.type not in _TRIED:
         return False
-    x = torch.linspace(-1, 1, _TRIAL_WIDTH, device=device)
+    x = torch.linspace(-1, 1, _TRIAL_WIDTH, dtype=torch.float32, device=device)
     matrix = hadamard_matrix(_TRIAL_WIDTH).to(device, x.dtype) / _TRIAL_WIDTH**0.5
     try:
         works = torch.allclose(extension_transform(x[None])[0], matrix @ x, atol=1e-4)

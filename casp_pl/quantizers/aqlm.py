@@ -243,7 +243,8 @@ class AQLMQuantizer(Quantizer):
             return slice(None), share.bounds
         drawn = torch.randperm(share.rows, generator=generator, device=generator.device)[:enough].sort().values
         drawn = drawn.cpu() - share.own.start
-        first, *_, end = bounds = torch.searchsorted(drawn, torch.tensor(share.bounds)).tolist()
+        parts = torch.tensor(share.bounds, dtype=torch.int64, device=drawn.device)
+        first, *_, end = bounds = torch.searchsorted(drawn, parts).tolist()
         return drawn[first:end].to(device), [bound - first for bound in bounds]
 
 

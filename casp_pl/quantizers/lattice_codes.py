@@ -107,7 +107,8 @@ def choose_step(
         start: the largest factor that is tried.
         together: whether all processes are here, to share the sample out.
     """
-    rows = torch.linspace(0, len(weight) - 1, min(_ROWS, len(weight)), device=weight.device).round().to(torch.int64)
+    count, device = min(_ROWS, len(weight)), weight.device
+    rows = torch.linspace(0, len(weight) - 1, count, dtype=torch.float32, device=device).round().to(torch.int64)
     share, quick = RowShare.of_products(len(rows), together), search._replace(sweeps=min(1, search.sweeps))
     sample = weight[rows[share.own]]
     best, lowest = start, float("inf")

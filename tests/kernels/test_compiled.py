@@ -1,8 +1,11 @@
 """Where a compiled loop does not load torch takes over, with the same results: only a test of its own notices."""
 
+import importlib
 import logging
 import sys
 import types
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import numba
 import pytest
@@ -17,6 +20,7 @@ from casp_pl.kernels.compiled import (
     lookup_loop,
     lookup_loops,
     search_loops,
+    weight_loops,
 )
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -31,15 +35,77 @@ def anew(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def test_every_loop_loads() -> None:
-    ours = {
-        "additive": additive_loops(torch.empty(0)) is not None,
-        "lattice": lattice_loops(torch.empty(0)) is not None,
+def _loaded() -> dict[str, bool]:
+    numbers = torch.empty(0, dtype=torch.float32, device=CPU)
+    return {
+        "additive": additive_loops(numbers) is not None,
+        "lattice": lattice_loops(numbers) is not None,
         "lookup": "floats" in lookup_loops(),
         "vectors": "vectors" in lookup_loops(),
-        "search": search_loops(torch.empty(0)) is not None,
+        "search": search_loops(numbers) is not None,
+        "weight": weight_loops(CPU, torch.float32) is not None,
     }
+
+
+def test_every_loop_loads() -> None:
+    ours = _loaded()
     assert all(ours.values()), f"numba belongs to the extra of the tests, but it does not run all of {ours}"
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, torch.device("meta")], ids=str)
+def test_every_loop_loads_whatever_the_defaults_are(
+    default: torch.dtype | torch.device, under_default: Callable[..., AbstractContextManager[None]]
+) -> None:
+    with under_default(default):
+        ours, names = _loaded(), list(lookup_loops())
+    assert all(ours.values()), ours
+    assert list(lookup_loops()) == names
+
+
+def test_a_trial_that_fails_leaves_the_number_of_threads(anew: pytest.MonkeyPatch) -> None:
+    def gather(*_: object) -> None:
+        torch.set_num_threads(1)
+        raise RuntimeError
+
+    anew.setitem(sys.modules, "casp_pl.kernels.numba_broken", types.SimpleNamespace(gather=gather))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert compiled._load("broken", "gather") is None
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+RAW = [
+    ("lookup", "lookup"),
+    ("bytes", "lookup_bytes"),
+    *(("vectors", f"multiply_{kind}") for kind in ("additive", "lattice", "uniform")),
+    *(("vectors", f"rebuild_{kind}") for kind in ("additive", "lattice")),
+    *(("search", name) for name in ("nearest_entries", "search", "improve")),
+]
+"""Loops that go to addresses: a module and a name."""
+
+
+@pytest.mark.parametrize(("module", "name"), RAW)
+def test_no_loop_goes_to_the_address_of_something_else(module: str, name: str) -> None:
+    loop = getattr(importlib.import_module(f"casp_pl.kernels.numba_{module}"), name)
+    given = compiled._smallest_arguments(name)
+    places = [place for place, argument in enumerate(given) if isinstance(argument, torch.Tensor)]
+    assert len(places) >= 4
+    for place in places:
+        for other in (torch.bfloat16, torch.float64, torch.int32, torch.device("meta")):
+            wrong = [argument.to(other) if at == place else argument for at, argument in enumerate(given)]
+            with pytest.raises(TypeError, match="this loop takes torch.float32, .* not"):
+                loop(*wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_no_loop_is_compiled_for_other_floats(dtype: torch.dtype) -> None:
+    loops = additive_loops(torch.empty(0))
+    codes, books, scales, weight, bounds, sums, dots = compiled._smallest_arguments("scatter")
+    with pytest.raises(TypeError, match="compute in torch.float32, not"):
+        loops.scatter(codes, books.to(dtype), scales, weight, bounds, sums, dots)
 
 
 def test_the_name_is_that_of_the_loop_that_is_taken() -> None:

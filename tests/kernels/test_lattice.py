@@ -108,6 +108,14 @@ def test_candidates_are_the_nearest_of_their_run_and_shift(runs: int) -> None:
         torch.testing.assert_close(distances[torch.arange(37), found[number]], expected)
 
 
+@pytest.mark.usefixtures("way")
+def test_what_is_not_a_number_has_some_code() -> None:
+    """It does not happen; but a search for a score that equals itself would leave the array."""
+    found = e8p_candidates(torch.full((8, 3), torch.nan), 4)
+    assert int(found.min()) >= 0
+    assert int(found.max()) < 65536
+
+
 def test_a_gaussian_costs_what_the_paper_says() -> None:
     x = 1.04 * _vectors(1 << 14)
     points = decode_points(encode_e8p(x), e8p_points(CPU)).T * QUARTER

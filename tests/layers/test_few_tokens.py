@@ -133,6 +133,31 @@ def test_looked_up_where_nothing_forbids_it(
         assert calls
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "rows", "decoded"),
+    [
+        *(("additive", settings, 130, 16) for settings in [(1, 256, 8), (2, 256, 8), (4, 16, 8)]),
+        *(("additive", settings, 130, 2) for settings in [(1, 256, 4), (2, 64, 4), (4, 16, 4), (3, 4, 3)]),
+        *(("lattice", (bits,), 130, 16) for bits in LATTICE_STAGES),
+        *(("uniform", settings, 130, 16) for settings in [(1, 8, False), (2, 64, True), (3, 5, False), (8, 16, False)]),
+        ("uniform", (5, 64, True), 130, 2),
+        *((kind, settings, 3, 2) for kind, settings in [KINDS[1], KINDS[3], KINDS[4], KINDS[7], KINDS[9]]),
+    ],
+)  # fmt: skip
+def test_so_many_tokens_are_looked_up(
+    loop: str, kind: str, settings: tuple[int, ...], rows: int, decoded: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What vectors do not decode is looked up in tables of floats, and those are slow for more than two tokens."""
+    layer, calls, output_of = _layer(kind, settings, (rows, 40), torch.float32), [], QuantizedLinear.output_of
+    monkeypatch.setattr(QuantizedLinear, "output_of", lambda *given: calls.append(1) or output_of(*given))
+    limit = {"bytes": 16, "vectors": decoded, "floats": 2}[loop]
+    for tokens in (1, limit, limit + 1):
+        calls.clear()
+        with torch.no_grad():
+            layer(torch.ones(tokens, 40))
+        assert len(calls) == (tokens <= limit), tokens
+
+
 @pytest.mark.parametrize("tokens", [1, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("kind", "settings"), [KINDS[1], KINDS[3], KINDS[8]])

@@ -63,6 +63,31 @@ def test_results_equal_autograds_own(frozen: str | None, narrow: bool) -> None:
             torch.testing.assert_close(ours, theirs)
 
 
+def test_a_single_token_without_a_batch() -> None:
+    x, dequantize, tables, bias = _case()
+    token = x[0, 0].detach().requires_grad_()
+    compute = lambda x, b, *own: rebuilt_linear(x, dequantize, TILES, own, b)  # noqa: E731
+    assert compute(token, bias, *tables).shape == (ROWS,)
+    assert torch.autograd.gradcheck(compute, (token, bias, *tables))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_tiles_are_added_up_in_more_than_sixteen_bits(autocast: bool) -> None:
+    """A hundred tiles of a row each, which alone would each be lost: rounded once, not after every tile."""
+    rows = 129
+    generator = torch.Generator().manual_seed(0)
+    table = torch.rand(rows, 16, generator=generator).bfloat16().float().requires_grad_()
+    x = torch.ones(2, 16, dtype=torch.float32 if autocast else torch.bfloat16, requires_grad=True)
+    tiles = [slice(row, row + 1) for row in range(rows)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = rebuilt_linear(x, lambda tile: table[tile], tiles, (table,))
+    y.float().sum().backward()
+    expected = table.detach().double().sum(dim=0).expand(2, -1)
+    limit = 1e-6 if autocast else torch.finfo(torch.bfloat16).eps / 2
+    assert x.grad.dtype == x.dtype
+    torch.testing.assert_close(x.grad.double(), expected, rtol=limit, atol=0)
+
+
 def test_the_weight_is_not_kept() -> None:
     x, dequantize, tables, _ = _case()
     kept: list[tuple[int, ...]] = []

@@ -1,5 +1,8 @@
 """What every quantizer promises (casp_pl.quantizers.base), whatever its method."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import pytest
 import torch
 from torch import Tensor
@@ -45,6 +48,20 @@ def test_neither_global_random_state_nor_inputs_are_touched(method: type[Quantiz
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(weight, kept[0])
     assert torch.equal(moment, kept[1])
+
+
+@ALL
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_matter(
+    method: type[Quantizer], dtype: torch.dtype, under_default: Callable[..., AbstractContextManager[None]]
+) -> None:
+    weight, moment = _problem(300, 24)  # rows whose numbers bfloat16 does not hold
+    expected = method().quantize(weight, moment, bits=3).state_dict()
+    with under_default(dtype):
+        actual = method().quantize(weight, moment, bits=3).state_dict()
+    for name, tensor in expected.items():
+        assert tensor.dtype == actual[name].dtype, name
+        assert torch.equal(tensor, actual[name]), name
 
 
 @ALL

@@ -72,7 +72,7 @@ class _RepeatableDDP(DDPStrategy):
         model.register_comm_hook(None, _each_alone)
 
 
-def _each_alone(_: None, bucket: dist.GradBucket) -> Future[Tensor]:
+def _each_alone(_: None, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]  # not in its stubs
     total = bucket.buffer().div_(process_count())
     sums: list[Any] = [dist.all_reduce(gradient, async_op=True) for gradient in bucket.gradients()]
     done: Future[Tensor] = collect_all([work.get_future() for work in sums]).then(lambda _: total)

@@ -1,4 +1,4 @@
-"""Quantization as it is timed: cold, for GPTQ and AQLM keep what they make of a second moment while that tensor lives.
+"""Quantization as it is timed: cold, for quantizers keep what they make of a second moment while that tensor lives.
 
 A repeat on the same tensor would skip every factorisation. So each run gets a copy, made outside of the timed part.
 """

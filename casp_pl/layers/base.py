@@ -53,6 +53,7 @@ class QuantizedLinear(nn.Module, ABC):
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         self.collect_weight_gradient = False
         self.weight_gradient: Tensor | None = None
+        self._keeps_dense = False
         self._dense: Tensor | None = None
 
     @abstractmethod
@@ -88,7 +89,7 @@ class QuantizedLinear(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """X (..., I) -> (..., O)."""
         collect = self.collect_weight_gradient and torch.is_grad_enabled()
-        if self._dense is None and not collect:
+        if not (self._keeps_dense or collect):
             return self.multiply(x)
         weight = self._dense_weight(x)
         if collect:
@@ -136,18 +137,17 @@ class QuantizedLinear(nn.Module, ABC):
             round_to_float16(table, f"{name} ({self.kind}, {self.out_features} x {self.in_features})")
 
     def materialize(self) -> None:
-        """Keeps the dense weight, without gradient, for every forward pass until `release`."""
-        with torch.inference_mode(False), torch.no_grad():
-            self._dense = self.dequantize()
+        """From the next forward pass on keeps the dense weight, without gradient and as narrow as x, until `release`."""
+        self._keeps_dense = True
 
     def release(self) -> None:
-        """Frees the dense weight that `materialize` made."""
-        self._dense = None
+        """Frees the dense weight; the next forward pass is made from the codes."""
+        self._keeps_dense, self._dense = False, None
 
     @property
     def is_materialized(self) -> bool:
-        """Whether a dense weight is kept."""
-        return self._dense is not None
+        """Whether a dense weight is kept, or will be from the next forward pass on."""
+        return self._keeps_dense
 
     def output_of(self, products: Tensor, x: Tensor) -> Tensor:
         """Products (N, O) of x (..., I) in float32 -> the layer's output (..., O) in the dtype that F.linear gives."""
@@ -159,12 +159,14 @@ class QuantizedLinear(nn.Module, ABC):
         return ", ".join(f"{key}={value}" for key, value in self.spec().items() if key != "kind")
 
     def _dense_weight(self, x: Tensor) -> Tensor:
-        """The weight; a kept one in the dtype of a model that is narrower than the tables is rounded only once."""
-        if self._dense is None:
+        """The weight; a kept one is rounded once to the dtype of a model that is narrower than the tables."""
+        if not self._keeps_dense:
             return self.dequantize()
-        if self._dense.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        narrow = not torch.is_autocast_enabled(x.device.type)
+        if self._dense is None or (narrow and self._dense.dtype != x.dtype):
             with torch.inference_mode(False), torch.no_grad():
-                self._dense = self.dequantize().to(x.dtype)
+                dense = self.dequantize()
+                self._dense = dense.to(x.dtype) if narrow else dense
         return self._dense
 
     def _add_weight_gradient(self, gradient: Tensor) -> None:

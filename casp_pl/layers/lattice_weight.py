@@ -103,7 +103,7 @@ def multiply_lattice(x: Tensor, product: Callable[[Tensor], Tensor], su: Tensor,
     surplus = width - len(su)
     wide = torch.promote_types(torch.promote_types(x.dtype, su.dtype), torch.float32)
     with torch.autocast(x.device.type, enabled=False):
-        scaled = x.to(wide) * su
+        scaled = x * su.to(wide)  # a narrow x is what autograd keeps
         mixed = transform_rows(F.pad(scaled, (0, surplus)) if surplus else scaled)
     products = product(mixed.to(x.dtype))
     with torch.autocast(x.device.type, enabled=False):  # y / sv, fifty times a large output, is beyond float16

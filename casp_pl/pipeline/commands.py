@@ -88,10 +88,8 @@ def _fit(settings: RunSettings, prepared: Prepared, run: RunDirectory, progress:
     blocks = compression.stages(load_batches(settings, prepared.device))
     report = report_now(compression)
     with progress.stage("save", 1):
-        recorded = run.names("model")
         if not run.has("model"):
-            if recorded:  # it was changed, perhaps so that it is no model any more, which nothing would be put over
-                run.discard("model")
+            run.discard("model")  # what lies there was changed, perhaps so that it is no model any more
             if is_first():
                 card = model_card(report, settings, takes_images=takes_images(prepared.processor))
                 _save(prepared, blocks, run.path("model"), card)

@@ -110,7 +110,7 @@ def _memory_by_stage(
     return {
         name: Memory(
             size + kept.get(name, 0) - teacher.get(name, 0),
-            # weights are read there, and Lightning leaves a model there
+            # weights are read there
             PROCESS_BYTES + passing + teacher.get(name, 0),
         )
         for name, size in stages.items()

@@ -48,7 +48,8 @@ class Quantizer(ABC):
             second_moment: (I, I), the sum or mean of x x^T over the layer's inputs; its scale does not matter.
             bits: one of `levels`.
             bias: (O,), kept as it is.
-            generator: source of every random choice; without one a fresh generator with a fixed seed is used.
+            generator: source of every random choice but those that linears of one input share; without one a fresh
+                generator with a fixed seed is used.
             together: every process of the run makes this call, with the same arguments, and searches the codes of some
                 rows; all return the whole layer.
 

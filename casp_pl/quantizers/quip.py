@@ -26,6 +26,7 @@ __all__ = ["GAUSSIAN_STEPS", "QuIPSharpQuantizer"]
 GAUSSIAN_STEPS = {2: 1.04, 3: 1.0, 4: 0.9}
 """By bits: the root mean square of a Gaussian weight, in units of the codebook, at which its squared error is least."""
 
+_OTHER_STREAM = 0x9E3779B9  # the signs of su and sv must differ: on a square weight, equal ones cancel
 _WIDEST_SHARED = 8192  # inputs; those of W_down, which nothing else reads, are wider and need the memory themselves
 
 
@@ -130,7 +131,7 @@ class QuIPSharpQuantizer(Quantizer):
         return self._inputs.get(second_moment, None, partial(self._prepare, second_moment))
 
     def _prepare(self, second_moment: Tensor) -> tuple[Tensor, LatticeMoment]:
-        signs = torch.Generator().manual_seed(self.seed)
+        signs = torch.Generator().manual_seed((self.seed + _OTHER_STREAM) % 2**32)
         su = random_signs(len(second_moment), signs, device=second_moment.device)
         width = -(-len(su) // GROUP_LENGTH) * GROUP_LENGTH
         unit = moment_unit(second_moment)

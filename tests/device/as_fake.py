@@ -34,6 +34,7 @@ def register(library: str) -> None:
     vars(module).update(given)
     torch._register_device_module(NAME, module)
     torch.utils.generate_methods_for_privateuse1_backend()
+    torch.__future__.set_swap_module_params_on_conversion(True)  # tied parameters stay so, as on their way to a GPU
     clone = torch.UntypedStorage.clone  # copies bytes in a way that is for the devices that torch knows
 
     def cloned(self: torch.UntypedStorage) -> torch.UntypedStorage:

@@ -64,14 +64,15 @@ def figures(run: Path) -> dict[str, dict[str, float]]:
     ("quantizer", "settings"),
     [
         ("aqlm", ["--trainer.precision", "bf16-mixed", "--end_to_end.update_codes", "true"]),
-        ("gptq", ["--model.dtype", "bfloat16", "--end_to_end.activation_checkpointing", "true"]),
+        ("gptq", ["--model.dtype", "bfloat16", "--model.streaming", "true"]),
         ("quip", ["--trainer.precision", "32-true"]),
     ],
 )
 def test_every_stage_finds_its_tensors_on_the_device(
-    library: Path, quantizer: str, settings: list[str], recipe: list[str], tmp_path: Path
+    library: Path, quantizer: str, settings: list[str], recipe: list[str], stored_tiny: Path, tmp_path: Path
 ) -> None:
-    run = ["--run_dir", str(tmp_path / "run"), *settings]
+    source = ["--model.source", str(stored_tiny)] if "--model.streaming" in settings else []
+    run = ["--run_dir", str(tmp_path / "run"), *settings, *source]
     on_device(library, "fit", quantizer, recipe, *run)
     assert list(figures(tmp_path / "run")) == ["original", "rtn", "quantized", "block_tuned", "end_to_end"]
     assert 0 < figures(tmp_path / "run")["end_to_end"]["kl"] < figures(tmp_path / "run")["rtn"]["kl"]

@@ -71,3 +71,13 @@ def test_the_state_is_the_same_inside() -> None:
     names = set(model.state_dict())
     with materialized(model):
         assert set(model.state_dict()) == names
+
+
+def test_the_copy_is_no_wider_than_what_the_model_computes_in() -> None:
+    model = _model()[0]
+    factor = model.input_factor
+    with materialized(model):
+        assert factor._dense is None, "all weights of a model in float32 would be twice what it needs"
+        model(torch.ones(1, 13, dtype=torch.bfloat16))
+        assert factor._dense.dtype == torch.bfloat16
+        assert torch.equal(factor._dense, factor.dequantize().bfloat16())

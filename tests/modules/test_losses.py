@@ -93,7 +93,7 @@ def test_teacher_states_give_the_original_logits() -> None:
 def test_a_sample_is_taken_from_its_first_batch_wherever_the_stage_goes_on() -> None:
     """What it is padded to in later batches changes last bits."""
     adapter, generator = adapt(load_model("tiny")[0]), torch.Generator().manual_seed(5)
-    lengths = {"a": 9, "b": 40, "c": 12, "d": 30}
+    lengths = {"a": 9, "b": 40, "c": 12, "d": 30, "e": 20}
     ids = {name: torch.randint(0, 200, (length,), generator=generator) for name, length in lengths.items()}
 
     def batch(*names: str) -> dict[str, Any]:
@@ -108,9 +108,10 @@ def test_a_sample_is_taken_from_its_first_batch_wherever_the_stage_goes_on() -> 
         seen.append(tuple(tensor.shape))
         return tensor
 
-    epochs = [batch("a", "c"), batch("b", "d"), batch("a", "b"), batch("c", "d")]
-    first = {name: states for one in epochs[:2] for name, states in teacher_states(adapter, [one]).items()}
-    for needed in (None, {"b", "c", "d"}, {"d"}):
+    epochs = [batch("a", "c"), batch("b", "d"), batch("a", "b"), batch("c", "d", "e")]
+    first = teacher_states(adapter, [epochs[3]])
+    first |= {name: states for one in epochs[:2] for name, states in teacher_states(adapter, [one]).items()}
+    for needed in (None, {"b", "c", "d", "e"}, {"d"}):
         seen.clear()
         states = teacher_states(adapter, epochs, keep, needed=needed)
         assert all(torch.equal(states[name], first[name]) for name in needed or ids)

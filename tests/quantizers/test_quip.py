@@ -156,3 +156,13 @@ def test_low_rank_factors_can_be_lattice_codes() -> None:
 def test_settings_that_cannot_work(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         QuIPSharpQuantizer(**settings)
+
+
+@pytest.mark.parametrize("kind", ["identity", "diagonal"])
+def test_signs_of_inputs_and_outputs_are_independent(kind: str) -> None:
+    """Equal ones would cancel on a diagonal weight, which then is all but incoherent."""
+    weight = torch.eye(64)
+    if kind == "diagonal":
+        weight *= torch.randn(64, generator=torch.Generator().manual_seed(0))
+    rounded = QuIPSharpQuantizer().quantize(weight, torch.eye(64), bits=2).dequantize().detach()
+    assert float((rounded - weight).square().sum() / weight.square().sum()) < 0.12

@@ -137,7 +137,7 @@ class QuantizedLinear(nn.Module, ABC):
             round_to_float16(table, f"{name} ({self.kind}, {self.out_features} x {self.in_features})")
 
     def materialize(self) -> None:
-        """From the next forward pass on keeps the dense weight, without gradient and as narrow as x, until `release`."""
+        """From the next forward pass on keeps the dense weight, without gradient, as narrow as x, until `release`."""
         self._keeps_dense = True
 
     def release(self) -> None:

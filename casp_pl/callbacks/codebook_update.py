@@ -88,7 +88,8 @@ class CodebookUpdate(pl.Callback):
             fraction, changed = self.fraction / _FEWER**trial, 0
             for layer in layers:
                 if layer.weight_gradient is not None:
-                    changed += update_codes(layer, layer.weight_gradient, fraction=fraction, step=self.step)
+                    with torch.autocast(layer.codes.device.type, enabled=False):  # entries lie closer than bf16 tells
+                        changed += update_codes(layer, layer.weight_gradient, fraction=fraction, step=self.step)
             if float(mean_of_all(module.batch_loss(batch))) < before:
                 return changed
             for layer, codes in zip(layers, saved, strict=True):

@@ -50,7 +50,7 @@ class _HeadDivergence(torch.autograd.Function):
             target = F.log_softmax(teacher[rows] @ head.T, dim=-1, dtype=torch.float32)
             output = F.log_softmax(student[rows] @ head.T, dim=-1, dtype=torch.float32)
             weights = target.exp()
-            total += torch.linalg.vecdot(weights, target.sub_(output)).sum(dtype=torch.float64)
+            total += target.sub_(output).mul_(weights).sum(dtype=torch.float64)  # autocast leaves these as they are
             if gradient is not None:
                 gradient[rows] = output.exp_().sub_(weights).to(head.dtype) @ head
         if gradient is not None:

@@ -172,11 +172,12 @@ class CalibrationModule(StageModule):
 
     def _measure(self, full_name: str, name: str, moment: Tensor) -> None:
         weight: Tensor = self._block.get_submodule(name).weight.detach()
-        if name in self.adapter.low_rank_names:
-            self._spectra[full_name] = whitened_spectrum(weight, moment).float()
-        if self.measure_rounding:
-            rounded = RTNQuantizer().quantize(weight, moment, bits=2).dequantize().detach()
-            self._rounding[full_name] = float(relative_proxy_loss(weight, rounded, moment))
+        with torch.autocast(moment.device.type, enabled=False):  # moments are too large for float16
+            if name in self.adapter.low_rank_names:
+                self._spectra[full_name] = whitened_spectrum(weight, moment).float()
+            if self.measure_rounding:
+                rounded = RTNQuantizer().quantize(weight, moment, bits=2).dequantize().detach()
+                self._rounding[full_name] = float(relative_proxy_loss(weight, rounded, moment))
 
     def _attention_done(self, number: int) -> Any:
         def hook(_: nn.Module, inputs: Any, output: Any) -> None:

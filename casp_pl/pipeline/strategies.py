@@ -75,8 +75,15 @@ class _RepeatableDDP(DDPStrategy):
 def _each_alone(_: None, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]  # not in its stubs
     total = bucket.buffer().div_(process_count())
     sums: list[Any] = [dist.all_reduce(gradient, async_op=True) for gradient in bucket.gradients()]
-    done: Future[Tensor] = collect_all([work.get_future() for work in sums]).then(lambda _: total)
-    return done
+    if (
+        total.is_cuda
+    ):  # what collects futures forgets their devices, and DDP would read sums that are still on their way
+        for work in sums:
+            work.wait()  # the stream does, not this thread
+        done: Future[Tensor] = Future(devices=[total.device])
+        done.set_result(total)
+        return done
+    return collect_all([work.get_future() for work in sums]).then(lambda _: total)
 
 
 class _FSDPAnywhere(FSDPStrategy):

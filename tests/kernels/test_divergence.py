@@ -44,3 +44,16 @@ def test_autocast_takes_the_products_in_bfloat16_and_the_rest_in_float32() -> No
     assert value.dtype == actual.dtype == torch.float32
     torch.testing.assert_close(value.detach(), reference.detach(), rtol=2e-2, atol=1e-3)
     assert (actual - expected).norm() < 2e-2 * expected.norm()
+
+
+def test_small_divergences_under_autocast_are_summed_in_full() -> None:
+    """These decide which state of a training is the best."""
+    generator = torch.Generator().manual_seed(3)
+    student, head = torch.randn(9, 16, generator=generator), torch.randn(41, 16, generator=generator)
+    teacher = student + 0.02 * torch.randn(9, 16, generator=generator)
+    halves = ((states.bfloat16() @ head.bfloat16().T).double().log_softmax(-1) for states in (teacher, student))
+    target, output = halves
+    with torch.autocast("cpu", torch.bfloat16):
+        value = head_divergence(student, teacher, head, chunk=4)
+    expected = (target.exp() * (target - output)).sum(-1).mean()
+    assert float(value) == pytest.approx(float(expected), rel=2e-4)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from casp_pl.models import adapt, load_model
-from casp_pl.modules import CalibrationModule, CalibrationStatistics
+from casp_pl.modules import CalibrationModule, CalibrationStatistics, calibration
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +110,18 @@ def test_half_precision_changes_the_statistics_little(
     assert not torch.equal(half.block_influence, exact.block_influence), "bf16 was not used"
     for name, spectrum in exact.spectra.items():
         torch.testing.assert_close(half.spectra[name], spectrum, rtol=0, atol=0.01 * float(spectrum.max()), msg=name)
+
+
+def test_losses_and_spectra_are_computed_outside_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside: list[bool] = []
+    for name in ("relative_proxy_loss", "whitened_spectrum"):
+        real = getattr(calibration, name)
+
+        def seen(*given: Any, real: Any = real) -> Any:
+            inside.append(torch.is_autocast_enabled("cpu"))
+            return real(*given)
+
+        monkeypatch.setattr(calibration, name, seen)
+    _measured("bf16-mixed")
+    assert inside
+    assert not any(inside)

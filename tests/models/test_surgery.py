@@ -101,14 +101,14 @@ def test_missing_tensor_is_refused(model: LlamaForCausalLM) -> None:
         block_from_tensors(model.model.layers[0], layer_specs(block), tensors, CPU)
 
 
-def test_install_layers_takes_dtype_and_mode_of_the_linear(model: LlamaForCausalLM) -> None:
+def test_install_layers_takes_the_mode_of_the_linear_and_tables_are_float32(model: LlamaForCausalLM) -> None:
     specs = layer_specs(_compress(model.model.layers[0]))
     block = copy.deepcopy(model.model.layers[1]).to(torch.bfloat16).train()
     install_layers(block, specs)
     assert layer_specs(block) == specs
     layers = compressed_layers(block)
     assert all(layer.training for layer in layers.values())
-    assert all(p.dtype == torch.bfloat16 for layer in layers.values() for p in layer.parameters())
+    assert all(p.dtype == torch.float32 for layer in layers.values() for p in layer.parameters())
     assert isinstance(block.self_attn.v_proj, nn.Linear)
 
 

@@ -273,10 +273,10 @@ def test_a_held_back_sample_that_breaks_late_is_left_out_of_end_to_end_training(
     held_back = load_batches(settings, adapter.device).held_back
     passes = []
 
-    def counted(*positional: Any) -> dict[str, Tensor]:
+    def counted(*positional: Any, **named: Any) -> dict[str, Tensor]:
         passes.append(0)
         assert len(passes) < 4, "the same sample is found again and again"
-        return teacher_states(*positional)
+        return teacher_states(*positional, **named)
 
     monkeypatch.setattr("casp_pl.pipeline.end_to_end.teacher_states", counted)
     losses = []

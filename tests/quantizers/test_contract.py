@@ -32,7 +32,7 @@ def test_same_seed_same_result(method: type[Quantizer]) -> None:
     weight, moment = _problem(24, 40)
     for bits in (2, 3):
         first, second = (method(seed=3).quantize(weight, moment, bits=bits) for _ in range(2))
-        given = method().quantize(weight, moment, bits=bits, generator=torch.Generator().manual_seed(3))
+        given = method(seed=3).quantize(weight, moment, bits=bits, generator=torch.Generator().manual_seed(3))
         other = method(seed=4).quantize(weight, moment, bits=bits)
         for name, tensor in first.state_dict().items():
             assert torch.equal(tensor, second.state_dict()[name])

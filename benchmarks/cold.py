@@ -4,7 +4,7 @@ A repeat on the same tensor would skip every factorisation. So each run gets a c
 """
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from torch import Tensor
 
@@ -17,13 +17,10 @@ __all__ = ["cold_median", "with_fresh_moments"]
 Matrices = list[tuple[Tensor, Tensor]]
 
 
-def with_fresh_moments(matrices: Iterable[tuple[Tensor, Tensor]]) -> Matrices:
+def with_fresh_moments(matrices: Collection[tuple[Tensor, Tensor]]) -> Matrices:
     """The same weights (O, I), and copies of the moments (I, I): matrices that share a tensor share its copy."""
-    copies: dict[int, Tensor] = {}
-    return [
-        (weight, copies[id(moment)] if id(moment) in copies else copies.setdefault(id(moment), moment.clone()))
-        for weight, moment in matrices
-    ]
+    copies = {key: moment.clone() for key, moment in {id(moment): moment for _, moment in matrices}.items()}
+    return [(weight, copies[id(moment)]) for weight, moment in matrices]
 
 
 def cold_median(

@@ -134,10 +134,8 @@ class LatticeLinear(QuantizedLinear):
             y = multiply_lattice(x, product, self.su, self.sv, width)
             return (y if self.bias is None else y + self.bias).to(output_dtype(x))
         rows = self._rows.get(lambda: LatticeRows(self.codes, self.bits, loop), self.codes)
-        with torch.autocast(x.device.type, enabled=False):
-            inputs = x.reshape(-1, self.in_features).float()
-            products = multiply_lattice(inputs, rows.multiply, self.su.float(), self.sv.float(), width)
-        return self.output_of(products, x)
+        inputs = x.reshape(-1, self.in_features).float()
+        return self.output_of(multiply_lattice(inputs, rows.multiply, self.su, self.sv, width), x)
 
     @property
     def code_bits(self) -> int:

@@ -162,7 +162,7 @@ def autocast_to(dtype: torch.dtype | None, device: torch.device) -> AbstractCont
 
 
 def batch_on(device: torch.device, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch, its tensors on this device."""
+    """The batch with its tensors on this device; those that are there already are not copied."""
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 

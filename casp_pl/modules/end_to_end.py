@@ -43,7 +43,7 @@ def teacher_states(
     *,
     needed: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
-    """The original's final hidden states at the tokens that are trained on, by sample id: each (tokens, I).
+    """The original's final hidden states at the tokens that are trained on.
 
     The output head is never compressed, so these few numbers give the original's logits exactly, at 1/85 of their size.
     A sample is taken from the first batch that it is in: last bits depend on what it is padded to, and a stage that was
@@ -53,7 +53,10 @@ def teacher_states(
         adapter: the original model.
         batches: all of the stage from its first step on.
         keep: keeps the states, and what the batches are between blocks.
-        needed: the samples that are still to come; None for all.
+        needed: ids of the samples that are still to come; None for all.
+
+    Returns:
+        Sample id -> (tokens, I), of each that is in a batch with one that is needed.
     """
     wanted, seen = [], set[str]()
     for batch in batches:

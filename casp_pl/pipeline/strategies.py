@@ -6,7 +6,7 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor
-from torch.futures import Future, collect_all
+from torch.futures import Future
 
 from casp_pl.modules.sharding import Wrapping
 from casp_pl.processes import process_count
@@ -73,17 +73,14 @@ class _RepeatableDDP(DDPStrategy):
 
 
 def _each_alone(_: None, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]  # not in its stubs
-    total = bucket.buffer().div_(process_count())
+    """The mean over processes of every gradient in a bucket, in place: the bucket's buffer (numbers,)."""
+    mean = bucket.buffer().div_(process_count())
     sums: list[Any] = [dist.all_reduce(gradient, async_op=True) for gradient in bucket.gradients()]
-    if (
-        total.is_cuda
-    ):  # what collects futures forgets their devices, and DDP would read sums that are still on their way
-        for work in sums:
-            work.wait()  # the stream does, not this thread
-        done: Future[Tensor] = Future(devices=[total.device])
-        done.set_result(total)
-        return done
-    return collect_all([work.get_future() for work in sums]).then(lambda _: total)
+    for work in sums:
+        work.wait()  # on a GPU its stream does; a future made of theirs would forget their devices and not wait at all
+    done: Future[Tensor] = Future(devices=[mean.device] if mean.is_cuda else None)
+    done.set_result(mean)
+    return done
 
 
 class _FSDPAnywhere(FSDPStrategy):

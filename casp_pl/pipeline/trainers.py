@@ -28,8 +28,12 @@ _INSTEAD = {
     ("overfit_batches", "limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches"),
     "Set data.samples, data.fine_tuning_samples, evaluation.questions or evaluation.text_tokens.",
 )
-_AUTOCAST = dict.fromkeys(("None", "32", "32-true")) | dict.fromkeys(("bf16", "bf16-mixed"), torch.bfloat16)
-_AUTOCAST |= dict.fromkeys(("16", "16-mixed"), torch.float16)
+_AUTOCAST = {
+    "None": None, "32": None, "32-true": None,
+    "bf16": torch.bfloat16, "bf16-mixed": torch.bfloat16,
+    "16": torch.float16, "16-mixed": torch.float16,
+}  # fmt: skip
+"""Names of a precision in which what is trained stays in float32 -> what matrices are multiplied in."""
 _DECIDED_BY_STAGES = (
     *_INSTEAD, "min_epochs", "min_steps", "max_time", "val_check_interval", "check_val_every_n_epoch",
     "num_sanity_val_steps", "log_every_n_steps", "gradient_clip_val", "gradient_clip_algorithm",

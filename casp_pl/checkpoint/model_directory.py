@@ -4,7 +4,9 @@ Only JSON and safetensors are read. Pickles and weights outside the directory ar
 """
 
 import logging
+import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ FORMAT_VERSION = 1
 CONFIG_NAME = "config.json"
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".h5", ".msgpack")
+_ZIP = b"PK\x03\x04"
 _CODES = ("codes", "zeros", "column_groups")  # packed: of bytes every value is an entry, of wider numbers not
 _LOG = logging.getLogger(__name__)
 
@@ -146,6 +149,9 @@ def _is_pickle(path: Path) -> bool:
         return True
     with path.open("rb") as file:
         start = file.read(9).ljust(9, b"\0")
+    if start.startswith(_ZIP):  # of torch.save, whatever its name
+        with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+            return any(Path(name).suffix in _PICKLES for name in archive.namelist())
     header = start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size  # of safetensors
     return start[0] == 0x80 and 2 <= start[1] <= 5 and not header
 

@@ -15,6 +15,7 @@ from casp_pl.console.prose import print_text
 __all__ = ["make_console", "print_table"]
 
 _PIPED_WIDTH = 120
+_GAP = 3  # between two columns: both paddings and the box's own space
 
 
 def make_console(file: TextIO | None = None) -> Console:
@@ -44,7 +45,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], console: C
     if title:
         print_text(title, console)
     columns = [[name, *(row[number] for row in rows)] for number, name in enumerate(header)]
-    if sum(max(map(len, cells)) + 2 for cells in columns) <= console.width:
+    if sum(max(map(len, cells)) for cells in columns) + _GAP * (len(columns) - 1) <= console.width:
         _print_wide(header, rows, console)
     else:
         _print_narrow(header, rows, console)

@@ -4,8 +4,9 @@ Known by name are LLaMA-type blocks (LLaMA, Mistral, Qwen2, Qwen3 and the langua
 decoders with separate q, k and v projections and rotary embeddings are adapted if nothing has to be guessed.
 """
 
+import copy
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -166,22 +167,21 @@ def _check_attention(model: nn.Module, linears: list[str]) -> None:
 
 @torch.no_grad()
 def _watched_groups(decoder: Any) -> tuple[tuple[str, ...], ...]:
-    """Groups of block 0 as it computes three tokens: linears that are given the very same tensor in a row."""
-    block = decoder.layers[0]
-    if any(parameter.is_meta for parameter in block.parameters()):
-        raise ConfigError(
-            f"A {type(decoder).__name__} is adapted by watching it compute, which needs its weights in memory."
-        )
+    """Groups of block 0 as it computes three tokens: linears that are given the very same tensor in a row.
+
+    Watched is a twin of one block and whatever numbers its memory holds: the model itself may have no weights yet.
+    """
+    with torch.device("meta"):
+        twin = type(decoder)(copy.deepcopy(decoder.config))
+    twin.layers = twin.layers[:1]
+    twin.to_empty(device="cpu")
+    block = twin.layers[0]
     seen: list[tuple[str, Tensor]] = []
-    tokens = torch.zeros(1, 3, dtype=torch.int64, device=decoder.embed_tokens.weight.device)
-    with ExitStack() as stack:
-        for name in _linears(block):
-            linear = block.get_submodule(name)
-            hook = linear.register_forward_pre_hook(lambda _, inputs, name=name: seen.append((name, inputs[0])))
-            stack.callback(hook.remove)
-        stack.callback(block.register_forward_hook(_stop).remove)
-        stack.enter_context(suppress(_StopForwardError))
-        decoder(input_ids=tokens, use_cache=False)
+    for name in _linears(block):
+        block.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: seen.append((name, inputs[0])))
+    block.register_forward_hook(_stop)
+    with suppress(_StopForwardError):
+        twin(input_ids=torch.zeros(1, 3, dtype=torch.int64), use_cache=False)
     return tuple(_runs(seen))
 
 

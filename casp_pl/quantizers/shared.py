@@ -30,12 +30,16 @@ class MadeOfMoment(Generic[T]):
     def get(self, moment: Tensor, settings: Hashable, make: Callable[[], T]) -> T:
         """What `make` returned for this tensor and these settings, or returns now.
 
+        Of a tensor made in inference mode, which does not count its changes, nothing is kept.
+
         Args:
             moment: (I, I).
             settings: everything else that the result depends on.
             make: takes no argument.
         """
-        key, state = id(moment), (None if moment.is_inference() else moment._version, settings)
+        if moment.is_inference():
+            return make()
+        key, state = id(moment), (moment._version, settings)
         found = self._kept.get(key)
         if found is None or found.moment() is not moment or found.state != state:
             self._kept.pop(key, None)  # two of one moment at a time would be one too many

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -165,10 +166,14 @@ def test_links_outside_and_pickles_at_any_depth_are_refused(copy, layout, capsys
     (directory / "sub").mkdir()
     (directory / "sub/evil.pkl").write_bytes(b"\x80\x04.")
     (directory / "sub/evil.txt").write_bytes(b"\x80\x04.")
+    torch.save({"a": torch.ones(2)}, directory / "sub/saved.dat")
+    with zipfile.ZipFile(directory / "sub/kept.dat", "w") as archive:
+        archive.writestr("words.txt", "no harm")
     assert verify_command(directory) == 6
     said = " ".join(capsys.readouterr().out.split())  # long paths are wrapped
-    for name in (f"{path.name} lies outside", "evil.pkl is a pickle", "evil.txt is a pickle"):
+    for name in (f"{path.name} lies outside", "evil.pkl is a pickle", "evil.txt is a pickle", "saved.dat is a pickle"):
         assert name in said
+    assert "kept.dat is a pickle" not in said
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,14 @@ def test_two_bars_on_a_terminal(width):
     assert "50%" in last
 
 
+def test_no_table_is_cut_at_any_width():
+    header, row = ["name", "a", "b"], ["x" * 10, "y" * 10, "z" * 10]
+    for width in range(28, 50):
+        out = io.StringIO()
+        print_table(header, [row], Console(file=out, width=width))
+        assert all(cell in out.getvalue() for cell in row), width
+
+
 def test_wide_and_narrow_tables():
     header, rows = ("stage", "bits", "a long [name]"), [["one", "2.0", "[x]"], ["two", "n/a", "y"]]
     wide, narrow = piped(60), piped(20)

@@ -1,4 +1,7 @@
-"""Every overlay of a real model, composed with its recipe, fits a tiny random checkpoint of its class; deep models."""
+"""Every overlay of a real model, composed with its recipe, fits a tiny random checkpoint of its class.
+
+Deep models and decoders without an overlay, too.
+"""
 
 import json
 from pathlib import Path
@@ -6,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from PIL import Image
-from transformers import LlamaConfig
 
 from casp_pl.checkpoint import load_compressed
 from casp_pl.cli import main
@@ -46,7 +49,7 @@ def write_checkpoint(overlay: str, folder: Path, blocks: int = 2) -> None:
     config: Any = model.config
     if overlay in ("llava_next_7b_vicuna", "llava_next_13b"):
         shared = {"hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size"}
-        config.text_config = LlamaConfig(**{name: getattr(config.text_config, name) for name in shared})
+        config.text_config = transformers.LlamaConfig(**{name: getattr(config.text_config, name) for name in shared})
     text = config.get_text_config()
     text.num_hidden_layers = blocks
     if getattr(text, "layer_types", None):  # of one entry a block
@@ -121,3 +124,36 @@ def test_deep_models(overlay: str, blocks: int, tmp_path: Path, monkeypatch: pyt
     assert [module["block"] for module in plan["modules"]] == [n for n in range(blocks) for _ in range(LINEARS)]
     model, _ = load_compressed(tmp_path / "run" / "model")
     assert len(compressed_layers(model)) == blocks * LINEARS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "settings", "streaming"),
+    [
+        ("Starcoder2", {"sliding_window": 32}, "false"),
+        ("Starcoder2", {"sliding_window": None}, "true"),
+        ("Glm", {"head_dim": 16}, "false"),
+        ("Gemma", {"head_dim": 16}, "true"),
+        ("Olmo2", {}, "true"),
+        ("Nemotron", {}, "false"),
+        ("Arcee", {}, "true"),
+    ],
+)
+def test_decoders_known_by_watching_them(
+    kind: str, settings: dict[str, Any], streaming: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    _, tokenizer = build_family("LlamaForCausalLM")
+    sizes = {"hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
+    special = {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=len(tokenizer), **sizes, **special, **settings)
+    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    arguments = [*small_recipe("llama_2_7b", tmp_path), "--model.streaming", streaming]
+    arguments += ["--model.dtype", "bfloat16" if streaming == "true" else "float32"]
+    assert main(["plan", "--quick", *arguments]) == 0
+    assert main(["fit", *arguments]) == 0
+    assert main(["verify", str(tmp_path / "run")]) == 0
+    model, _ = load_compressed(tmp_path / "run" / "model")
+    linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert linears == {"lm_head"}, "every linear of a block is compressed"

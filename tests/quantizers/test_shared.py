@@ -72,6 +72,17 @@ def test_another_tensor_a_change_and_other_settings_are_noticed() -> None:
     assert kept.get(moment, "b", lambda: next(made)) == 3
 
 
+def test_a_change_in_inference_mode_is_noticed() -> None:
+    quantizer, weight = GPTQQuantizer(group_size=8), torch.randn(5, 24)
+    with torch.inference_mode():
+        moment = _moment(24).clone()
+        quantizer.quantize(weight, moment, bits=2)
+        moment.zero_().add_(_moment(24).flip(0).flip(1))
+        again = quantizer.quantize(weight, moment, bits=2).dequantize()
+    fresh = GPTQQuantizer(group_size=8).quantize(weight, _moment(24).flip(0).flip(1), bits=2).dequantize()
+    assert torch.equal(again, fresh)
+
+
 def test_nothing_is_kept_longer_than_the_moment() -> None:
     kept, moment = MadeOfMoment[Tensor](), _moment(3)
     made = weakref.ref(kept.get(moment, None, lambda: torch.ones(2)))

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from casp_pl.allocation import ModulePlan
-from casp_pl.errors import NumericsError
+from casp_pl.errors import ConfigError, NumericsError
 from casp_pl.layers import LowRankLinear, QuantizedLinear, materialized
 from casp_pl.linalg import GramSum, ProductSum, PropagationTarget, full_width_products, relative_proxy_loss
 from casp_pl.memory import trim_heap
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.sharing import Layer, are_uneven, of_everyone, own_share
 from casp_pl.models.streams import BlockBatch, linear_inputs
+from casp_pl.models.token_weights import energy_limit, limited
 from casp_pl.processes import RowShare, process_count, sum_of_all
 from casp_pl.quantizers import Quantizer
 from casp_pl.quantizers.low_rank import quantize_low_rank
@@ -89,11 +90,16 @@ class BlockQuantization:
     Args:
         propagation: alpha in 0..1, how far each linear aims at the original's output instead of at its own weight on
             the damaged inputs (QEP, arXiv 2504.09629); 0 switches it off.
+        token_limit: how many times the typical |x|^2, the geometric mean, a token's may count in the moments of what a
+            linear reads; None to let every token count as it is.
         seed: seed of every random choice; each linear derives its own from it, so the order of work does not matter.
     """
 
-    def __init__(self, *, propagation: float = 0.5, seed: int = 0) -> None:
+    def __init__(self, *, propagation: float = 0.5, token_limit: float | None = 16.0, seed: int = 0) -> None:
+        if token_limit is not None and not token_limit > 0:
+            raise ConfigError(f"quantization.token_limit must be above 0, or null for none, not {token_limit}")
         self.propagation = propagation
+        self.token_limit = token_limit
         self.seed = seed
 
     def compress_block(
@@ -164,7 +170,7 @@ class BlockQuantization:
         if not missing:
             return found
         with materialized(block):  # all batches pass through what is compressed already
-            moments = collect_moments(block, student, references, next(iter(plans)))
+            moments = collect_moments(block, student, references, next(iter(plans)), self.token_limit)
         second, aim = moments.second, PropagationTarget(moments.cross, moments.second, self.propagation)
         del moments  # the cross moment of a wide linear is half as large as a block
         costs = {name: float(plan.shape[0] * plan.shape[1]) for name, plan in plans.items()}
@@ -241,7 +247,11 @@ def _target(aim: PropagationTarget, weight: Tensor, together: bool) -> Tensor:
 
 @torch.no_grad()
 def collect_moments(
-    block: nn.Module, student: Sequence[BlockBatch], references: Sequence[Tensor], name: str
+    block: nn.Module,
+    student: Sequence[BlockBatch],
+    references: Sequence[Tensor],
+    name: str,
+    token_limit: float | None = None,
 ) -> Moments:
     """Moments of the linear `name`, mean over the real tokens of all processes.
 
@@ -250,15 +260,17 @@ def collect_moments(
         student: its inputs behind the compressed prefix.
         references: per batch what the linear reads in the original, (N, I).
         name: the linear, relative to the block.
+        token_limit: see `BlockQuantization`; of the original's tokens.
     """
     linear = _dense_linear(block, name)
-    width = linear.in_features
-    second = GramSum(width, linear.weight.device)
-    cross = ProductSum(width, width, linear.weight.device)
-    tokens = torch.zeros((), dtype=torch.int64, device=linear.weight.device)
+    width, device = linear.in_features, linear.weight.device
+    limit = energy_limit(references, token_limit, device)
+    second = GramSum(width, device)
+    cross = ProductSum(width, width, device)
+    tokens = torch.zeros((), dtype=torch.int64, device=device)
     for batch, reference in zip(student, references, strict=True):
         inputs = linear_inputs(block, batch, [name])[name].float()
-        reference = reference.to(inputs)
+        inputs, reference = limited(limit, inputs, reference.to(inputs))
         with full_width_products():
             second.add(inputs)
             cross.add(reference, inputs)

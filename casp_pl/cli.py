@@ -45,7 +45,7 @@ from casp_pl.pipeline.explain import ExplainSettings
 from casp_pl.pipeline.failures import Failure, failure_of
 from casp_pl.pipeline.launch import leave
 from casp_pl.pipeline.settings import RunSettings
-from casp_pl.pipeline.trainers import require_free_keys
+from casp_pl.pipeline.trainers import require_free_keys, require_one_half_type
 from casp_pl.pipeline.watch import ToldByFirstError
 from casp_pl.quantizers import Quantizer
 
@@ -205,6 +205,7 @@ def settings_from(parser: LightningArgumentParser, chosen: Namespace) -> RunSett
     kwargs_only = ("calibration", "block_tuning", "end_to_end", "codebook_update", "trainer")
     fields |= {key: built[key].as_dict() for key in kwargs_only}
     require_free_keys(fields["trainer"])
+    require_one_half_type(fields["trainer"], fields["model"].dtype)
     built["quantization"].seed = built["seed_everything"]
     return RunSettings(
         run_dir=built["run_dir"] or Path("runs") / built["name"],

@@ -74,7 +74,7 @@ def _fit_together(settings: RunSettings, *, override_memory: bool) -> int:
 
 def _fit(settings: RunSettings, prepared: Prepared, run: RunDirectory, progress: RunProgress) -> CompressionReport:
     logger = TensorBoardLogger(str(settings.run_dir), name="tensorboard", version="")
-    trainers = TrainerFactory(settings.trainer, logger)
+    trainers = TrainerFactory(settings.trainer, logger, weights=settings.model.dtype)
     measurement = Measurement(run, settings.evaluation, prepared.processor, settings.scoring, trainers)
 
     def report_now(done: CompressionRun) -> CompressionReport:

@@ -126,7 +126,7 @@ def _own_work(work: Workload, processes: int) -> Workload:
 
 def working_dtype(settings: RunSettings) -> torch.dtype:
     """What this recipe multiplies matrices in on this machine."""
-    return TrainerFactory(settings.trainer, None).autocast or torch.float32
+    return TrainerFactory(settings.trainer, None, weights=settings.model.dtype).autocast or torch.float32
 
 
 def quick_block_costs(settings: RunSettings, prepared: Prepared, work: Workload) -> BlockCosts:

@@ -200,7 +200,7 @@ def _measured(settings: RunSettings, prepared: Prepared, plan: CompressionPlan, 
     probe = one_block_model(prepared.adapter.model, settings.seed)
     probe.model.to(prepared.device)
     batches = on_device(settings.data.first_batches(_PROBE_BATCHES), prepared.device)
-    autocast = TrainerFactory(settings.trainer, None).autocast
+    autocast = TrainerFactory(settings.trainer, None, weights=settings.model.dtype).autocast
     return measured_block_costs(
         probe,
         batches,

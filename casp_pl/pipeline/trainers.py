@@ -15,7 +15,7 @@ from casp_pl.pipeline.launch import accelerator_type
 from casp_pl.pipeline.strategies import plain_strategy, repeatable_ddp
 from casp_pl.processes import process_count
 
-__all__ = ["TrainerFactory", "as_loader", "require_free_keys"]
+__all__ = ["TrainerFactory", "as_loader", "require_free_keys", "require_one_half_type"]
 
 _INSTEAD = {
     "accumulate_grad_batches": "data.batch_size is the batch of a step; what does not fit is halved.",
@@ -60,6 +60,24 @@ def require_free_keys(settings: Mapping[str, Any]) -> None:
             raise ConfigError(f"trainer.{key}: every stage decides this by itself; leave it out.\n{instead}".rstrip())
 
 
+def require_one_half_type(settings: Mapping[str, Any], weights: str) -> None:
+    """Autocast to one half type puts tensors of the other together with nothing (`torch.cat` ends with an error).
+
+    Args:
+        settings: of the Trainer.
+        weights: `model.dtype`.
+
+    Raises:
+        ConfigError: the model is in one half type, and its matrices are to be multiplied in the other.
+    """
+    autocast = _AUTOCAST[str(settings.get("precision"))]
+    if weights != "float32" and autocast not in (None, getattr(torch, weights)):
+        raise ConfigError(
+            f"trainer.precision: {settings['precision']} does not go with model.dtype: {weights}.\n"
+            "Leave trainer.precision out, or load the model in float32 or in the same half type."
+        )
+
+
 class TrainerFactory:
     """Makes one Trainer per stage from the same settings.
 
@@ -67,10 +85,19 @@ class TrainerFactory:
         settings: keyword arguments of `lightning.pytorch.Trainer` from the config.
         logger: shared by all stages; None for no logging.
         callbacks: added to every stage.
+        weights: the model's dtype by name, `model.dtype`.
     """
 
-    def __init__(self, settings: dict[str, Any], logger: Logger | None, callbacks: Sequence[pl.Callback] = ()) -> None:
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        logger: Logger | None,
+        callbacks: Sequence[pl.Callback] = (),
+        *,
+        weights: str = "float32",
+    ) -> None:
         self.settings = settings
+        self.weights = weights
         self.logger = logger
         self.callbacks = tuple(callbacks)
 
@@ -80,7 +107,8 @@ class TrainerFactory:
 
         What is computed from activations (moments, spectra, codes, losses) stays in float32 in any case.
         There a training step takes half the time of fp32, and its gradient points the same way (cosine 0.9997 on the
-        embedded model). CPUs without these instructions take seven to ten times as long in bf16 as in fp32.
+        embedded model). CPUs without these instructions take seven to ten times as long in bf16 as in fp32. A float16
+        model is computed as it is: torch does not mix the two.
         """
         chosen = self.settings.get("precision")
         if chosen is not None:
@@ -88,7 +116,7 @@ class TrainerFactory:
         on_cpu = accelerator_type(self.settings) == "cpu"
         capabilities = torch.cpu.get_capabilities()
         has_bf16 = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
-        return "bf16-mixed" if on_cpu and has_bf16 else None
+        return "bf16-mixed" if on_cpu and has_bf16 and self.weights != "float16" else None
 
     @property
     def autocast(self) -> torch.dtype | None:

@@ -11,7 +11,7 @@ from torch import nn
 from casp_pl.errors import ConfigError
 from casp_pl.modules import BlockwiseModule, CalibrationModule, EndToEndModule
 from casp_pl.modules.evaluation import EvaluationModule
-from casp_pl.pipeline.trainers import TrainerFactory, require_free_keys
+from casp_pl.pipeline.trainers import TrainerFactory, require_free_keys, require_one_half_type
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,17 @@ def test_all_names_of_a_precision_are_known(precision: str | int | None, dtype: 
     require_free_keys(settings)
     if precision is not None:
         assert TrainerFactory(settings, None).autocast == dtype
+
+
+def test_a_float16_model_is_not_computed_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    chosen = [TrainerFactory({"accelerator": "cpu"}, None, weights=kind).autocast for kind in ("float16", "bfloat16")]
+    assert chosen == [None, torch.bfloat16]
+    for precision, weights in (("bf16-mixed", "float16"), ("16", "bfloat16")):
+        with pytest.raises(ConfigError, match=f"precision: {precision} does not go with model.dtype: {weights}"):
+            require_one_half_type({"precision": precision}, weights)
+    for precision, weights in ((None, "float16"), ("16-mixed", "float16"), ("bf16", "float32"), ("32", "bfloat16")):
+        require_one_half_type({"precision": precision}, weights)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true", 64])

@@ -6,7 +6,6 @@ Only JSON and safetensors are read. Pickles and weights outside the directory ar
 import logging
 import zipfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,11 +148,19 @@ def _is_pickle(path: Path) -> bool:
         return True
     with path.open("rb") as file:
         start = file.read(9).ljust(9, b"\0")
-    if start.startswith(_ZIP):  # of torch.save, whatever its name
-        with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
-            return any(Path(name).suffix in _PICKLES for name in archive.namelist())
+    if start.startswith(_ZIP):
+        return _holds_pickles(path)
     header = start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size  # of safetensors
     return start[0] == 0x80 and 2 <= start[1] <= 5 and not header
+
+
+def _holds_pickles(path: Path) -> bool:
+    """Whether a zip file may be one of `torch.save`; one whose list of files cannot be read may, torch reads more."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(Path(name).suffix in _PICKLES for name in archive.namelist())
+    except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, ValueError, EOFError):
+        return True
 
 
 def check_header(path: Path) -> None:

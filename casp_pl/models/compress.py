@@ -22,7 +22,7 @@ from casp_pl.memory import trim_heap
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.sharing import Layer, are_uneven, of_everyone, own_share
 from casp_pl.models.streams import BlockBatch, linear_inputs
-from casp_pl.models.token_weights import energy_limit, limited
+from casp_pl.models.token_weights import energy_limit, root_weights
 from casp_pl.processes import RowShare, process_count, sum_of_all
 from casp_pl.quantizers import Quantizer
 from casp_pl.quantizers.low_rank import quantize_low_rank
@@ -270,10 +270,11 @@ def collect_moments(
     tokens = torch.zeros((), dtype=torch.int64, device=device)
     for batch, reference in zip(student, references, strict=True):
         inputs = linear_inputs(block, batch, [name])[name].float()
-        inputs, reference = limited(limit, inputs, reference.to(inputs))
+        reference = reference.to(inputs)
+        roots = root_weights(limit, inputs, reference).to(inputs)
         with full_width_products():
-            second.add(inputs)
-            cross.add(reference, inputs)
+            second.add(inputs.mul_(roots))
+            cross.add(reference, inputs.mul_(roots))  # which has its weight now, so that one copy is enough
         tokens += len(inputs)
     count = sum_of_all(tokens)
     return Moments(*(total.narrow(lambda strip: sum_of_all(strip).div_(count)) for total in (second, cross)))

@@ -171,8 +171,10 @@ def _watched_groups(decoder: Any) -> tuple[tuple[str, ...], ...]:
 
     Watched is a twin of one block and whatever numbers its memory holds: the model itself may have no weights yet.
     """
+    config = copy.deepcopy(decoder.config)
+    config._attn_implementation = "eager"  # others may compute on a GPU alone
     with torch.device("meta"):
-        twin = type(decoder)(copy.deepcopy(decoder.config))
+        twin = type(decoder)(config).eval()  # no dropout, so nobody's random numbers are drawn
     twin.layers = twin.layers[:1]
     twin.to_empty(device="cpu")
     block = twin.layers[0]
@@ -181,7 +183,7 @@ def _watched_groups(decoder: Any) -> tuple[tuple[str, ...], ...]:
         block.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: seen.append((name, inputs[0])))
     block.register_forward_hook(_stop)
     with suppress(_StopForwardError):
-        twin(input_ids=torch.zeros(1, 3, dtype=torch.int64), use_cache=False)
+        twin(input_ids=torch.zeros(1, 3, dtype=torch.int64, device="cpu"), use_cache=False)
     return tuple(_runs(seen))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from casp_pl.processes import sum_of_all
 
-__all__ = ["energy_limit", "limited"]
+__all__ = ["energy_limit", "root_weights"]
 
 
 @torch.no_grad()
@@ -36,11 +36,10 @@ def energy_limit(batches: Sequence[Tensor], times: float | None, device: torch.d
     return times * typical
 
 
-def limited(limit: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Tensors (N, I) of the same tokens, each token scaled down until its |x|^2 is within the limit in all of them."""
+def root_weights(limit: Tensor, *inputs: Tensor) -> Tensor:
+    """Factors (N, 1), at most 1, with which |x|^2 of every token is within the limit in all of the tensors (N, I)."""
     energies = torch.stack([_energy(part) for part in inputs]).amax(dim=0)
-    factors = (limit.to(energies) / energies).clamp_(max=1).sqrt_()  # of zeros: infinity, cut to 1
-    return tuple(part * factors.to(part)[:, None] for part in inputs)
+    return (limit / energies).clamp_(max=1).sqrt_()[:, None]  # of zeros: infinity, cut to 1
 
 
 def _energy(inputs: Tensor) -> Tensor:

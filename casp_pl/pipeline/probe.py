@@ -82,7 +82,7 @@ def measured_block_costs(
     forward = _repeated(lambda: run_blocks(block, inputs))
     exact = _repeated(lambda: run_blocks(block, plain)) if autocast is not None else forward
     _, references = run_blocks_seeing(block, inputs, probe.group_heads)
-    moments = _moments(probe, inputs, references)
+    moments = _moments(probe, quantization, inputs, references)
     typical = _typical_block(plan, quantizer)
     large = sum(module.weights for module in typical) > _PARTS_ABOVE
     quantize, compressed = _quantized(probe, typical, quantization, quantizer, references, inputs, moments, large)
@@ -133,9 +133,14 @@ def _quantized(
     return max(seconds - moments, sum(report.seconds for report in reports)), compressed
 
 
-def _moments(probe: ModelAdapter, inputs: Sequence[BlockBatch], references: Sequence[dict[str, Tensor]]) -> float:
+def _moments(
+    probe: ModelAdapter,
+    quantization: BlockQuantization,
+    inputs: Sequence[BlockBatch],
+    references: Sequence[dict[str, Tensor]],
+) -> float:
     """Seconds for the moments of all groups of a block."""
-    collect = partial(collect_moments, probe.blocks[0], inputs)
+    collect = partial(collect_moments, probe.blocks[0], inputs, token_limit=quantization.token_limit)
     return sum(_timed(partial(collect, [seen[head] for seen in references], head))[0] for head in probe.group_heads)
 
 

@@ -176,6 +176,14 @@ def test_links_outside_and_pickles_at_any_depth_are_refused(copy, layout, capsys
     assert "kept.dat is a pickle" not in said
 
 
+@pytest.mark.parametrize("damage", [(b"PK\x01\x02", b"PK\x01\x03"), (b"PK\x05\x06", b"PK\x05\x07")])
+def test_an_archive_that_cannot_be_listed_may_hold_pickles(tmp_path, damage):
+    torch.save({"a": torch.ones(2)}, tmp_path / "saved.dat")
+    (tmp_path / "saved.dat").write_bytes((tmp_path / "saved.dat").read_bytes().replace(*damage))
+    (problem,) = unsafe_files(tmp_path)
+    assert "saved.dat is a pickle" in problem
+
+
 @pytest.mark.parametrize(
     ("start", "refused"),
     [

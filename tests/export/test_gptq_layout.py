@@ -198,6 +198,17 @@ def test_gptq_layout_in_transformers_with_gptqmodel(bits: int, layout: str, tmp_
 
 @needs_gptqmodel
 @pytest.mark.parametrize("layout", ["gptq", "gptq_v2"])
+def test_columns_in_any_order_in_transformers_with_gptqmodel(layout: str, tmp_path: Path) -> None:
+    """As the recipes quantize: the group of every column is stored (`g_idx`)."""
+    source, expected = with_group_sizes(tmp_path, {})
+    export_model(source, tmp_path / "out", layout)
+    groups = load_file(tmp_path / "out/model.safetensors")["model.layers.0.mlp.down_proj.g_idx"]
+    assert (groups.diff() < 0).any()
+    torch.testing.assert_close(logits_of_stock_transformers(tmp_path / "out"), expected, rtol=0, atol=1e-3)
+
+
+@needs_gptqmodel
+@pytest.mark.parametrize("layout", ["gptq", "gptq_v2"])
 def test_llava_in_transformers_with_gptqmodel(layout: str, tmp_path: Path) -> None:
     model, processor = load_model("tiny")
     source, expected = compressed(tmp_path, lambda linear, g, _: uniform(linear, g, group_size=16), model, processor)

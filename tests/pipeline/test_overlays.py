@@ -139,7 +139,7 @@ def test_deep_models(overlay: str, blocks: int, tmp_path: Path, monkeypatch: pyt
         ("Arcee", {}, "true"),
     ],
 )
-def test_decoders_known_by_watching_them(
+def test_decoders_without_an_overlay(
     kind: str, settings: dict[str, Any], streaming: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")

@@ -118,6 +118,7 @@ try:
 except ConfigError as error:
     assert str(error).startswith("Process 1 is at other work. data.images: 7 in the first process, 8 in that one")
     assert str(error).count("\\n") == 1
+dist.destroy_process_group()  # else gloo's threads may still run when Python ends, which aborts it
 """
 
 

@@ -58,7 +58,10 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class Moments:
-    """Means over tokens: x_q x_q^T of what a linear reads now, and x x_q^T with what it reads in the original, x."""
+    """Means over tokens of a x_q x_q^T (I, I) and a x x_q^T (I, I): x_q a linear reads now, x in the original.
+
+    a is a token's weight, at most 1; see `token_weights`.
+    """
 
     second: Tensor
     cross: Tensor
@@ -260,7 +263,7 @@ def collect_moments(
         student: its inputs behind the compressed prefix.
         references: per batch what the linear reads in the original, (N, I).
         name: the linear, relative to the block.
-        token_limit: see `BlockQuantization`; of the original's tokens.
+        token_limit: see `BlockQuantization`; what is typical is seen in `references`, and kept to by both inputs.
     """
     linear = _dense_linear(block, name)
     width, device = linear.in_features, linear.weight.device
@@ -274,7 +277,7 @@ def collect_moments(
         roots = root_weights(limit, inputs, reference).to(inputs)
         with full_width_products():
             second.add(inputs.mul_(roots))
-            cross.add(reference, inputs.mul_(roots))  # which has its weight now, so that one copy is enough
+            cross.add(reference, inputs.mul_(roots))  # the whole weight is on one side now: no copy of the other
         tokens += len(inputs)
     count = sum_of_all(tokens)
     return Moments(*(total.narrow(lambda strip: sum_of_all(strip).div_(count)) for total in (second, cross)))

@@ -1,8 +1,9 @@
 """How much a token counts in the moments that a linear is quantized with: none as much as a thousand others.
 
-In most decoders the first token of a sequence has a few huge activations (massive activations, arXiv 2402.17762): what
-a down projection reads of it can have a thousand times the norm of the rest. Squared, that is nearly all of a second
-moment. Quantizers then spare this token and give up the others, although the next norm takes its size away again.
+In many decoders the first token of a sequence has a few huge activations (massive activations, arXiv 2402.17762): what
+a down projection reads of it can have hundreds of times the norm of the rest (2,983 beside 6.4 in block 11 of
+SmolLM2-135M). Squared, that is nearly all of a second moment. Quantizers then spare this token and give up the others,
+although the next norm takes its size away again.
 """
 
 from collections.abc import Sequence

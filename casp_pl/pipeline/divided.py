@@ -32,7 +32,7 @@ def check_divided(settings: RunSettings, *, streams: bool | None = None) -> None
         raise ConfigError(f"{name} does not compile blocks: set end_to_end.compile_backend to null, or take ddp.")
     if settings.model.dtype != "float32":
         raise ConfigError(f"{name} needs model.dtype float32, not {settings.model.dtype}; or take ddp.")
-    trainers = TrainerFactory(settings.trainer, None, weights=settings.model.dtype)
+    trainers = TrainerFactory(settings.trainer, None)
     if trainers.autocast not in (None, torch.bfloat16):
         raise ConfigError(
             f"{name} computes in trainer.precision 32-true or bf16-mixed, not {trainers.working_precision}."

@@ -61,7 +61,9 @@ def require_free_keys(settings: Mapping[str, Any]) -> None:
 
 
 def require_one_half_type(settings: Mapping[str, Any], weights: str) -> None:
-    """Autocast to one half type puts tensors of the other together with nothing (`torch.cat` ends with an error).
+    """A model in one half type cannot be computed under autocast to the other: torch.cat, for one, ends with an error.
+
+    Source: `prioritize` in ATen/autocast_mode.h, the same for CPUs and GPUs.
 
     Args:
         settings: of the Trainer.

@@ -83,7 +83,7 @@ class _Watch:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # documented, but not in __all__
         self.store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
-        self._found: Failure | None = None
+        self._found: tuple[int, Failure] | None = None
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._look, name="casp_pl-watch", daemon=True)
         self._thread.start()
@@ -97,13 +97,17 @@ class _Watch:
     def verdict(self, error: BaseException) -> BaseException:
         """What to raise instead of `error`: what is told is told once, of the process that failed first."""
         if self._found is not None:
-            return self._other_failed(self._found)
+            teller, told = self._found
+            if self.rank == 0:
+                self._heard_by([teller])
+            return self._other_failed(told)
         own = failure_of(error)
         try:
             teller, told = self._tell(own)
         except dist.DistError:  # the store is gone, and who else could tell
             return error
-        heard = self._heard_by(self.outlives if self.rank == 0 else [0])
+        # the store ends with the first process: who told there has to read before that it was heard
+        heard = self._heard_by(sorted({*self.outlives, teller} - {0}) if self.rank == 0 else [0])
         with suppress(dist.DistError):
             self._note_heard()  # where all fail at once, as after a signal, the first waits for no `_look` in vain
         speaks = teller == self.rank and (self.rank == 0 or not heard)
@@ -127,18 +131,19 @@ class _Watch:
         while not self._done.wait(_POLL):
             self._found = self._told()
             if self._found is not None:
-                self._end(self._found)
+                self._end(self._found[1])
                 return
 
-    def _told(self) -> Failure | None:
+    def _told(self) -> tuple[int, Failure] | None:
+        """Who failed and of what, which another process has told."""
         try:
             if not self.store.check([f"{self.run}/failure"]):
                 return None
-            _, message, code = json.loads(self.store.get(f"{self.run}/failure"))
+            rank, message, code = json.loads(self.store.get(f"{self.run}/failure"))
             self._note_heard()
         except dist.DistError:
-            return _FIRST_IS_GONE
-        return Failure(message, code)
+            return 0, _FIRST_IS_GONE
+        return rank, Failure(message, code)
 
     def _end(self, failure: Failure) -> None:
         with at_once():

@@ -116,6 +116,7 @@ import psutil
 from casp_pl.cli import main
 from casp_pl.models import load
 from casp_pl.models.streamed import load_streamed
+from casp_pl.pipeline.launch import leave
 
 free = (64 << 30, 400_000)[int(os.environ["RANK"])]  # the model has 250 kB: the second process alone would stream it
 virtual_memory = psutil.virtual_memory
@@ -124,7 +125,7 @@ opened = []
 load.load_streamed = lambda *places, **how: opened.append(places) or load_streamed(*places, **how)
 code = main(sys.argv[1:])
 assert len(opened) == 1, "not streamed"
-sys.exit(code)
+leave(code)
 """
 
 
@@ -187,6 +188,7 @@ import sys
 from casp_pl.cli import main
 from casp_pl.errors import NumericsError
 from casp_pl.pipeline import run
+from casp_pl.pipeline.launch import leave
 from casp_pl.processes import process_rank
 
 def failing(*arguments, **keywords):
@@ -195,7 +197,7 @@ def failing(*arguments, **keywords):
     return quantize(*arguments, **keywords)
 
 quantize, run.quantize_blocks = run.quantize_blocks, failing
-sys.exit(main(sys.argv[1:]))
+leave(main(sys.argv[1:]))
 """
 
 
@@ -218,6 +220,7 @@ SIGNALLED = """
 import os, signal, sys
 from casp_pl.cli import main
 from casp_pl.modules import BlockwiseModule
+from casp_pl.pipeline.launch import leave
 from casp_pl.processes import process_rank
 
 def signalled(self, batch, batch_idx):
@@ -226,7 +229,7 @@ def signalled(self, batch, batch_idx):
     return step(self, batch, batch_idx)
 
 step, BlockwiseModule.training_step = BlockwiseModule.training_step, signalled
-sys.exit(main(sys.argv[1:]))
+leave(main(sys.argv[1:]))
 """
 
 

@@ -25,12 +25,15 @@ from casp_pl.cli import _stop
 from casp_pl.errors import NumericsError, StopRun
 from casp_pl.pipeline.failures import failure_of
 from casp_pl.pipeline.launch import die_with_parent
-from casp_pl.pipeline.watch import ToldByFirstError, watched
+from casp_pl.pipeline.watch import ToldByFirstError, _Watch, watched
 from casp_pl.processes import wait_for_all
 
 def act(what):
     wait_for_all()
-    if what == "fails":
+    if what == "fails slowly":  # descheduled between telling and hearing
+        heard_by = _Watch._heard_by
+        _Watch._heard_by = lambda *given: time.sleep(1) or heard_by(*given)
+    if what.startswith("fails"):
         raise NumericsError("the tensor is broken\\nin three\\nlines")
     if what == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -102,6 +105,9 @@ SCENARIOS: dict[str, tuple[list[int], str]] = {
     "fails/fails": ([4, 4], FAILED),
     "stuck/fails": ([4, 4], FAILED),
     "fails/stuck": ([4, 4], FAILED),
+    "stuck/fails slowly": ([4, 4], FAILED),
+    "fails/fails slowly": ([4, 4], FAILED),
+    "fails slowly/fails": ([4, 4], FAILED),
     "works/fails": ([4, 4], FAILED),
     "waits/dies": ([5, -9], LOST),
     "dies/stuck": ([-9, 5], GONE),

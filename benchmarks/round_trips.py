@@ -1,10 +1,11 @@
 """Exports of a finished run, each loaded by the tool it is for in a process of its own, and compared with our model.
 
 usage: python -m benchmarks.round_trips runs/NAME aqlm dense casp
-       python -m benchmarks.round_trips runs/NAME gptq gptq_v2 --loader gptqmodel
+       python -m benchmarks.round_trips runs/NAME gptq gptq_v2
+       python -m benchmarks.round_trips runs/NAME gptq_v2 --loader gptqmodel
 
 Compared are the logits of 1,024 held-out text tokens and, where the model sees images, of one question about one.
-`gptq` and `gptq_v2` need the packages gptqmodel and optimum.
+`gptq` and `gptq_v2` need the packages gptqmodel and optimum; gptqmodel itself reads `gptq` of its own making only.
 """
 
 import argparse

@@ -19,9 +19,10 @@ from casp_pl.errors import ConfigError, NumericsError
 from casp_pl.layers import LowRankLinear, QuantizedLinear, materialized
 from casp_pl.linalg import GramSum, ProductSum, PropagationTarget, full_width_products, relative_proxy_loss
 from casp_pl.memory import trim_heap
+from casp_pl.models.activations import Keep, in_memory
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.sharing import Layer, are_uneven, of_everyone, own_share
-from casp_pl.models.streams import BlockBatch, linear_inputs
+from casp_pl.models.streams import BlockBatch, closing_linears_of, linear_inputs, reach
 from casp_pl.models.token_weights import energy_limit, root_weights
 from casp_pl.processes import RowShare, process_count, sum_of_all
 from casp_pl.quantizers import Quantizer
@@ -111,11 +112,12 @@ class BlockQuantization:
         original: nn.Module,
         plans: Sequence[ModulePlan],
         quantizer: Quantizer,
-        references: Sequence[Mapping[str, Tensor]],
+        references: Sequence[dict[str, Tensor]],
         student: Sequence[BlockBatch],
         finished: FinishedLinears | None = None,
         linear_done: Callable[[LinearReport, bool], None] | None = None,
-    ) -> tuple[nn.Module, list[LinearReport]]:
+        keep: Keep = in_memory,
+    ) -> tuple[nn.Module, list[LinearReport], list[BlockBatch]]:
         """A compressed copy of `original`; the block itself where it was read from disk, see `ModelAdapter.own`.
 
         Args:
@@ -124,22 +126,28 @@ class BlockQuantization:
             plans: of this block's linears, and of no others.
             quantizer: does the rounding.
             references: per batch what the first linear of every group reads in the original model, (N, I); see
-                `run_blocks_seeing` and `ModelAdapter.group_heads`.
+                `run_blocks_seeing` and `ModelAdapter.group_heads`. Taken out of them group by group.
             student: inputs of this block behind the compressed prefix, the same batches.
             finished: linears of this block that an earlier run made, and where those made now are kept.
             linear_done: is told of every linear of the block as it is done or found, and whether it was found.
+            keep: keeps where the passes of `student` begin anew.
 
         Returns:
-            The block and one report per linear.
+            The block, one report per linear, and `student`, whose pass through the whole block takes less now.
         """
         by_name = {name: plan for plan in plans for name in adapter.linear_names if plan.name.endswith("." + name)}
         if len(by_name) != len(adapter.linear_names) or len(plans) != len(by_name):
             raise ValueError(f"a block has {len(adapter.linear_names)} linears, these plans are of {len(plans)}")
         block = adapter.own(original)
         reports: list[LinearReport] = []
+        student = list(student)
+        closing = closing_linears_of(block, student, adapter.group_heads)
         for group in adapter.linear_groups:
             group_plans = {name: by_name[name] for name in group}
-            inputs = [reference[group[0]] for reference in references]
+            inputs = [reference.pop(group[0]) for reference in references]
+            if group[0] in closing:
+                with materialized(block):
+                    student = reach(block, student, group[0], closing[group[0]], keep)
             done = self._compress_group(
                 block,
                 group_plans,
@@ -153,7 +161,7 @@ class BlockQuantization:
                 layer, report = done[name]
                 block.set_submodule(name, layer)
                 reports.append(report)
-        return block, reports
+        return block, reports, student
 
     def _compress_group(
         self,
@@ -234,6 +242,7 @@ class BlockQuantization:
                 layer = quantizer.quantize(target, moment, **settings)
             else:
                 layer = quantize_low_rank(target, moment, plan.rank, quantizer, **settings)
+            layer.round_to_storage()  # what comes after it in the block sees it as it will be
         except NumericsError as error:
             raise NumericsError(f"{plan.name}: {error}") from error
         loss = relative_proxy_loss(linear.weight, layer.dequantize().detach(), moment)

@@ -3,7 +3,7 @@
 Shapes: B batch, T sequence, I in_features.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,14 +16,17 @@ from casp_pl.models.activations import Keep, in_memory
 from casp_pl.models.adapter import ModelAdapter
 from casp_pl.models.branches import additive_mask, real_tokens, refuse_short_windows
 from casp_pl.models.micro_batch import in_halves
+from casp_pl.models.reached import Reached, begun_at, closing_linears
 
 __all__ = [
     "BlockBatch",
     "autocast_to",
     "batch_on",
+    "closing_linears_of",
     "first_block_batches",
     "linear_inputs",
     "model_inputs",
+    "reach",
     "run_block",
     "run_blocks",
     "run_blocks_seeing",
@@ -46,6 +49,7 @@ class BlockBatch:
         autocast: what blocks multiply matrices in (`torch.autocast`); None for the dtype of their weights.
         own: where blocks are of several types (some with a sliding window), the arguments of each block that differ
             from block 0's, by its number; empty where all blocks are given the same.
+        reached: where in this block passes begin, see `reach`; empty: at its inputs.
     """
 
     hidden: Tensor
@@ -54,21 +58,22 @@ class BlockBatch:
     arguments: Mapping[str, Any]
     autocast: torch.dtype | None = None
     own: tuple[Mapping[str, Any], ...] = ()
+    reached: tuple[Reached, ...] = ()
 
     def arguments_of(self, block: Any) -> Mapping[str, Any]:
         """Keyword arguments of a block, which knows its number as transformers' attentions do."""
         return {**self.arguments, **self.own[block.self_attn.layer_idx]} if self.own else self.arguments
 
     def with_hidden(self, hidden: Tensor) -> "BlockBatch":
-        """The same batch further along."""
-        return replace(self, hidden=hidden)
+        """The same batch in front of the next block."""
+        return replace(self, hidden=hidden, reached=())
 
     def widened(self) -> "BlockBatch":
         """The same in float32 where it is narrower: a block whose parameters are float32 then computes in that."""
         if self.hidden.dtype in (torch.float32, torch.float64):
             return self
         arguments, own = _widened(self.arguments), _widened(self.own)
-        return replace(self, hidden=self.hidden.float(), arguments=arguments, own=own)
+        return replace(self, hidden=self.hidden.float(), arguments=arguments, own=own, reached=())
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -81,7 +86,8 @@ class BlockBatch:
     def _rows(self, rows: slice) -> "BlockBatch":
         arguments, own = (_rows_of(value, rows, len(self)) for value in (self.arguments, self.own))
         tensors: dict[str, Any] = {"hidden": self.hidden[rows], "real": self.real[rows], "image": self.image[rows]}
-        return replace(self, **tensors, arguments=arguments, own=own)
+        reached = tuple(one.rows(rows) for one in self.reached)
+        return replace(self, **tensors, arguments=arguments, own=own, reached=reached)
 
 
 def _widened(argument: Any) -> Any:
@@ -184,7 +190,8 @@ def model_inputs(
 def run_block(block: nn.Module, batch: BlockBatch) -> Tensor:
     """The block's output (B, T, I), on the device of the block; inputs that were kept elsewhere are moved there."""
     inputs = batch.hidden.to(batch.real.device)
-    with autocast_to(batch.autocast, inputs.device):
+    reached = [one.on(inputs.device) for one in batch.reached]
+    with autocast_to(batch.autocast, inputs.device), begun_at(block, reached):
         output = block(inputs, **batch.arguments_of(block))
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
@@ -203,7 +210,7 @@ def run_blocks_seeing(
     """`run_blocks`, and on the way per batch what the named linears read at real tokens, each (real tokens, I)."""
 
     def run(batch: BlockBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        with _watched(block, batch, names) as seen:
+        with _watched(block, names, partial(_at, batch.real)) as seen:
             return run_block(block, batch), seen
 
     def join(parts: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -222,11 +229,51 @@ def linear_inputs(block: nn.Module, batch: BlockBatch, names: Sequence[str]) -> 
     """Inputs of the named linears at real tokens, each (real tokens, I); the pass ends as soon as all are seen."""
 
     def run(batch: BlockBatch) -> dict[str, Tensor]:
-        with _watched(block, batch, names, stop=True) as seen, suppress(_StopForwardError):
-            run_block(block, batch)
-        return seen
+        return _first_seen(block, batch, names, partial(_at, batch.real))
 
     return in_halves(run, batch, _joined)
+
+
+@torch.no_grad()
+def closing_linears_of(block: nn.Module, batches: Sequence[BlockBatch], names: Sequence[str]) -> dict[str, int | None]:
+    """Which of the named linears `reach` can be asked for, seen on one sample; none where there is no batch."""
+    if not batches:
+        return {}
+    sample = batches[0]._rows(slice(1))
+    return closing_linears(block, names, partial(run_block, block, sample))
+
+
+@torch.no_grad()
+def reach(
+    block: nn.Module, batches: Sequence[BlockBatch], name: str, others: int | None, keep: Keep = in_memory
+) -> list[BlockBatch]:
+    """The batches, their passes through this block from now on begun at the closing linear `name`.
+
+    What comes before it in its submodule must not change any more. `others` is what `closing_linears_of` says of it;
+    `keep` keeps what it reads.
+    """
+
+    def run(batch: BlockBatch) -> dict[str, Tensor]:
+        return _first_seen(block, batch, [name], lambda inputs: inputs)
+
+    inputs = (keep(in_halves(run, batch, _joined)[name]) for batch in batches)
+    return [
+        replace(batch, reached=(*batch.reached, Reached(name, kept, others)))
+        for batch, kept in zip(batches, inputs, strict=True)
+    ]
+
+
+def _first_seen(
+    block: nn.Module, batch: BlockBatch, names: Sequence[str], part: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """A part of what each of the named linears reads; the pass ends as soon as all are seen."""
+    with _watched(block, names, part, stop=True) as seen, suppress(_StopForwardError):
+        run_block(block, batch)
+    return seen
+
+
+def _at(real: Tensor, inputs: Tensor) -> Tensor:
+    return inputs[real]
 
 
 def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -236,14 +283,14 @@ def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 @contextmanager
 def _watched(
-    block: nn.Module, batch: BlockBatch, names: Sequence[str], *, stop: bool = False
+    block: nn.Module, names: Sequence[str], part: Callable[[Tensor], Tensor], *, stop: bool = False
 ) -> Iterator[dict[str, Tensor]]:
-    """Inside, the inputs of the named linears are noted; with `stop` the last of them ends the pass."""
+    """Inside, a part of what each of the named linears reads is noted; with `stop` the last of them ends the pass."""
     seen: dict[str, Tensor] = {}
 
     def watch(name: str) -> Any:
         def hook(_: nn.Module, positional: tuple[Tensor, ...]) -> None:
-            seen[name] = positional[0][batch.real]
+            seen[name] = part(positional[0])
             if stop and len(seen) == len(names):
                 raise _StopForwardError
 

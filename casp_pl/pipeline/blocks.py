@@ -27,7 +27,7 @@ from casp_pl.models.compress import BlockQuantization, LinearReport
 from casp_pl.models.micro_batch import is_out_of_memory
 from casp_pl.models.soundness import require_materialized
 from casp_pl.models.streams import BlockBatch, first_block_batches, run_blocks, run_blocks_seeing
-from casp_pl.models.surgery import require_storable, round_to_storage
+from casp_pl.models.surgery import require_storable
 from casp_pl.modules import BlockwiseModule
 from casp_pl.modules.widening import widened
 from casp_pl.pipeline.block_files import BlockFiles, LinearFiles, block_name, load_block, save_block
@@ -89,11 +89,18 @@ def quantize_blocks(
             else:
                 teacher, references = run_blocks_seeing(original, teacher, adapter.group_heads, keep)
                 finished = LinearFiles(run, number, adapter.device)
-                block, reports = quantization.compress_block(
-                    adapter, original, plan.of_block(number), quantizer, references, student, finished, linear_done
+                block, reports, student = quantization.compress_block(
+                    adapter,
+                    original,
+                    plan.of_block(number),
+                    quantizer,
+                    references,
+                    student,
+                    finished,
+                    linear_done,
+                    keep,
                 )
                 del references
-                round_to_storage(block)
                 block.requires_grad_(False)
                 save_block(run, name, block, linears=[asdict(report) for report in reports])
                 finished.discard()

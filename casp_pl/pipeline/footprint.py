@@ -4,6 +4,7 @@ Every stage holds the process, the original model, the batches and what its own 
 than what is in it. Letters: N tokens, I in, O out.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,8 @@ class BlockShape:
         weights: of the linears of one block.
         hidden: width of the residual stream.
         widest: largest number of inputs of a linear.
-        group_inputs: inputs of the linear groups of one block, together.
+        kept_inputs: inputs of linear groups of one block that are kept at once while it is compressed, see
+            `BlockQuantization.compress_block`.
         model_bytes: of the original model's parameters.
         vocabulary: rows of the output head.
         itemsize: bytes of a number that is computed with.
@@ -38,7 +40,7 @@ class BlockShape:
     weights: int
     hidden: int
     widest: int
-    group_inputs: int
+    kept_inputs: int
     model_bytes: int
     vocabulary: int
     itemsize: int
@@ -58,11 +60,23 @@ class BlockShape:
             weights=sum(o * i for o, i in widths.values()),
             hidden=widths[adapter.linear_names[0]][1],
             widest=max(i for _, i in widths.values()),
-            group_inputs=sum(widths[group[0]][1] for group in adapter.linear_groups),
+            kept_inputs=_kept_inputs([(widths[group[0]][1], len(group) == 1) for group in adapter.linear_groups]),
             model_bytes=sum(parameter.nbytes for parameter in adapter.model.parameters()),
             vocabulary=adapter.head.weight.shape[0],
             itemsize=adapter.model.dtype.itemsize,
         )
+
+
+def _kept_inputs(groups: Sequence[tuple[int, bool]]) -> int:
+    """Of the original those that are still to come, of the compressed block those of closing linears reached.
+
+    Args:
+        groups: width of a group, and whether it is a linear that may close a submodule, in the order of work.
+    """
+    return max(
+        sum(width for width, _ in groups[number:]) + sum(width for width, closes in groups[: number + 1] if closes)
+        for number in range(len(groups))
+    )
 
 
 def stage_memory(
@@ -104,7 +118,7 @@ def kept_activations(shape: BlockShape, work: Workload, dtype: torch.dtype) -> d
     all_tokens = work.tokens + work.held_back_tokens
     kept = {
         "calibration": work.tokens * state,
-        "quantize": work.tokens * (3 * state + shape.group_inputs * dtype.itemsize),
+        "quantize": work.tokens * (3 * state + shape.kept_inputs * dtype.itemsize),
     }
     if work.tuning_epochs:
         kept["block tuning"] = 3 * all_tokens * state

@@ -29,7 +29,7 @@ _SHARE = {torch.float32: 0.75, torch.bfloat16: 0.5, torch.float16: 0.5}
 _SEARCH_OPERATIONS = {"aqlm": 135_000.0, "quip": 80_000.0, "gptq": 21_000.0, "rtn": 1_000.0}
 _SPECTRUM_OPERATIONS = 24.0  # a weight and rank of a matrix whose singular values are computed, in float64
 _DEQUANTIZING_OPERATIONS = 1_300.0  # a weight and training step, forward and backward; fitted likewise
-_PARTIAL_PASSES = 1.6  # what collecting the moments of four groups runs of a block, in forward passes
+_COMPRESSED_PASSES = 1.5  # all passes of the compressed batches through a block, each begun where the last one was
 _SENSITIVITY_PASSES = 4.0  # forward, and forward and backward
 
 
@@ -86,7 +86,7 @@ class BlockCosts:
         answer: forward pass in float32 of the answers of one batch of questions, a token each.
         spectra: second moments of what the first group reads, a token.
         values: singular values of the linears that become low-rank products.
-        moments: second and cross moments of all groups, partial forward passes included, a token.
+        moments: second and cross moments of all groups, with the passes through the compressed block, a token.
         quantize: all that is done with the weights of a block: targets, factors, search of the codes.
         baseline: rounding a block to the nearest.
         dense: making its compressed weights dense.
@@ -158,7 +158,7 @@ def block_costs_from_rates(
         answer=2.0 * weights * work.evaluation.rows / max(1, work.evaluation.answered) / exact_rate,
         spectra=2.0 * squares[0] / exact_rate,
         values=_SPECTRUM_OPERATIONS / 2 * low_rank / exact_rate,
-        moments=_PARTIAL_PASSES * forward + 4.0 * sum(squares) / exact_rate,
+        moments=_COMPRESSED_PASSES * forward + 4.0 * sum(squares) / exact_rate,
         quantize=(search * weights + _SPECTRUM_OPERATIONS * low_rank) / exact_rate,
         baseline=_SEARCH_OPERATIONS["rtn"] * weights / exact_rate,
         dense=_DEQUANTIZING_OPERATIONS / 3 * weights / exact_rate,
@@ -208,7 +208,7 @@ def stage_seconds(work: Workload, block: BlockCosts) -> dict[str, float]:
         + scored
         + count * (all_tokens * block.forward + work.tokens * block.spectra + block.values),
         "quantization": block.vision * work.images
-        + count * (work.tokens * (2 * block.forward + block.moments) + block.quantize),
+        + count * (work.tokens * (block.forward + block.moments) + block.quantize),
         "block tuning": tuning,
         "end to end": end_to_end,
     }

@@ -20,8 +20,16 @@ from casp_pl.kernels import head_divergence
 from casp_pl.layers import build_layer, materialized
 from casp_pl.linalg import GramSum
 from casp_pl.models.adapter import ModelAdapter, adapt
-from casp_pl.models.compress import BlockQuantization, collect_moments
-from casp_pl.models.streams import BlockBatch, autocast_to, first_block_batches, run_blocks, run_blocks_seeing
+from casp_pl.models.compress import BlockQuantization, LinearReport, collect_moments
+from casp_pl.models.streams import (
+    BlockBatch,
+    autocast_to,
+    closing_linears_of,
+    first_block_batches,
+    reach,
+    run_blocks,
+    run_blocks_seeing,
+)
 from casp_pl.modules import BlockwiseModule
 from casp_pl.modules.end_to_end import target_mask
 from casp_pl.modules.widening import widened
@@ -82,7 +90,7 @@ def measured_block_costs(
     forward = _repeated(lambda: run_blocks(block, inputs))
     exact = _repeated(lambda: run_blocks(block, plain)) if autocast is not None else forward
     _, references = run_blocks_seeing(block, inputs, probe.group_heads)
-    moments = _moments(probe, quantization, inputs, references)
+    moments, _ = _timed(lambda: _pass_through(probe, quantization, inputs, references))
     typical = _typical_block(plan, quantizer)
     large = sum(module.weights for module in typical) > _PARTS_ABOVE
     quantize, compressed = _quantized(probe, typical, quantization, quantizer, references, inputs, moments, large)
@@ -123,25 +131,37 @@ def _quantized(
     moments: float,
     large: bool,
 ) -> tuple[float, nn.Module]:
-    """Seconds for all that is done with the weights of a block, without its moments, and the block."""
+    """Seconds for all that is done with the weights of a block, without `_pass_through`, and the block."""
     quantizer.quantize(torch.randn(16, 64), torch.eye(64), bits=plans[-1].bits)  # loops are compiled at first use
     if large:
         seconds = extrapolated(partial(part_seconds, probe, plans, quantization, quantizer, references))
         return seconds, _empty_block(probe, plans, quantizer)
-    work = partial(quantization.compress_block, probe, probe.blocks[0], plans, quantizer, references, inputs)
+
+    def work() -> tuple[nn.Module, list[LinearReport]]:
+        own = [dict(seen) for seen in references]
+        block, reports, reached = quantization.compress_block(probe, probe.blocks[0], plans, quantizer, own, inputs)
+        with materialized(block):
+            run_blocks(block, reached)
+        return block, reports
+
     seconds, (compressed, reports) = _timed(work)
     return max(seconds - moments, sum(report.seconds for report in reports)), compressed
 
 
-def _moments(
+def _pass_through(
     probe: ModelAdapter,
     quantization: BlockQuantization,
     inputs: Sequence[BlockBatch],
     references: Sequence[dict[str, Tensor]],
-) -> float:
-    """Seconds for the moments of all groups of a block."""
-    collect = partial(collect_moments, probe.blocks[0], inputs, token_limit=quantization.token_limit)
-    return sum(_timed(partial(collect, [seen[head] for seen in references], head))[0] for head in probe.group_heads)
+) -> None:
+    """What a block's quantization does without touching its weights: moments of all groups, and its outputs."""
+    block = probe.blocks[0]
+    closing = closing_linears_of(block, inputs, probe.group_heads)
+    for head in probe.group_heads:
+        if head in closing:
+            inputs = reach(block, inputs, head, closing[head])
+        collect_moments(block, inputs, [seen[head] for seen in references], head, quantization.token_limit)
+    run_blocks(block, inputs)
 
 
 def _typical_block(plan: CompressionPlan, quantizer: Quantizer) -> tuple[ModulePlan, ...]:

@@ -89,7 +89,7 @@ def test_without_propagation_every_linear_is_quantized_on_its_own_inputs_in_sequ
     streams = first_block_batches(adapter, batches)
     original, recorder = adapter.blocks[0], Recorder()
     before = {name: tensor.clone() for name, tensor in original.state_dict().items()}
-    block, reports = BlockQuantization(propagation=0).compress_block(
+    block, reports, _ = BlockQuantization(propagation=0).compress_block(
         adapter, original, _plans(adapter, 0), recorder, _seen(adapter, original, streams), streams
     )
     expected, inputs = _dense_reference(adapter, original, streams)
@@ -168,7 +168,7 @@ def test_wrong_set_of_plans_is_refused(adapter: ModelAdapter, batches: list[dict
 def test_bits_of_every_module_are_those_of_the_plan(adapter: ModelAdapter, batches: list[dict[str, Any]]) -> None:
     streams = first_block_batches(adapter, batches)
     plans = _plans(adapter, 0, {"q_proj": 11, "k_proj": 9})
-    block, reports = BlockQuantization().compress_block(
+    block, reports, _ = BlockQuantization().compress_block(
         adapter,
         adapter.blocks[0],
         plans,
@@ -193,7 +193,7 @@ def test_group_sizes_go_by_name(adapter: ModelAdapter, batches: list[dict[str, A
     quantizer = GPTQQuantizer(group_size=16, group_sizes={"mlp": 9, "layers.1.self_attn.q_proj": 5, "down_proj": 24})
     sizes = {"gate_proj": 9, "up_proj": 9, "down_proj": 24, "q_proj": 5}
     seen = _seen(adapter, original, streams)
-    block, reports = BlockQuantization().compress_block(adapter, original, plans, quantizer, seen, streams)
+    block, reports, _ = BlockQuantization().compress_block(adapter, original, plans, quantizer, seen, streams)
     for plan, report, name in zip(plans, reports, adapter.linear_names, strict=True):
         layer, size = block.get_submodule(name), sizes.get(name.rsplit(".", 1)[-1], 16)
         parts = [layer] if plan.rank is None else [layer.input_factor, layer.output_factor]
@@ -235,7 +235,7 @@ def test_inputs_that_are_always_0_are_counted(adapter: ModelAdapter, batches: li
         block.post_attention_layernorm.weight[3:6] = 0
     streams = first_block_batches(adapter, batches)
     seen = _seen(adapter, block, streams)
-    _, reports = BlockQuantization().compress_block(adapter, block, _plans(adapter, 0), Recorder(), seen, streams)
+    _, reports, _ = BlockQuantization().compress_block(adapter, block, _plans(adapter, 0), Recorder(), seen, streams)
     dead = {report.name.rsplit(".", 1)[-1]: report.dead_columns for report in reports}
     assert dead == dict.fromkeys(BITS, 0) | {"gate_proj": 3, "up_proj": 3}
 
@@ -243,7 +243,7 @@ def test_inputs_that_are_always_0_are_counted(adapter: ModelAdapter, batches: li
 def test_query_and_key_get_factors_of_their_own_weights(adapter: ModelAdapter, batches: list[dict[str, Any]]) -> None:
     streams, original = first_block_batches(adapter, batches), adapter.blocks[0]
     plans = _plans(adapter, 0, {"q_proj": 48, "k_proj": 32}, q_proj=8, k_proj=8)
-    block, _ = BlockQuantization(propagation=0).compress_block(
+    block, _, _ = BlockQuantization(propagation=0).compress_block(
         adapter, original, plans, RTNQuantizer(group_size=8), _seen(adapter, original, streams), streams
     )
     for name in ("q_proj", "k_proj"):
@@ -259,11 +259,13 @@ def test_a_block_alone_is_the_block_in_its_turn(adapter: ModelAdapter, batches: 
     plans = [_plans(adapter, number, ranks, o_proj=4) for number in range(2)]
     streams = first_block_batches(adapter, batches)
     teacher, seen = run_blocks_seeing(adapter.blocks[0], streams, adapter.group_heads)
-    first, _ = quantization.compress_block(adapter, adapter.blocks[0], plans[0], quantizer, seen, streams)
+    first, _, _ = quantization.compress_block(adapter, adapter.blocks[0], plans[0], quantizer, seen, streams)
     student, seen = run_blocks(first, streams), _seen(adapter, adapter.blocks[1], teacher)
-    second, _ = quantization.compress_block(adapter, adapter.blocks[1], plans[1], quantizer, seen, student)
+    second, _, _ = quantization.compress_block(
+        adapter, adapter.blocks[1], plans[1], quantizer, [dict(one) for one in seen], student
+    )
     torch.manual_seed(99)  # the global generator has no say
-    alone, _ = BlockQuantization(seed=5).compress_block(
+    alone, _, _ = BlockQuantization(seed=5).compress_block(
         adapter, adapter.blocks[1], plans[1][::-1], copy.deepcopy(quantizer), seen, student
     )
     for name, tensor in second.state_dict().items():

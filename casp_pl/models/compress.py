@@ -61,11 +61,11 @@ class LinearReport:
 class Moments:
     """Means over tokens of a x_q x_q^T (I, I) and a x x_q^T (I, I): x_q a linear reads now, x in the original.
 
-    a is a token's weight, at most 1; see `token_weights`.
+    a is a token's weight, at most 1; see `token_weights`. `cross` is None where the original was not asked.
     """
 
     second: Tensor
-    cross: Tensor
+    cross: Tensor | None
 
 
 class FinishedLinears(Protocol):
@@ -106,6 +106,11 @@ class BlockQuantization:
         self.token_limit = token_limit
         self.seed = seed
 
+    @property
+    def follows_original(self) -> bool:
+        """Whether anything depends on what linears read in the original."""
+        return self.propagation > 0
+
     def compress_block(
         self,
         adapter: ModelAdapter,
@@ -126,11 +131,12 @@ class BlockQuantization:
             plans: of this block's linears, and of no others.
             quantizer: does the rounding.
             references: per batch what the first linear of every group reads in the original model, (N, I); see
-                `run_blocks_seeing` and `ModelAdapter.group_heads`. Taken out of them group by group.
+                `run_blocks_seeing` and `ModelAdapter.group_heads`. Taken out of them group by group; not looked at
+                unless `follows_original`.
             student: inputs of this block behind the compressed prefix, the same batches.
             finished: linears of this block that an earlier run made, and where those made now are kept.
             linear_done: is told of every linear of the block as it is done or found, and whether it was found.
-            keep: keeps where the passes of `student` begin anew.
+            keep: keeps where the passes of `student` begin anew, and what is read more than once.
 
         Returns:
             The block, one report per linear, and `student`, whose pass through the whole block takes less now.
@@ -144,7 +150,7 @@ class BlockQuantization:
         closing = closing_linears_of(block, student, adapter.group_heads)
         for group in adapter.linear_groups:
             group_plans = {name: by_name[name] for name in group}
-            inputs = [reference.pop(group[0]) for reference in references]
+            inputs = [reference.pop(group[0]) for reference in references] if self.follows_original else None
             if group[0] in closing:
                 with materialized(block):
                     student = reach(block, student, group[0], closing[group[0]], keep)
@@ -156,6 +162,7 @@ class BlockQuantization:
                 student,
                 finished or NothingFinished(),
                 linear_done or (lambda *_: None),
+                keep,
             )
             for name in group:
                 layer, report = done[name]
@@ -168,10 +175,11 @@ class BlockQuantization:
         block: nn.Module,
         plans: Mapping[str, ModulePlan],
         quantizer: Quantizer,
-        references: Sequence[Tensor],
+        references: Sequence[Tensor] | None,
         student: Sequence[BlockBatch],
         finished: FinishedLinears,
         linear_done: Callable[[LinearReport, bool], None],
+        keep: Keep,
     ) -> dict[str, tuple[Layer, LinearReport]]:
         """All linears of a group: found, or made and kept."""
         found = {name: done for name in plans if (done := finished.find(name)) is not None}
@@ -181,8 +189,8 @@ class BlockQuantization:
         if not missing:
             return found
         with materialized(block):  # all batches pass through what is compressed already
-            moments = collect_moments(block, student, references, next(iter(plans)), self.token_limit)
-        second, aim = moments.second, PropagationTarget(moments.cross, moments.second, self.propagation)
+            moments = collect_moments(block, student, references, next(iter(plans)), self.token_limit, keep)
+        second, aim = moments.second, self.aim(moments)
         del moments  # the cross moment of a wide linear is half as large as a block
         costs = {name: float(plan.shape[0] * plan.shape[1]) for name, plan in plans.items()}
         together = are_uneven(costs)
@@ -204,6 +212,12 @@ class BlockQuantization:
                 finished.add(name, *everyones[name])
                 linear_done(everyones[name][1], False)
         return found | everyones
+
+    def aim(self, moments: Moments) -> PropagationTarget | None:
+        """What makes targets of the weights that read one input; None if these are the targets."""
+        if moments.cross is None:
+            return None
+        return PropagationTarget(moments.cross, moments.second, self.propagation)
 
     def compress_linear(
         self,
@@ -251,8 +265,10 @@ class BlockQuantization:
         return layer, LinearReport(plan.name, loss, layer.bits_per_weight_codes, layer.bits_per_weight, seconds, dead)
 
 
-def _target(aim: PropagationTarget, weight: Tensor, together: bool) -> Tensor:
+def _target(aim: PropagationTarget | None, weight: Tensor, together: bool) -> Tensor:
     """What a linear with this weight (O, I) aims at."""
+    if aim is None:
+        return weight.detach().float()
     share = RowShare.of_products(len(weight), together)
     return share.join(aim.of(weight[share.own].float()))
 
@@ -261,35 +277,58 @@ def _target(aim: PropagationTarget, weight: Tensor, together: bool) -> Tensor:
 def collect_moments(
     block: nn.Module,
     student: Sequence[BlockBatch],
-    references: Sequence[Tensor],
+    references: Sequence[Tensor] | None,
     name: str,
     token_limit: float | None = None,
+    keep: Keep = in_memory,
 ) -> Moments:
     """Moments of the linear `name`, mean over the real tokens of all processes.
 
     Args:
         block: the block as far as it is compressed.
         student: its inputs behind the compressed prefix.
-        references: per batch what the linear reads in the original, (N, I).
+        references: per batch what the linear reads in the original, (N, I); None for no cross moment.
         name: the linear, relative to the block.
         token_limit: see `BlockQuantization`; what is typical is seen in `references`, and kept to by both inputs.
+            Without references it is seen in what the linear reads now.
+        keep: keeps that in the latter case.
     """
     linear = _dense_linear(block, name)
     width, device = linear.in_features, linear.weight.device
+    seen = (linear_inputs(block, batch, [name])[name] for batch in student)
+    if references is None:
+        return _second_moment([keep(inputs) for inputs in seen], width, device, token_limit)
     limit = energy_limit(references, token_limit, device)
-    second = GramSum(width, device)
-    cross = ProductSum(width, width, device)
-    tokens = torch.zeros((), dtype=torch.int64, device=device)
-    for batch, reference in zip(student, references, strict=True):
-        inputs = linear_inputs(block, batch, [name])[name].float()
+    second, cross = GramSum(width, device), ProductSum(width, width, device)
+    tokens = 0
+    for inputs, reference in zip(seen, references, strict=True):
+        inputs = inputs.float()
         reference = reference.to(inputs)
         roots = root_weights(limit, inputs, reference).to(inputs)
         with full_width_products():
             second.add(inputs.mul_(roots))
             cross.add(reference, inputs.mul_(roots))  # the whole weight is on one side now: no copy of the other
         tokens += len(inputs)
-    count = sum_of_all(tokens)
-    return Moments(*(total.narrow(lambda strip: sum_of_all(strip).div_(count)) for total in (second, cross)))
+    mean = _mean_over(tokens, device)
+    return Moments(second.narrow(mean), cross.narrow(mean))
+
+
+def _second_moment(seen: Sequence[Tensor], width: int, device: torch.device, token_limit: float | None) -> Moments:
+    """Of what a linear reads (N, I) batch by batch, where nothing else is asked."""
+    limit = energy_limit(seen, token_limit, device)
+    second = GramSum(width, device)
+    for inputs in seen:
+        inputs = inputs.to(device, torch.float32, copy=True)
+        roots = root_weights(limit, inputs).to(inputs)
+        with full_width_products():
+            second.add(inputs.mul_(roots))
+    return Moments(second.narrow(_mean_over(sum(map(len, seen)), device)), None)
+
+
+def _mean_over(tokens: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Makes a sum over this process's tokens the mean over those of all."""
+    count = sum_of_all(torch.tensor(tokens, device=device))
+    return lambda total: sum_of_all(total).div_(count)
 
 
 @torch.no_grad()

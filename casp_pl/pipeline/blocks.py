@@ -77,7 +77,8 @@ def quantize_blocks(
         for number in numbers:
             block_done(number, _recall(run, adapter, number, linear_done)[1])
         return
-    teacher = student = first_block_batches(adapter, batches, autocast, keep)
+    student = first_block_batches(adapter, batches, autocast, keep)
+    teacher = student if quantization.follows_original else []
     with adapter.blocks_alone():
         originals = adapter.originals()
         for number in numbers:
@@ -88,17 +89,9 @@ def quantize_blocks(
                 block, reports = _recall(run, adapter, number, linear_done)
             else:
                 teacher, references = run_blocks_seeing(original, teacher, adapter.group_heads, keep)
-                finished = LinearFiles(run, number, adapter.device)
+                finished, plans = LinearFiles(run, number, adapter.device), plan.of_block(number)
                 block, reports, student = quantization.compress_block(
-                    adapter,
-                    original,
-                    plan.of_block(number),
-                    quantizer,
-                    references,
-                    student,
-                    finished,
-                    linear_done,
-                    keep,
+                    adapter, original, plans, quantizer, references, student, finished, linear_done, keep
                 )
                 del references
                 block.requires_grad_(False)

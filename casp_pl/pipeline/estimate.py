@@ -164,6 +164,7 @@ def workload(settings: RunSettings, adapter: ModelAdapter) -> Workload:
         images=counts["image_samples"],
         held_back_tokens=round(a_sample * counts["held_back_samples"]),
         batch_tokens=batch_tokens,
+        follows_original=settings.quantization.follows_original,
         scored_tokens=SENSITIVITY_BATCHES * batch_tokens if settings.bits.score == "sensitivity" else 0,
         evaluation=settings.evaluation.work,
         tuning_epochs=settings.block_tuning.get("epochs", 0),

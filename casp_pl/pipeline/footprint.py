@@ -29,8 +29,7 @@ class BlockShape:
         weights: of the linears of one block.
         hidden: width of the residual stream.
         widest: largest number of inputs of a linear.
-        kept_inputs: inputs of linear groups of one block that are kept at once while it is compressed, see
-            `BlockQuantization.compress_block`.
+        groups: inputs of every linear group of a block, and whether it is one linear, which may close a submodule.
         model_bytes: of the original model's parameters.
         vocabulary: rows of the output head.
         itemsize: bytes of a number that is computed with.
@@ -40,7 +39,7 @@ class BlockShape:
     weights: int
     hidden: int
     widest: int
-    kept_inputs: int
+    groups: tuple[tuple[int, bool], ...]
     model_bytes: int
     vocabulary: int
     itemsize: int
@@ -60,23 +59,11 @@ class BlockShape:
             weights=sum(o * i for o, i in widths.values()),
             hidden=widths[adapter.linear_names[0]][1],
             widest=max(i for _, i in widths.values()),
-            kept_inputs=_kept_inputs([(widths[group[0]][1], len(group) == 1) for group in adapter.linear_groups]),
+            groups=tuple((widths[group[0]][1], len(group) == 1) for group in adapter.linear_groups),
             model_bytes=sum(parameter.nbytes for parameter in adapter.model.parameters()),
             vocabulary=adapter.head.weight.shape[0],
             itemsize=adapter.model.dtype.itemsize,
         )
-
-
-def _kept_inputs(groups: Sequence[tuple[int, bool]]) -> int:
-    """Of the original those that are still to come, of the compressed block those of closing linears reached.
-
-    Args:
-        groups: width of a group, and whether it is a linear that may close a submodule, in the order of work.
-    """
-    return max(
-        sum(width for width, _ in groups[number:]) + sum(width for width, closes in groups[: number + 1] if closes)
-        for number in range(len(groups))
-    )
 
 
 def stage_memory(
@@ -116,15 +103,27 @@ def kept_activations(shape: BlockShape, work: Workload, dtype: torch.dtype) -> d
     """Bytes by stage of what an `ActivationStore` is given and keeps at once; a stage without any is left out."""
     state = shape.hidden * _FLOAT  # of a token between two blocks: of the original, of the compressed prefix, before it
     all_tokens = work.tokens + work.held_back_tokens
-    kept = {
-        "calibration": work.tokens * state,
-        "quantize": work.tokens * (3 * state + shape.kept_inputs * dtype.itemsize),
-    }
+    states = 3 if work.follows_original else 2
+    inputs = _kept_inputs(shape.groups, work.follows_original) * dtype.itemsize
+    kept = {"calibration": work.tokens * state, "quantize": work.tokens * (states * state + inputs)}
     if work.tuning_epochs:
         kept["block tuning"] = 3 * all_tokens * state
     if work.steps:
         kept["end to end"] = 2 * (work.taught_tokens + work.held_back_tokens) * state + teacher_bytes(shape, work)
     return kept
+
+
+def _kept_inputs(groups: Sequence[tuple[int, bool]], follows_original: bool) -> int:
+    """Inputs of a block's linear groups that `BlockQuantization.compress_block` keeps at once, of a token.
+
+    Of the compressed block those of closing linears that were reached. Of the original those that are still to come;
+    where it is not followed, what the group at work reads now.
+    """
+    return max(
+        sum(width for width, closes in groups[: number + 1] if closes)
+        + sum(width for width, _ in (groups[number:] if follows_original else groups[number : number + 1]))
+        for number in range(len(groups))
+    )
 
 
 def teacher_bytes(shape: BlockShape, work: Workload) -> int:

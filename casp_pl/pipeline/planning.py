@@ -43,6 +43,7 @@ class Workload:
         images: images of the calibration.
         held_back_tokens: tokens that fine-tuning is stopped by.
         batch_tokens: tokens of one batch of training.
+        follows_original: whether calibration passes through the original too while blocks are quantized.
         scored_tokens: of these and those of calibration, tokens whose gradient tells how much linears matter.
         evaluation: what one evaluation computes.
         tuning_epochs: passes of the block tuning; 0 leaves it out.
@@ -60,6 +61,7 @@ class Workload:
     images: int
     held_back_tokens: int
     batch_tokens: int
+    follows_original: bool
     scored_tokens: int
     evaluation: EvaluationWork
     tuning_epochs: int
@@ -86,7 +88,8 @@ class BlockCosts:
         answer: forward pass in float32 of the answers of one batch of questions, a token each.
         spectra: second moments of what the first group reads, a token.
         values: singular values of the linears that become low-rank products.
-        moments: second and cross moments of all groups, with the passes through the compressed block, a token.
+        moments: second and, where the original is followed, cross moments of all groups, with the passes through the
+            compressed block, a token.
         quantize: all that is done with the weights of a block: targets, factors, search of the codes.
         baseline: rounding a block to the nearest.
         dense: making its compressed weights dense.
@@ -158,7 +161,7 @@ def block_costs_from_rates(
         answer=2.0 * weights * work.evaluation.rows / max(1, work.evaluation.answered) / exact_rate,
         spectra=2.0 * squares[0] / exact_rate,
         values=_SPECTRUM_OPERATIONS / 2 * low_rank / exact_rate,
-        moments=_COMPRESSED_PASSES * forward + 4.0 * sum(squares) / exact_rate,
+        moments=_COMPRESSED_PASSES * forward + 2.0 * (1 + work.follows_original) * sum(squares) / exact_rate,
         quantize=(search * weights + _SPECTRUM_OPERATIONS * low_rank) / exact_rate,
         baseline=_SEARCH_OPERATIONS["rtn"] * weights / exact_rate,
         dense=_DEQUANTIZING_OPERATIONS / 3 * weights / exact_rate,
@@ -208,7 +211,7 @@ def stage_seconds(work: Workload, block: BlockCosts) -> dict[str, float]:
         + scored
         + count * (all_tokens * block.forward + work.tokens * block.spectra + block.values),
         "quantization": block.vision * work.images
-        + count * (work.tokens * (block.forward + block.moments) + block.quantize),
+        + count * (work.tokens * (work.follows_original * block.forward + block.moments) + block.quantize),
         "block tuning": tuning,
         "end to end": end_to_end,
     }

@@ -160,7 +160,8 @@ def _pass_through(
     for head in probe.group_heads:
         if head in closing:
             inputs = reach(block, inputs, head, closing[head])
-        collect_moments(block, inputs, [seen[head] for seen in references], head, quantization.token_limit)
+        seen = [seen[head] for seen in references] if quantization.follows_original else None
+        collect_moments(block, inputs, seen, head, quantization.token_limit)
     run_blocks(block, inputs)
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from casp_pl.allocation import ModulePlan
-from casp_pl.linalg import PropagationTarget, whitened_spectrum
+from casp_pl.linalg import whitened_spectrum
 from casp_pl.models.adapter import ModelAdapter
-from casp_pl.models.compress import BlockQuantization
+from casp_pl.models.compress import BlockQuantization, Moments
 from casp_pl.quantizers import AQLMQuantizer, Quantizer
 
 __all__ = ["SHARES", "extrapolated", "part_seconds", "spectrum_seconds"]
@@ -57,12 +57,13 @@ def part_seconds(
     for group in probe.linear_groups:
         moment = _moment(references, group[0], share)
         start = time.perf_counter()
-        aim = PropagationTarget(moment, moment, quantization.propagation)
+        aim = quantization.aim(Moments(moment, moment if quantization.follows_original else None))
         for name in group:
             linear, plan = _part(probe, name, share), by_name[name]
             rank = None if plan.rank is None else _width(plan.rank, share)
             part = replace(plan, shape=(linear.out_features, linear.in_features), rank=rank)
-            quantization.compress_linear(linear, aim.of(linear.weight), part, _for_part(quantizer, plan, share), moment)
+            target = linear.weight if aim is None else aim.of(linear.weight)
+            quantization.compress_linear(linear, target, part, _for_part(quantizer, plan, share), moment)
         total += time.perf_counter() - start
     return total
 

@@ -90,7 +90,7 @@ def test_without_propagation_every_linear_is_quantized_on_its_own_inputs_in_sequ
     original, recorder = adapter.blocks[0], Recorder()
     before = {name: tensor.clone() for name, tensor in original.state_dict().items()}
     block, reports, _ = BlockQuantization(propagation=0).compress_block(
-        adapter, original, _plans(adapter, 0), recorder, _seen(adapter, original, streams), streams
+        adapter, original, _plans(adapter, 0), recorder, [], streams
     )
     expected, inputs = _dense_reference(adapter, original, streams)
     for (weight, moment, _), name, x in zip(recorder.calls, adapter.linear_names, inputs, strict=True):

@@ -61,6 +61,23 @@ def test_moments_of_a_block_with_a_huge_token(adapter: ModelAdapter, batches: li
         torch.testing.assert_close(moment.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
+def test_moments_of_what_a_linear_reads_alone(adapter: ModelAdapter, batches: list[dict[str, Any]]) -> None:
+    """Where the original is not asked, what is typical is seen here, and what was seen stays as it is."""
+    streams, name = first_block_batches(adapter, batches), "mlp.down_proj"
+    block, kept = adapter.blocks[0], []
+    moments = collect_moments(block, streams, None, name, 0.7, lambda inputs: kept.append(inputs) or inputs)
+    seen = [linear_inputs(block, stream, [name])[name] for stream in streams]
+    assert all(torch.equal(one, other) for one, other in zip(kept, seen, strict=True))
+    x = torch.cat(seen).double()
+    energies = x.square().sum(dim=1)
+    weights = (0.7 * energies.log().mean().exp() / energies).clamp(max=1)
+    assert (weights < 0.9).any()
+    assert (weights == 1).any()
+    expected = (x * weights[:, None]).T @ x / len(x)
+    torch.testing.assert_close(moments.second.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    assert moments.cross is None
+
+
 def test_a_huge_token_no_longer_spoils_the_others() -> None:
     tokens, weight = _tokens(400, 48), _tokens(20, 48)
     tokens[0] = 1e3 * torch.sign(tokens[0])

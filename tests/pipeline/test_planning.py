@@ -35,6 +35,7 @@ WORK = Workload(
     images=20,
     held_back_tokens=100,
     batch_tokens=250,
+    follows_original=True,
     scored_tokens=0,
     evaluation=EvaluationWork(tokens=500, images=5, passes=30, answered=6, rows=60, scored=400),
     tuning_epochs=2,
@@ -93,13 +94,22 @@ def test_stages_are_sums_of_what_is_measured() -> None:
         "moments": {"quantization": 2 * 1000},
         "train": {"block tuning": 2 * 2 * 4, "end to end": 2 * 10},
         "head": {"end to end": 10},
-        "forward": {"calibration": 2 * 1100, "quantization": 2 * 2 * 1000, "block tuning": 2 * tuning_passes,
+        "forward": {"calibration": 2 * 1100, "quantization": 2 * 1000, "block tuning": 2 * tuning_passes,
                     "end to end": 2 * step_passes},
     }  # fmt: skip
     for part, stages in expected.items():
         block = BlockCosts(**{**nothing, part: 1.0})
         found = {stage: time for stage, time in stage_seconds(WORK, block).items() if time}
         assert found == pytest.approx(stages), part
+
+
+def test_without_propagation_the_original_is_passed_through_once_less(adapter: ModelAdapter) -> None:
+    alone = replace(WORK, follows_original=False)
+    both, one = costs(adapter), costs(adapter, alone)
+    widths = [adapter.shapes(0)[head][1] for head in adapter.group_heads]
+    assert both.moments - one.moments == pytest.approx(2 * sum(width**2 for width in widths) / 1e9)
+    spared = stage_seconds(WORK, one)["quantization"] - stage_seconds(alone, one)["quantization"]
+    assert spared == pytest.approx(2 * 1000 * one.forward)
 
 
 def test_half_precision_shortens_all_but_evaluation(adapter: ModelAdapter) -> None:

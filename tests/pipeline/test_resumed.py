@@ -123,3 +123,20 @@ def test_a_run_stopped_in_every_stage(
     assert again["work_seconds"] == work
     assert again["stages"] == report["stages"]
     assert again["modules"] == report["modules"]
+
+
+@pytest.mark.slow
+def test_a_run_without_propagation_goes_on_inside_a_block(
+    recipe: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["fit", *(word.replace("llava_aqlm", "llava_gptq") for word in recipe), "--quantization.propagation", "0"]
+    command += ["--block_tuning.epochs", "0", "--end_to_end.steps", "0", "--evaluation.questions", "4"]
+    command += ["--evaluation.text_tokens", "64"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, LinearFiles, "add", 10)
+        assert main([*command, "--run_dir", str(tmp_path / "stopped")]) == 143
+    models = []
+    for name in ("stopped", "whole"):
+        assert main([*command, "--run_dir", str(tmp_path / name)]) == 0
+        models.append((tmp_path / name / "model" / "model.safetensors").read_bytes())
+    assert models[0] == models[1]

@@ -51,12 +51,16 @@ def closing_linears(block: nn.Module, names: Sequence[str], run: Callable[[], An
         names: relative to it.
         run: passes something through it.
     """
-    given: dict[str, Any] = {}
+    given: dict[str, tuple[Any, int | None]] = {}  # with the version, which every change in place raises
+
+    def note(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            given[name] = output, getattr(output, "_version", None)
+
+        return hook
+
     watched = {*names, *filter(None, map(_parent, names))}
-    handles = [
-        block.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: given.update({name: output}))
-        for name in watched
-    ]
+    handles = [block.get_submodule(name).register_forward_hook(note(name)) for name in watched]
     try:
         run()
     finally:
@@ -64,9 +68,10 @@ def closing_linears(block: nn.Module, names: Sequence[str], run: Callable[[], An
             handle.remove()
     closing: dict[str, int | None] = {}
     for name in names:
-        output = given.get(_parent(name))
+        own, version = given[name]
+        output, _ = given.get(_parent(name), (None, None))
         first, *others = output if isinstance(output, tuple) else (output,)
-        if first is given[name] and all(other is None for other in others):
+        if first is own and own._version == version and all(other is None for other in others):
             closing[name] = len(others) if isinstance(output, tuple) else None
     return closing
 

@@ -7,7 +7,7 @@ ones, but for the search of AQLM's codes, whose rounds end when the loss stops f
 import copy
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -90,7 +90,8 @@ def measured_block_costs(
     forward = _repeated(lambda: run_blocks(block, inputs))
     exact = _repeated(lambda: run_blocks(block, plain)) if autocast is not None else forward
     _, references = run_blocks_seeing(block, inputs, probe.group_heads)
-    moments, _ = _timed(lambda: _pass_through(probe, quantization, inputs, references))
+    closing = closing_linears_of(block, inputs, probe.group_heads)  # once a block, not a batch: told with the weights
+    moments, _ = _timed(lambda: _pass_through(probe, quantization, inputs, references, closing))
     typical = _typical_block(plan, quantizer)
     large = sum(module.weights for module in typical) > _PARTS_ABOVE
     quantize, compressed = _quantized(probe, typical, quantization, quantizer, references, inputs, moments, large)
@@ -153,10 +154,10 @@ def _pass_through(
     quantization: BlockQuantization,
     inputs: Sequence[BlockBatch],
     references: Sequence[dict[str, Tensor]],
+    closing: Mapping[str, int | None],
 ) -> None:
     """What a block's quantization does without touching its weights: moments of all groups, and its outputs."""
     block = probe.blocks[0]
-    closing = closing_linears_of(block, inputs, probe.group_heads)
     for head in probe.group_heads:
         if head in closing:
             inputs = reach(block, inputs, head, closing[head])

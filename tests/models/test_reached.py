@@ -102,12 +102,14 @@ def test_attention_is_not_computed_again(adapter: ModelAdapter, batches: list[di
 class Halved(nn.Module):
     """An MLP whose output is not that of its down_proj."""
 
-    def __init__(self, mlp: Any, others: tuple[Tensor, ...]) -> None:
+    def __init__(self, mlp: Any, others: tuple[Tensor, ...], *, in_place: bool = False) -> None:
         super().__init__()
-        self.up_proj, self.down_proj, self.others = mlp.up_proj, mlp.down_proj, others
+        self.up_proj, self.down_proj, self.others, self.in_place = mlp.up_proj, mlp.down_proj, others, in_place
 
     def forward(self, x: Tensor) -> Any:
         output = self.down_proj(self.up_proj(x).relu())
+        if self.in_place:
+            return output.div_(2)
         return (output, *self.others) if self.others else output / 2
 
 
@@ -127,8 +129,9 @@ def test_a_submodule_that_gives_more_than_its_last_linear_is_not_closed(
 ) -> None:
     block = adapter.blocks[0]
     streams, mlp = first_block_batches(adapter, batches), block.mlp
-    block.mlp = Halved(mlp, ())
-    assert list(closing_linears_of(block, streams, ["self_attn.o_proj", "mlp.down_proj"])) == ["self_attn.o_proj"]
+    for in_place in (False, True):
+        block.mlp = Halved(mlp, (), in_place=in_place)
+        assert list(closing_linears_of(block, streams, ["self_attn.o_proj", "mlp.down_proj"])) == ["self_attn.o_proj"]
     block.mlp = FirstOf(Halved(mlp, (torch.ones(1),)))
     assert closing_linears_of(block, streams, ["mlp.inner.down_proj"]) == {}
     block.mlp = FirstOf(Halved(mlp, (None,)))  # type: ignore[arg-type]

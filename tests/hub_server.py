@@ -6,6 +6,7 @@ prints its port, and `METHOD PATH RANGE` of every request on standard error.
 
 import hashlib
 import json
+import os
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -28,7 +29,8 @@ class Hub(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: object) -> None:
-        print(self.command, self.path, self.headers.get("Range", "-"), file=sys.stderr, flush=True)
+        line = f"{self.command} {self.path} {self.headers.get('Range', '-')}\n"
+        os.write(sys.stderr.fileno(), line.encode())  # at once: each request has a thread, and print writes in pieces
 
     def do_HEAD(self) -> None:
         self.do_GET()

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from casp_pl.linalg import full_width_matmul, full_width_product
+
 __all__ = ["linear", "rebuilt_linear", "row_tiles"]
 
 _TILE_BYTES = 16 << 20
@@ -28,7 +30,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear in the dtype of x, whatever that of the weight; under autocast in that of autocast."""
     if torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    with full_width_product(x.numel() * len(weight)):
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def row_tiles(out_features: int, in_features: int, device: torch.device) -> list[slice]:
@@ -99,10 +102,10 @@ class _Product(torch.autograd.Function):
             with torch.enable_grad():
                 weight = ctx.weight(tile)
             if ctx.needs_input_grad[0]:
-                part = own @ weight.detach().to(own.dtype)
+                part = full_width_matmul(own, weight.detach().to(own.dtype))
                 of_x = part.to(_wide(part.dtype)) if of_x is None else of_x.add_(part)
             if wanted:
-                found = torch.autograd.grad(weight, wanted, (own.T @ inputs).to(weight.dtype))
+                found = torch.autograd.grad(weight, wanted, full_width_matmul(own.T, inputs).to(weight.dtype))
                 for total, summand in zip(sums, found, strict=True):
                     total += summand
         of_tables = (total.to(table.dtype) for total, table in zip(sums, wanted, strict=True))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from casp_pl.kernels.additive import AdditiveIndex
+from casp_pl.linalg.products import full_width_matmul
 from casp_pl.processes import sum_in_order
 
 __all__ = ["conjugate_gradients", "fit_codebooks"]
@@ -82,8 +83,8 @@ def fit_codebooks(
         return sum_parts(codes.scatter_parts(rows, scales))
 
     def normal_equations(codebooks: Tensor) -> Tensor:
-        return scatter(codes.gather(codebooks, scales) @ moment)
+        return scatter(full_width_matmul(codes.gather(codebooks, scales), moment))
 
-    residual = scatter(weight_moment - codes.gather(start, scales) @ moment)
+    residual = scatter(weight_moment - full_width_matmul(codes.gather(start, scales), moment))
     own = scatter((scales * moment.diagonal()).contiguous())
     return start + conjugate_gradients(normal_equations, residual, own, iterations=iterations)

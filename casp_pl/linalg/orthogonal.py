@@ -23,6 +23,7 @@ from torch import Tensor
 
 from casp_pl.linalg.hadamard import hadamard_matrix, is_constructible
 from casp_pl.linalg.hadamard_extension import extension_name, extension_transform, runs_extension, takes_extension
+from casp_pl.linalg.products import full_width_product
 
 __all__ = [
     "TransformOrders",
@@ -85,7 +86,8 @@ def transform_rows(x: Tensor, *, inverse: bool = False) -> Tensor:
     if transform_path(width, x.device, x.dtype) != "gemm":
         return extension_transform(x)  # Sylvester's matrix is symmetric: it is its own inverse
     outer, inner = _factors(width, x.dtype, x.device, inverse)
-    return (outer @ (x.reshape(-1, len(outer), len(inner)) @ inner.T)).reshape(x.shape)
+    with full_width_product(x.numel() * len(inner)):
+        return (outer @ (x.reshape(-1, len(outer), len(inner)) @ inner.T)).reshape(x.shape)
 
 
 def transform_columns(x: Tensor, *, inverse: bool = False) -> Tensor:
@@ -94,8 +96,9 @@ def transform_columns(x: Tensor, *, inverse: bool = False) -> Tensor:
     if transform_path(width, x.device, x.dtype) != "gemm":
         return extension_transform(x.T.contiguous()).T
     outer, inner = _factors(width, x.dtype, x.device, inverse)
-    mixed = outer @ x.reshape(len(outer), -1)
-    return (inner @ mixed.view(len(outer), len(inner), -1)).view(x.shape)
+    with full_width_product(x.numel() * len(inner)):
+        mixed = outer @ x.reshape(len(outer), -1)
+        return (inner @ mixed.view(len(outer), len(inner), -1)).view(x.shape)
 
 
 @lru_cache(maxsize=64)

@@ -1,15 +1,17 @@
 """Large fp32 matrix products at the full width of a CPU."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["GramSum", "ProductSum", "full_width_products"]
+__all__ = ["GramSum", "ProductSum", "full_width_matmul", "full_width_product", "full_width_products"]
 
 _ROWS = 512  # of a sum of products that are computed at once
+_WORTH = 1 << 21  # multiplications of a product from which on it gains, by measurement: a Zen 5, one and two threads
 
 
 @contextmanager
@@ -21,16 +23,32 @@ def full_width_products() -> Iterator[None]:
     vector). Torch goes to oneDNN where the precision of the products may be lowered to bf16. oneDNN makes use of that
     only where it finds AMX, so there, and without AVX-512, nothing is changed.
     """
-    capabilities = torch.cpu.get_capabilities()
     mkldnn: Any = torch.backends.mkldnn  # a module that replaces itself, so mypy does not know its attributes
     settings = mkldnn.matmul
     before = settings.fp32_precision
-    if capabilities.get("avx512_f", False) and not capabilities.get("amx_tile", False):
+    if _is_fp32_all_the_same():
         settings.fp32_precision = "bf16"
     try:
         yield
     finally:
         settings.fp32_precision = before
+
+
+def full_width_product(multiplications: int) -> AbstractContextManager[None]:
+    """`full_width_products` for one product, if it takes so many multiplications that it gains."""
+    return full_width_products() if multiplications >= _WORTH else nullcontext()
+
+
+def full_width_matmul(left: Tensor, right: Tensor) -> Tensor:
+    """Left @ right by way of `full_width_product`."""
+    with full_width_product(left.numel() * right.shape[-1]):
+        return left @ right
+
+
+@lru_cache(maxsize=1)
+def _is_fp32_all_the_same() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_f", False) and not capabilities.get("amx_tile", False))
 
 
 class ProductSum:

@@ -7,7 +7,7 @@ ones, but for the search of AQLM's codes, whose rounds end when the loss stops f
 import copy
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -90,8 +90,7 @@ def measured_block_costs(
     forward = _repeated(lambda: run_blocks(block, inputs))
     exact = _repeated(lambda: run_blocks(block, plain)) if autocast is not None else forward
     _, references = run_blocks_seeing(block, inputs, probe.group_heads)
-    closing = closing_linears_of(block, inputs, probe.group_heads)  # once a block, not a batch: told with the weights
-    moments, _ = _timed(lambda: _pass_through(probe, quantization, inputs, references, closing))
+    moments = _passing_through(probe, quantization, inputs, references)
     typical = _typical_block(plan, quantizer)
     large = sum(module.weights for module in typical) > _PARTS_ABOVE
     quantize, compressed = _quantized(probe, typical, quantization, quantizer, references, inputs, moments, large)
@@ -132,7 +131,7 @@ def _quantized(
     moments: float,
     large: bool,
 ) -> tuple[float, nn.Module]:
-    """Seconds for all that is done with the weights of a block, without `_pass_through`, and the block."""
+    """Seconds for all that is done with the weights of a block, without `_passing_through`, and the block."""
     quantizer.quantize(torch.randn(16, 64), torch.eye(64), bits=plans[-1].bits)  # loops are compiled at first use
     if large:
         seconds = extrapolated(partial(part_seconds, probe, plans, quantization, quantizer, references))
@@ -149,21 +148,26 @@ def _quantized(
     return max(seconds - moments, sum(report.seconds for report in reports)), compressed
 
 
-def _pass_through(
+def _passing_through(
     probe: ModelAdapter,
     quantization: BlockQuantization,
     inputs: Sequence[BlockBatch],
     references: Sequence[dict[str, Tensor]],
-    closing: Mapping[str, int | None],
-) -> None:
-    """What a block's quantization does without touching its weights: moments of all groups, and its outputs."""
+) -> float:
+    """Seconds for what a block's quantization does without its weights: moments of all groups, and its outputs."""
     block = probe.blocks[0]
-    for head in probe.group_heads:
-        if head in closing:
-            inputs = reach(block, inputs, head, closing[head])
-        seen = [seen[head] for seen in references] if quantization.follows_original else None
-        collect_moments(block, inputs, seen, head, quantization.token_limit)
-    run_blocks(block, inputs)
+    closing = closing_linears_of(block, inputs, probe.group_heads)  # once a block, not a batch: told with the weights
+
+    def work() -> None:
+        reached = inputs
+        for head in probe.group_heads:
+            if head in closing:
+                reached = reach(block, reached, head, closing[head])
+            seen = [seen[head] for seen in references] if quantization.follows_original else None
+            collect_moments(block, reached, seen, head, quantization.token_limit)
+        run_blocks(block, reached)
+
+    return _timed(work)[0]
 
 
 def _typical_block(plan: CompressionPlan, quantizer: Quantizer) -> tuple[ModulePlan, ...]:

@@ -18,6 +18,7 @@ from casp_pl.linalg.cholesky import safe_cholesky
 from casp_pl.linalg.codebook_cg import fit_codebooks
 from casp_pl.linalg.kmeans import assign_entries, metric_kmeans
 from casp_pl.linalg.moments import in_units, moment_unit
+from casp_pl.linalg.products import full_width_matmul
 from casp_pl.processes import RowShare
 from casp_pl.quantizers.additive_codes import conditional_metrics, feedback_codes, sweep_codes
 from casp_pl.quantizers.additive_formats import DEFAULT_FORMATS, AdditiveFormat, choose_format, parse_formats
@@ -208,14 +209,14 @@ class AQLMQuantizer(Quantizer):
 
         Weight, codes and scales are those of the own rows; O is their number.
         """
-        weight_moment, before = weight @ moment, float("inf")
+        weight_moment, before = full_width_matmul(weight, moment), float("inf")
         for _ in range(self.max_rounds):
             rows, bounds = self._sample(share, codebooks.numel() / weight.shape[1], generator, weight.device)
             index = _by_row(codes[:, :, rows], codebooks, bounds)
             given = (weight_moment[rows], moment, index, scales[rows], codebooks)
             codebooks = fit_codebooks(*given, iterations=self.cg_iterations, sum_parts=share.sum)
             decoded = _by_row(codes, codebooks).gather(codebooks, torch.ones_like(scales))
-            decoded_moment = decoded @ moment
+            decoded_moment = full_width_matmul(decoded, moment)
             scales = _best_scales(weight_moment, decoded, decoded_moment)
             error = decoded.mul_(-scales).add_(weight)
             rest = decoded_moment.mul_(-scales).add_(weight_moment)

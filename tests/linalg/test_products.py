@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from casp_pl.linalg import GramSum, ProductSum, full_width_products
+from casp_pl.linalg import GramSum, ProductSum, full_width_product, full_width_products
 
 
 @pytest.mark.parametrize("shape", [(300, 257, 129), (64, 2048, 96), (1, 576, 577)])
@@ -47,3 +47,15 @@ def test_the_setting_is_put_back_also_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), full_width_products():
         raise ZeroDivisionError
     assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_only_a_large_product_is_worth_the_setting() -> None:
+    def setting(multiplications: int) -> str:
+        with full_width_product(multiplications):
+            return str(torch.backends.mkldnn.matmul.fp32_precision)
+
+    with full_width_products():
+        wide = str(torch.backends.mkldnn.matmul.fp32_precision)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    assert setting(64 * 64 * 256) == before
+    assert setting(576 * 576 * 64) == wide

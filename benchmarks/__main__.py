@@ -26,6 +26,7 @@ PARTS: dict[str, tuple[list[str] | None, list[str]]] = {
     "aqlm": (["--blocks", "15", "--tokens", "8192"], []),
     "aqlm random": (None, ["--random", "4096x4096", "11008x4096", "--rounds", "1", "--repeats", "1"]),
     "shares": ([], ["--blocks", "0", "15", "29", "--tokens", "32768"]),
+    "shares random": (None, ["--random", "4096x4096"]),
     "whole_model": (None, ["--methods", "gptq", "quip", "aqlm_2x8"]),
     "peers gptqmodel": (None, []),
     "peers auto-round": (None, []),

@@ -1,14 +1,14 @@
 """Where the time of the quantizers goes, and how much of it is products of matrices at the rate of this machine.
 
-usage: python -m benchmarks.shares [--blocks 15] [--tokens 8192] [--threads 1]
+usage: python -m benchmarks.shares [--blocks 15 | --random 4096x4096] [--tokens 8192] [--threads 1]
 
-CPU seconds of all linears of the blocks are those of a pass that nothing watches. Shares are of these. `at rate` is the
-one in which large products of the same dtypes would do as many operations as the products here: the part of the time
-that is matrix multiplication at this machine's rate. A second pass goes through a dispatch mode, which keeps sums and
-no events: `products` is the share that torch's matrix products take, `loops` what numba compiled (`casp_pl.kernels`),
-`other` everything else, Python included. Each call takes some microseconds longer there, so the ten longest, which are
-listed below the table with their calls, are a little too long where there are many. Both passes get new second moments
-and factorise them; linears that read the same input share one, as in a fit.
+CPU seconds of all linears of the blocks, or of random matrices instead, are those of a pass that nothing watches.
+Shares are of these. `at rate` is the one in which large products of the same dtypes would do as many operations as the
+products here: the part of the time that is matrix multiplication at this machine's rate. A second pass goes through a
+dispatch mode, which keeps sums and no events: `products` is the share that torch's matrix products take, `loops` what
+numba compiled (`casp_pl.kernels`), `other` everything else, Python included. Each call takes some microseconds longer
+there, so the ten longest, which are listed below the table with their calls, are a little too long where there are
+many. Both passes get new second moments and factorise them; linears that read the same input share one, as in a fit.
 """
 
 import argparse
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.aqlm import cases
 from benchmarks.clock import gemm_rate, timed
 from benchmarks.cold import with_fresh_moments
 from benchmarks.growth import QUANTIZERS
-from benchmarks.matrices import real_matrices
 from casp_pl.callbacks.report_markdown import markdown_table
 from casp_pl.quantizers import Quantizer
 
@@ -141,9 +141,10 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=[15])
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--random", nargs="+", default=[], metavar="ROWSxCOLUMNS")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    matrices = list(real_matrices(options.blocks, options.tokens).values())
+    matrices = [(weight, moment) for _, weight, moment in cases(options)]
     rates = {dtype: gemm_rate(dtype=dtype, clock=time.process_time) for dtype in RATED.values()}  # as the shares
     print(
         "Large products, a CPU second: "

@@ -84,7 +84,41 @@ class _Dequantize(torch.autograd.Function):
         return of_su, of_sv, None
 
 
-def multiply_lattice(x: Tensor, product: Callable[[Tensor], Tensor], su: Tensor, sv: Tensor, width: int) -> Tensor:
+class _Scaled(torch.autograd.Function):
+    """Y * sv in a dtype; of y nothing is kept for the gradient of sv.
+
+    What is kept is the output, which whatever comes next often keeps as well, and as narrow as it is given on. An entry
+    of sv that is exactly 0 gets no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, sv: Tensor, dtype: torch.dtype) -> Tensor:
+        output = (y * sv).to(dtype)
+        ctx.save_for_backward(output, sv)
+        ctx.dtype = y.dtype
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        output, sv = ctx.saved_tensors
+        gradient = gradient.to(ctx.dtype)
+        of_y = gradient * sv if ctx.needs_input_grad[0] else None
+        of_sv = None
+        if ctx.needs_input_grad[1]:
+            sums = (gradient * output).flatten(0, -2).sum(dim=0)
+            of_sv = torch.where(sv == 0, 0, sums / sv).to(sv.dtype)
+        return of_y, of_sv, None
+
+
+def multiply_lattice(
+    x: Tensor,
+    product: Callable[[Tensor], Tensor],
+    su: Tensor,
+    sv: Tensor,
+    width: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """X W^T without forming W: the transforms are applied to inputs and outputs.
 
     In training the gradient of a dense weight, a third of all products, is never computed. A weight 4096 x 4096 in
@@ -96,9 +130,10 @@ def multiply_lattice(x: Tensor, product: Callable[[Tensor], Tensor], su: Tensor,
         su: (I,).
         sv: (O,).
         width: P.
+        dtype: of the result; None for float32 or wider.
 
     Returns:
-        (..., O) in float32 or wider, differentiable with respect to x, su and sv.
+        (..., O), differentiable with respect to x, su and sv, once with respect to sv.
     """
     surplus = width - len(su)
     wide = torch.promote_types(torch.promote_types(x.dtype, su.dtype), torch.float32)
@@ -107,7 +142,9 @@ def multiply_lattice(x: Tensor, product: Callable[[Tensor], Tensor], su: Tensor,
         mixed = transform_rows(F.pad(scaled, (0, surplus)) if surplus else scaled)
     products = product(mixed.to(x.dtype))
     with torch.autocast(x.device.type, enabled=False):  # y / sv, fifty times a large output, is beyond float16
-        return transform_rows(products.to(wide), inverse=True) * sv
+        y = transform_rows(products.to(wide), inverse=True)
+        output: Tensor = _Scaled.apply(y, sv, dtype or wide)  # type: ignore[no-untyped-call]
+        return output
 
 
 def lattice_points(packed: Tensor, dtype: torch.dtype) -> Tensor:

@@ -73,17 +73,15 @@ def watched() -> Iterator[None]:
 
 class _Watch:
     def __init__(self) -> None:
-        self.rank, count = rank_and_count()
+        self.rank, self.count = rank_and_count()
         places = of_all((platform.node(), os.getpid(), os.getppid()))
-        machine, own, parent = places[self.rank]
+        machine, _, parent = places[self.rank]
         self.started_by_another = (machine, parent) in {(host, process) for host, process, _ in places}
-        children = {rank for rank, (host, _, starter) in enumerate(places) if (host, starter) == (machine, own)}
-        self.outlives = sorted(set(range(count)) - children - {self.rank})
         self.run = f"casp_pl/{said_by_first(uuid4().hex)}"
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # documented, but not in __all__
         self.store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
-        self._found: tuple[int, Failure] | None = None
+        self._found: Failure | None = None
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._look, name="casp_pl-watch", daemon=True)
         self._thread.start()
@@ -97,17 +95,15 @@ class _Watch:
     def verdict(self, error: BaseException) -> BaseException:
         """What to raise instead of `error`: what is told is told once, of the process that failed first."""
         if self._found is not None:
-            teller, told = self._found
             if self.rank == 0:
-                self._heard_by([teller])
-            return self._other_failed(told)
+                self._heard_by_others()
+            return self._other_failed(self._found)
         own = failure_of(error)
         try:
             teller, told = self._tell(own)
         except dist.DistError:  # the store is gone, and who else could tell
             return error
-        # the store ends with the first process: who told there has to read before that it was heard
-        heard = self._heard_by(sorted({*self.outlives, teller} - {0}) if self.rank == 0 else [0])
+        heard = self._heard_by_others() if self.rank == 0 else self._heard_by([0])
         with suppress(dist.DistError):
             self._note_heard()  # where all fail at once, as after a signal, the first waits for no `_look` in vain
         speaks = teller == self.rank and (self.rank == 0 or not heard)
@@ -131,19 +127,19 @@ class _Watch:
         while not self._done.wait(_POLL):
             self._found = self._told()
             if self._found is not None:
-                self._end(self._found[1])
+                self._end(self._found)
                 return
 
-    def _told(self) -> tuple[int, Failure] | None:
-        """Who failed and of what, which another process has told."""
+    def _told(self) -> Failure | None:
+        """What another process has told that it failed of."""
         try:
             if not self.store.check([f"{self.run}/failure"]):
                 return None
-            rank, message, code = json.loads(self.store.get(f"{self.run}/failure"))
+            _, message, code = json.loads(self.store.get(f"{self.run}/failure"))
             self._note_heard()
         except dist.DistError:
-            return 0, _FIRST_IS_GONE
-        return rank, Failure(message, code)
+            return _FIRST_IS_GONE
+        return Failure(message, code)
 
     def _end(self, failure: Failure) -> None:
         with at_once():
@@ -156,6 +152,10 @@ class _Watch:
 
     def _note_heard(self) -> None:
         self.store.set(f"{self.run}/heard/{self.rank}", "")
+
+    def _heard_by_others(self) -> bool:
+        """The store ends with the first process, where a teller waits for an answer, and others look, until then."""
+        return self._heard_by(sorted(set(range(self.count)) - {self.rank}))
 
     def _heard_by(self, ranks: Sequence[int]) -> bool:
         try:

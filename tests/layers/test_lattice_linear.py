@@ -84,14 +84,58 @@ def test_gradients_pass_gradcheck(shape: tuple[int, int, int]) -> None:
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gradients_through_the_transforms_equal_those_of_the_dense_formula(shape: tuple[int, int, int]) -> None:
-    layer, _ = _random_layer(shape)
+def test_gradients_through_the_transforms_equal_those_of_the_dense_formula(
+    shape: tuple[int, int, int], bias: bool
+) -> None:
+    layer, _ = _random_layer(shape, bias=bias)
     layer = layer.double()
     x = torch.randn(9, shape[1], dtype=torch.float64, requires_grad=True)
-    tensors = [x, layer.bias, layer.su, layer.sv]
+    tensors = [x, layer.su, layer.sv, *([] if layer.bias is None else [layer.bias])]
     wanted = torch.autograd.grad(nn.functional.linear(x, _formula(layer), layer.bias).square().sum(), tensors)
     torch.testing.assert_close(torch.autograd.grad(layer(x).square().sum(), tensors), wanted)
+
+
+def test_an_output_that_is_scaled_with_0_gets_no_gradient_and_spoils_no_other() -> None:
+    layer, _ = _random_layer(bias=False)
+    x = torch.randn(9, layer.in_features)
+    with torch.no_grad():
+        layer.sv[1] = 0
+    weights = torch.randn(9, layer.out_features)
+    found, _ = torch.autograd.grad((layer(x) * weights).sum(), [layer.sv, layer.su])
+    wanted, _ = torch.autograd.grad((nn.functional.linear(x, _formula(layer)) * weights).sum(), [layer.sv, layer.su])
+    assert found[1] == 0
+    others = torch.arange(len(found)) != 1
+    torch.testing.assert_close(found[others], wanted[others], rtol=1e-4, atol=1e-4)
+
+
+def test_training_in_16_bits_keeps_inputs_and_narrow_outputs() -> None:
+    """In float32 the outputs would be twice as large, and be kept beside those that the next layer keeps."""
+    layer = LatticeLinear(in_features=64, out_features=96, bits=2)
+    with torch.no_grad():
+        layer.su.fill_(1)
+        layer.sv.fill_(0.1)
+        layer.codes.random_(0, 256)
+    x, kept = torch.randn(50, 64), {}
+    own = {tensor.untyped_storage().data_ptr() for tensor in (x, *layer.parameters(), *layer.buffers())}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept):
+        y = layer(x)
+    beside = {
+        (tuple(tensor.shape), tensor.dtype)
+        for place, tensor in kept.items()
+        if place not in own and len(tensor) == 50 and tensor.stride(0)  # not a factor of a transform, for every token
+    }
+    assert beside == {((50, 96), torch.bfloat16)}
+    exact, weights = layer(x), torch.randn(50, 96)
+    found, wanted = (torch.autograd.grad((made * weights).sum(), [layer.su, layer.sv]) for made in (y, exact))
+    for one, other in zip(found, wanted, strict=True):
+        assert (one - other).norm() < 0.02 * other.norm()
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -131,10 +131,8 @@ class LatticeLinear(QuantizedLinear):
             def product(mixed: Tensor) -> Tensor:
                 return rebuilt_linear(mixed, lambda tile: lattice_points(self.codes[tile], x.dtype), tiles, ())
 
-            dtype = output_dtype(x)
-            if self.bias is None:
-                return multiply_lattice(x, product, self.su, self.sv, width, dtype)
-            return (multiply_lattice(x, product, self.su, self.sv, width) + self.bias).to(dtype)
+            y = multiply_lattice(x, product, self.su, self.sv, width)
+            return (y if self.bias is None else y + self.bias).to(output_dtype(x))
         rows = self._rows.get(lambda: LatticeRows(self.codes, self.bits, loop), self.codes)
         inputs = x.reshape(-1, self.in_features).float()
         return self.output_of(multiply_lattice(inputs, rows.multiply, self.su, self.sv, width), x)

@@ -84,41 +84,30 @@ class _Dequantize(torch.autograd.Function):
         return of_su, of_sv, None
 
 
-class _Scaled(torch.autograd.Function):
-    """Y * sv in a dtype; of y nothing is kept for the gradient of sv.
-
-    What is kept is the output, which whatever comes next often keeps as well, and as narrow as it is given on. An entry
-    of sv that is exactly 0 gets no gradient.
-    """
+class _MixedBack(torch.autograd.Function):
+    """U_O^T applied to products, times sv, in a wider dtype; keeps the products, which take half of the room."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, sv: Tensor, dtype: torch.dtype) -> Tensor:
-        output = (y * sv).to(dtype)
-        ctx.save_for_backward(output, sv)
-        ctx.dtype = y.dtype
-        return output
+    def forward(ctx: Any, products: Tensor, sv: Tensor, wide: torch.dtype) -> Tensor:
+        ctx.save_for_backward(products, sv)
+        ctx.wide = wide
+        return transform_rows(products.to(wide), inverse=True) * sv
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        output, sv = ctx.saved_tensors
-        gradient = gradient.to(ctx.dtype)
-        of_y = gradient * sv if ctx.needs_input_grad[0] else None
-        of_sv = None
-        if ctx.needs_input_grad[1]:
-            sums = (gradient * output).flatten(0, -2).sum(dim=0)
-            of_sv = torch.where(sv == 0, 0, sums / sv).to(sv.dtype)
-        return of_y, of_sv, None
+        products, sv = ctx.saved_tensors
+        of_products = of_sv = None
+        with torch.autocast(gradient.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                of_products = transform_rows(gradient * sv).to(products.dtype)
+            if ctx.needs_input_grad[1]:
+                again = transform_rows(products.to(ctx.wide), inverse=True)
+                of_sv = again.mul_(gradient).reshape(-1, len(sv)).sum(dim=0).to(sv.dtype)
+        return of_products, of_sv, None
 
 
-def multiply_lattice(
-    x: Tensor,
-    product: Callable[[Tensor], Tensor],
-    su: Tensor,
-    sv: Tensor,
-    width: int,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
+def multiply_lattice(x: Tensor, product: Callable[[Tensor], Tensor], su: Tensor, sv: Tensor, width: int) -> Tensor:
     """X W^T without forming W: the transforms are applied to inputs and outputs.
 
     In training the gradient of a dense weight, a third of all products, is never computed. A weight 4096 x 4096 in
@@ -130,10 +119,9 @@ def multiply_lattice(
         su: (I,).
         sv: (O,).
         width: P.
-        dtype: of the result; None for float32 or wider.
 
     Returns:
-        (..., O), differentiable with respect to x, su and sv, once with respect to sv.
+        (..., O) in float32 or wider, differentiable with respect to x, su and sv; once where products are narrower.
     """
     surplus = width - len(su)
     wide = torch.promote_types(torch.promote_types(x.dtype, su.dtype), torch.float32)
@@ -142,8 +130,9 @@ def multiply_lattice(
         mixed = transform_rows(F.pad(scaled, (0, surplus)) if surplus else scaled)
     products = product(mixed.to(x.dtype))
     with torch.autocast(x.device.type, enabled=False):  # y / sv, fifty times a large output, is beyond float16
-        y = transform_rows(products.to(wide), inverse=True)
-        output: Tensor = _Scaled.apply(y, sv, dtype or wide)  # type: ignore[no-untyped-call]
+        if products.dtype == wide:
+            return transform_rows(products, inverse=True) * sv
+        output: Tensor = _MixedBack.apply(products, sv, wide)  # type: ignore[no-untyped-call]
         return output
 
 

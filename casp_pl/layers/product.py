@@ -30,7 +30,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear in the dtype of x, whatever that of the weight; under autocast in that of autocast."""
     if torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)
-    with full_width_product(x.numel() * len(weight)):
+    with full_width_product(x.shape[:-1].numel(), weight.numel()):
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 

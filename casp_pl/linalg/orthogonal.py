@@ -86,7 +86,7 @@ def transform_rows(x: Tensor, *, inverse: bool = False) -> Tensor:
     if transform_path(width, x.device, x.dtype) != "gemm":
         return extension_transform(x)  # Sylvester's matrix is symmetric: it is its own inverse
     outer, inner = _factors(width, x.dtype, x.device, inverse)
-    with full_width_product(x.numel() * len(inner)):
+    with full_width_product(x.shape[:-1].numel(), width * len(inner)):
         return (outer @ (x.reshape(-1, len(outer), len(inner)) @ inner.T)).reshape(x.shape)
 
 
@@ -96,7 +96,7 @@ def transform_columns(x: Tensor, *, inverse: bool = False) -> Tensor:
     if transform_path(width, x.device, x.dtype) != "gemm":
         return extension_transform(x.T.contiguous()).T
     outer, inner = _factors(width, x.dtype, x.device, inverse)
-    with full_width_product(x.numel() * len(inner)):
+    with full_width_product(x[0].numel(), width * len(inner)):
         mixed = outer @ x.reshape(len(outer), -1)
         return (inner @ mixed.view(len(outer), len(inner), -1)).view(x.shape)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 __all__ = ["GramSum", "ProductSum", "full_width_matmul", "full_width_product", "full_width_products"]
 
 _ROWS = 512  # of a sum of products that are computed at once
-_WORTH = 1 << 21  # multiplications of a product from which on it gains, by measurement: a Zen 5, one and two threads
+_FEWEST_ROWS, _FEWEST_WEIGHTS = 16, 1 << 16  # from here on a product gains, as measured on a Zen 5
 
 
 @contextmanager
@@ -34,14 +34,17 @@ def full_width_products() -> Iterator[None]:
         settings.fp32_precision = before
 
 
-def full_width_product(multiplications: int) -> AbstractContextManager[None]:
-    """`full_width_products` for one product, if it takes so many multiplications that it gains."""
-    return full_width_products() if multiplications >= _WORTH else nullcontext()
+def full_width_product(rows: int, weights: int) -> AbstractContextManager[None]:
+    """`full_width_products` for a product of so many rows with so many weights, if it gains.
+
+    Two limits, not one of multiplications: a share of the rows must come out as it does among all of them.
+    """
+    return full_width_products() if rows >= _FEWEST_ROWS and weights >= _FEWEST_WEIGHTS else nullcontext()
 
 
 def full_width_matmul(left: Tensor, right: Tensor) -> Tensor:
-    """Left @ right by way of `full_width_product`."""
-    with full_width_product(left.numel() * right.shape[-1]):
+    """Left @ right of matrices, by way of `full_width_product`: rows of the left one may be shared out."""
+    with full_width_product(len(left), right.numel()):
         return left @ right
 
 

@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from uuid import uuid4
 
+import psutil
 import torch.distributed as dist
 
 from casp_pl.errors import CaspError, StopRun
@@ -75,8 +76,11 @@ class _Watch:
     def __init__(self) -> None:
         self.rank, self.count = rank_and_count()
         places = of_all((platform.node(), os.getpid(), os.getppid()))
-        machine, _, parent = places[self.rank]
+        machine, own, parent = places[self.rank]
         self.started_by_another = (machine, parent) in {(host, process) for host, process, _ in places}
+        self.children = {
+            rank: process for rank, (host, process, starter) in enumerate(places) if (host, starter) == (machine, own)
+        }
         self.run = f"casp_pl/{said_by_first(uuid4().hex)}"
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # documented, but not in __all__
@@ -154,8 +158,12 @@ class _Watch:
         self.store.set(f"{self.run}/heard/{self.rank}", "")
 
     def _heard_by_others(self) -> bool:
-        """The store ends with the first process, where a teller waits for an answer, and others look, until then."""
-        return self._heard_by(sorted(set(range(self.count)) - {self.rank}))
+        """The store ends with the first process, where a teller waits for an answer, and others look, until then.
+
+        Nobody waits for a child that has died: Lightning is about to kill the process that started it.
+        """
+        dead = {rank for rank, process in self.children.items() if not _lives(process)}
+        return self._heard_by(sorted(set(range(self.count)) - dead - {self.rank}))
 
     def _heard_by(self, ranks: Sequence[int]) -> bool:
         try:
@@ -163,3 +171,9 @@ class _Watch:
         except dist.DistError:
             return False
         return True
+
+
+def _lives(process: int) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(process).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    return False

@@ -12,8 +12,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from casp_pl.linalg.products import full_width_matmul
-
 __all__ = ["SPAN", "feedback_pass", "sweep_pass"]
 
 SPAN = 16
@@ -39,7 +37,7 @@ def feedback_pass(
     for stop in range(groups, 0, -span):
         start = max(0, stop - span)
         inside, done = slice(start * length, stop * length), slice(stop * length, None)
-        target[inside] += full_width_matmul(lower[done, inside].T, error[done])
+        target[inside] += lower[done, inside].T @ error[done]
         for g in reversed(range(start, stop)):
             here, before = slice(g * length, (g + 1) * length), slice(start * length, g * length)
             error[here] = weight[here] - encode(g, target[here])
@@ -70,7 +68,7 @@ def sweep_pass(
     within = torch.arange(length, device=moment.device)
     for visited in torch.split(order, span):
         columns = (visited[:, None] * length + within).flatten()
-        gradient, local = full_width_matmul(moment[columns], error), moment[columns][:, columns]
+        gradient, local = moment[columns] @ error, moment[columns][:, columns]
         for position, g in enumerate(visited.tolist()):
             block, here = (slice(start * length, (start + 1) * length) for start in (position, g))
             change = improve(g, gradient[block])

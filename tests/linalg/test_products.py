@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from casp_pl.linalg import GramSum, ProductSum, full_width_product, full_width_products
+from casp_pl.linalg import GramSum, ProductSum, full_width_matmul, full_width_product, full_width_products
 
 
 @pytest.mark.parametrize("shape", [(300, 257, 129), (64, 2048, 96), (1, 576, 577)])
@@ -50,12 +50,21 @@ def test_the_setting_is_put_back_also_after_an_error() -> None:
 
 
 def test_only_a_large_product_is_worth_the_setting() -> None:
-    def setting(multiplications: int) -> str:
-        with full_width_product(multiplications):
+    def setting(rows: int, weights: int) -> str:
+        with full_width_product(rows, weights):
             return str(torch.backends.mkldnn.matmul.fp32_precision)
 
     with full_width_products():
         wide = str(torch.backends.mkldnn.matmul.fp32_precision)
     before = torch.backends.mkldnn.matmul.fp32_precision
-    assert setting(64 * 64 * 256) == before
-    assert setting(576 * 576 * 64) == wide
+    assert setting(1, 4096 * 4096) == setting(4096, 64 * 64) == before
+    assert setting(32, 576 * 576) == setting(4096, 576 * 576) == wide
+
+
+@pytest.mark.parametrize(("inner", "columns"), [(576, 576), (256, 256), (1536, 1536), (255, 260)])
+def test_a_share_of_the_rows_comes_out_as_among_all(inner: int, columns: int) -> None:
+    left, right = torch.randn(192, inner), torch.randn(inner, columns)
+    whole = full_width_matmul(left, right)
+    for count in (2, 4, 6):
+        parts = [full_width_matmul(part, right) for part in torch.chunk(left, count)]
+        assert torch.equal(torch.cat(parts), whole)

@@ -35,7 +35,7 @@ def full_width_products() -> Iterator[None]:
 
 
 def full_width_product(rows: int, weights: int) -> AbstractContextManager[None]:
-    """`full_width_products` for a product of so many rows with so many weights, if it gains.
+    """`full_width_products` for a product of N rows with a matrix of so many weights (I J), if it gains.
 
     Two limits, not one of multiplications: a share of the rows must come out as it does among all of them.
     """
@@ -43,7 +43,7 @@ def full_width_product(rows: int, weights: int) -> AbstractContextManager[None]:
 
 
 def full_width_matmul(left: Tensor, right: Tensor) -> Tensor:
-    """Left @ right of matrices, by way of `full_width_product`: rows of the left one may be shared out."""
+    """The product of left (N, I) and right (I, J) by way of `full_width_product`; rows of left may be shared out."""
     with full_width_product(len(left), right.numel()):
         return left @ right
 

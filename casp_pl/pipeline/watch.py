@@ -2,7 +2,8 @@
 
 A process that fails writes why into the store that torch's processes meet at, unless another was faster. A thread in
 every process looks there: it interrupts its main thread, and ends the process if that does not return, because it waits
-in NCCL for a process that is no more. A store that does not answer means that the first process is gone.
+in NCCL for a process that is no more. A store that does not answer means that the first process is gone: that one ends
+when all others have heard why, or after some seconds.
 
 A process that was killed writes nothing: gloo tells its neighbours at once; else those who started it (Lightning's
 first process, torchrun, srun) end the others.

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from casp_pl.memory import release_memory
+
 __all__ = ["DecodeCost", "measure_decoding", "resident_beside", "tensor_bytes"]
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -50,6 +52,7 @@ def measure_decoding(
     device = next(model.parameters()).device
     ids = torch.arange(prompt, device=device)[None] % model.get_input_embeddings().num_embeddings
     _decode(model, ids, tokens)  # compiles what is compiled at first use
+    release_memory()  # what that took beside is not the model's
     restarted = _start_peak(device)
     times = [_decode(model, ids, tokens) for _ in range(repetitions)]
     peak = _peak(device) - beside if restarted else None

@@ -52,6 +52,7 @@ def draw(quantizers: dict[str, Costs], calibration: Costs, path: Path) -> None:
     """Both families of curves beside each other in logarithmic axes."""
     mpl.use("agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure, (sizes, tokens) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     curves = [(sizes, name, costs) for name, costs in quantizers.items()] + [(tokens, "calibration", calibration)]
@@ -59,6 +60,11 @@ def draw(quantizers: dict[str, Costs], calibration: Costs, path: Path) -> None:
         axis.loglog(list(costs), list(costs.values()), "o-", label=f"{name}: exponent {exponent(costs):.2f}")
     for axis, label in ((sizes, "rows and columns of the matrix"), (tokens, "calibration tokens")):
         axis.set(xlabel=label, ylabel="CPU seconds")
+        axis.set_xticks(axis.lines[0].get_xdata())  # what was measured
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        for ticks in (axis.xaxis, axis.yaxis):
+            ticks.set_major_formatter(StrMethodFormatter("{x:g}"))
+            ticks.set_minor_formatter(NullFormatter())
         axis.grid(visible=True, which="both", alpha=0.3)
         axis.legend()
     figure.savefig(path, dpi=120)

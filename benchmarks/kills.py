@@ -41,7 +41,7 @@ BLOCKS = 4
 PATIENCE = 60.0  # seconds that the other ranks have, once one is dead
 LOCKED = 600.0  # seconds that a run has to lock its directory; it reads the tiny model before
 LONGEST = 1800.0  # seconds of one run, undisturbed and on a busy machine
-STAGES = ("original", "rtn", "calibration", "quantize", "block tuning", "end to end", "save", "finished")
+STAGES = ("original", "rtn", "calibration", "quantize", "block tuning", "end to end", "save", "report", "finished")
 
 
 @dataclass
@@ -192,7 +192,8 @@ def stage_of(folder: Path) -> str:
         "quantize": blocks("blocks") and "stages/quantized.json" in names,
         "block tuning": blocks("tuned") and "stages/block_tuned.json" in names,
         "end to end": blocks("end_to_end") and "stages/end_to_end.json" in names,
-        "save": "report.json" in names,
+        "save": "model/manifest.json" in names,
+        "report": "examples.png" in names,  # the last of its pictures; its text is written after every stage
     }
     return next((stage for stage, is_done in done.items() if not is_done), "finished")
 

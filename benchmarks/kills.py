@@ -251,8 +251,8 @@ def next_kill(out: Path, number: int, processes: int, record: Record, draw: rand
     delay, victim = draw.uniform(0, rest), draw.randrange(processes)
     run = Run(out, f"{number:03d}", processes)
     record.starts += 1
-    # one that was killed when it was finished has only to say so, which may take longer than any delay that is drawn
-    over = any(kill.run == number and kill.stage == "finished" for kill in record.kills)
+    # a report is written anew, which may take longer than any delay that is drawn, and so may the end of a finished run
+    over = any(kill.run == number and kill.stage in ("report", "finished") for kill in record.kills)
     if run.wait_for_lock() and not run.wait(LONGEST if over else delay):
         run.kill(victim)
         killed = time.monotonic()
